@@ -1,0 +1,32 @@
+"""AT-EDM's token pruning as torch custom ops (``torch.ops.atedm``): tensors in, tensors out, no model library."""
+
+from importlib import metadata as _metadata
+
+from atedm_kernels._backends import backend
+from atedm_kernels.ops.attention_column_sums import attention_column_sums
+from atedm_kernels.ops.attention_with_logsumexp import attention_with_logsumexp
+from atedm_kernels.ops.gather_tokens import gather_tokens
+from atedm_kernels.ops.recover_feature_map import recover_feature_map
+from atedm_kernels.ops.recover_tokens import recover_tokens
+from atedm_kernels.ops.select_tokens import select_tokens
+from atedm_kernels.ops.similarity_source import similarity_source
+from atedm_kernels.ops.weighted_page_rank import weighted_page_rank
+from atedm_kernels.ops.weighted_page_rank_cross import weighted_page_rank_cross
+
+try:
+    __version__ = _metadata.version("atedm-kernels")
+except _metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "attention_column_sums",
+    "attention_with_logsumexp",
+    "backend",
+    "gather_tokens",
+    "recover_feature_map",
+    "recover_tokens",
+    "select_tokens",
+    "similarity_source",
+    "weighted_page_rank",
+    "weighted_page_rank_cross",
+]

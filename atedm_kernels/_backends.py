@@ -1,0 +1,112 @@
+"""Which implementation of an op serves a call: ``triton``, ``native`` or ``reference``.
+
+The choice is made per call from the device and dtype of the tensors. ``ATEDM_BACKEND`` forces one
+for the process, :func:`backend` for a block of code (it wins over the environment).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("triton", "native", "reference")
+
+# What a kernel reads. float64 is served by the reference alone: it exists to verify the others.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("atedm_backend", default=None)
+
+
+def _named(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the backend of every op called inside the ``with`` block, in this thread.
+
+    Args:
+        name: ``"triton"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError: an unknown name. An op that the forced backend cannot serve raises when it is called.
+    """
+    token = _forced.set(_named(name, "backend name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in the interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not(
+    name: str, op: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why backend ``name`` cannot serve the call, or None where it can."""
+    if name not in implementations:
+        return f"{op} has no {name} implementation in this build"
+    if name == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is served by the reference alone"
+    if name == "triton":
+        if not triton_is_installed():
+            return "triton is not installed"
+        if device.type == "cpu" and not triton_interprets():
+            return "triton serves CPU tensors only with TRITON_INTERPRET=1"
+        if device.type == "cuda" and triton_interprets():
+            return "TRITON_INTERPRET=1 is set, so triton kernels do not run on the GPU"
+    if name == "native" and device.type != "cpu":
+        return "native code serves CPU tensors only"
+    return None
+
+
+def forced_backend() -> tuple[str | None, str]:
+    """The backend forced for this thread or process, or None, and what forces it.
+
+    Raises:
+        ValueError: ``ATEDM_BACKEND`` names no backend.
+    """
+    if _forced.get() is not None:
+        return _forced.get(), "atedm_kernels.backend"
+    if os.environ.get("ATEDM_BACKEND"):
+        return _named(os.environ["ATEDM_BACKEND"], "ATEDM_BACKEND"), "ATEDM_BACKEND"
+    return None, ""
+
+
+def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and why it is that one.
+
+    Raises:
+        ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names none.
+    """
+    forced, source = forced_backend()
+    if forced is not None:
+        reason = _why_not(forced, op, implementations, device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend {forced!r}, forced by {source}, cannot serve {op}: {reason}")
+        return forced, f"forced by {source}"
+    # The interpreter is for tests: it is never chosen for a CPU tensor unless it is asked for.
+    order = ("triton", "reference") if device.type == "cuda" else ("native", "reference")
+    passed_over = []
+    for name in order:
+        reason = _why_not(name, op, implementations, device, dtype)
+        if reason is None:
+            return name, "; ".join(passed_over) or f"the default for {device.type} tensors"
+        passed_over.append(reason)
+    raise AssertionError("the reference serves every call")

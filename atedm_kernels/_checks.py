@@ -1,0 +1,115 @@
+"""Checks of op arguments. Every error names the argument, what it is, and what it should be.
+
+Shapes, dtypes and devices are always checked: they cost no synchronisation. Values (an index in range,
+scores without NaN) are read on the CPU always, and on a GPU only with ``ATEDM_CHECK=1``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from atedm_kernels._backends import KERNEL_DTYPES
+
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and os.environ.get("ATEDM_CHECK") == "1")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
+
+
+def check_tensor(
+    name: str, tensor: Tensor, layout: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
+) -> None:
+    """``layout`` names the dimensions, as in ``"B H N D"``; none of them may be empty."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{', '.join(layout.split())}]")
+    dims = layout.split()
+    if tensor.ndim != len(dims):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; expected {len(dims)} dimensions [{', '.join(dims)}]")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(str(d) for d in dtypes)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, where the other tensors are")
+    for dim, size in zip(dims, tensor.shape, strict=True):
+        if size == 0:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; expected at least one element in dimension {dim}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        wanted = "[" + ", ".join(str(n) for n in expected) + "]"
+        raise ValueError(f"{name} has shape {_shape(tensor)}; expected {wanted} ({meaning})")
+
+
+def check_query_key(q: Tensor, k: Tensor) -> None:
+    check_tensor("q", q, "B H M D", FLOAT_DTYPES)
+    check_tensor("k", k, "B H N D", (q.dtype,), q.device)
+    check_shape("k", k, (q.shape[0], q.shape[1], k.shape[2], q.shape[3]), "batch, heads and head dim of q")
+    if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"q has head dim {q.shape[3]}; expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+
+
+def check_attention_map(q: Tensor, k: Tensor, lse: Tensor) -> None:
+    """``q``, ``k`` and ``lse`` together define the attention map."""
+    check_query_key(q, k)
+    check_tensor("lse", lse, "B H M", (torch.float32, torch.float64), q.device)
+    check_shape("lse", lse, tuple(q.shape[:3]), "batch, heads and queries of q")
+
+
+def check_self_attention(q: Tensor, k: Tensor) -> None:
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"k has {k.shape[2]} tokens; expected {q.shape[2]}, those of q: this op ranks a self-attention map"
+        )
+
+
+def check_index(name: str, index: Tensor, batch: int, device: torch.device) -> None:
+    """``index`` ``[B, K]`` int64."""
+    check_tensor(name, index, "B K", (torch.int64,), device)
+    if index.shape[0] != batch:
+        raise ValueError(f"{name} has batch size {index.shape[0]}; expected {batch}, that of the other tensors")
+
+
+def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> None:
+    """Values in ``[0, upper)``. Reads data, so it is for implementations, not for fake kernels."""
+    if values_are_checked(index):
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < 0 or high >= upper:
+            raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {upper - 1} ({meaning})")
+
+
+def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    bound = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; expected an integer, {bound}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; expected {bound}")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; expected a finite number, or None for 1/sqrt(head dim)")
+
+
+def check_iteration(max_iterations: int, tolerance: float) -> None:
+    check_integer("max_iterations", max_iterations, 1)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
+
+
+def softmax_scale(q: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def score_dtype(q: Tensor) -> torch.dtype:
+    """Scores and statistics are float32; a float64 problem keeps its precision."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

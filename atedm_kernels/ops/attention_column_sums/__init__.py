@@ -1,0 +1,1 @@
+from atedm_kernels.ops.attention_column_sums.op import attention_column_sums as attention_column_sums

@@ -1,0 +1,1 @@
+from atedm_kernels.ops.attention_with_logsumexp.op import attention_with_logsumexp as attention_with_logsumexp

@@ -1,0 +1,1 @@
+from atedm_kernels.ops.gather_tokens.op import gather_tokens as gather_tokens

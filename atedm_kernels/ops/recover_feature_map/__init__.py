@@ -1,0 +1,1 @@
+from atedm_kernels.ops.recover_feature_map.op import recover_feature_map as recover_feature_map

@@ -1,0 +1,45 @@
+"""Recovery of a token sequence. Its definition and kernel are those of ``gather_tokens``: both gather rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
+from atedm_kernels._library import define_op
+from atedm_kernels.ops.gather_tokens.op import BACKENDS, gather_rows
+
+
+def _check(x: Tensor, source: Tensor) -> None:
+    check_tensor("x", x, "B K C", FLOAT_DTYPES)
+    check_index("source", source, x.shape[0], x.device)
+
+
+def _implementation(x: Tensor, source: Tensor) -> Tensor:
+    _check(x, source)
+    check_index_values("source", source, x.shape[1], "slots of x")
+    return gather_rows("recover_tokens", x, source)
+
+
+def _fake(x: Tensor, source: Tensor) -> Tensor:
+    _check(x, source)
+    return x.new_empty(x.shape[0], source.shape[1], x.shape[2])
+
+
+_op = define_op("recover_tokens(Tensor x, Tensor source) -> Tensor", _implementation, _fake, BACKENDS)
+
+
+def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
+    """Fill every position again from the compact tensor: ``out[b, i] = x[b, source[b, i]]``.
+
+    Args:
+        x: ``[B, K, C]``, fp16, bf16 or fp32 (float64 too, for verification), any strides.
+        source: int64 ``[B, N]``, values from 0 to ``K − 1``, from :func:`similarity_source`.
+
+    Returns:
+        ``[B, N, C]``, contiguous.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with
+            ``ATEDM_CHECK=1``; without it such a source is clamped). TypeError: a dtype that is not served.
+    """
+    return _op(x, source)

@@ -1,0 +1,1 @@
+from atedm_kernels.ops.similarity_source.op import similarity_source as similarity_source

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atedm_kernels._backends import choose
+from atedm_kernels._checks import (
+    check_attention_map,
+    check_index,
+    check_index_values,
+    check_scale,
+    check_self_attention,
+    softmax_scale,
+)
+from atedm_kernels._library import define_op
+from atedm_kernels.ops.similarity_source.reference import similarity_source_reference
+
+_BACKENDS = ("triton", "reference")
+
+
+def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> None:
+    check_attention_map(q, k, lse)
+    check_self_attention(q, k)
+    check_index("index", index, q.shape[0], q.device)
+    if index.shape[1] > q.shape[2]:
+        raise ValueError(f"index names {index.shape[1]} tokens in each row; expected at most {q.shape[2]}, those of q")
+    check_scale(scale)
+
+
+def _implementation(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None = None) -> Tensor:
+    _check(q, k, lse, index, scale)
+    check_index_values("index", index, q.shape[2], "tokens of q")
+    scale = softmax_scale(q, scale)
+    if choose("similarity_source", _BACKENDS, q.device, q.dtype)[0] == "triton":
+        from atedm_kernels.ops.similarity_source.triton_kernel import similarity_source_triton
+
+        return similarity_source_triton(q, k, lse, index, scale)
+    return similarity_source_reference(q, k, lse, index, scale)
+
+
+def _fake(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None = None) -> Tensor:
+    _check(q, k, lse, index, scale)
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.int64)
+
+
+_op = define_op(
+    "similarity_source(Tensor q, Tensor k, Tensor lse, Tensor index, float? scale=None) -> Tensor",
+    _implementation,
+    _fake,
+    _BACKENDS,
+)
+
+
+def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
+    """The slot of the compact tensor that refills each position (AT-EDM, section 3.3, similarity-based copy).
+
+    A dropped token ``i`` takes the kept token ``j`` with the largest attention averaged over the heads, ``mean_h
+    A_ij`` (ties: the lowest slot); a kept token takes its own slot.
+
+    Args:
+        q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
+        k: ``[B, H, N, D]``, dtype and device of ``q``.
+        lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
+        index: int64 ``[B, K]``, the kept tokens, from :func:`select_tokens`; no token twice.
+        scale: factor of the logits; ``1/sqrt(D)`` by default.
+
+    Returns:
+        int64 ``[B, N]``, values from 0 to ``K − 1``: the argument ``source`` of the recovery ops.
+
+    Raises:
+        ValueError: an argument that does not fit, or an index out of range (on a GPU only with
+            ``ATEDM_CHECK=1``; without it such an index is clamped). TypeError: a dtype that is not served.
+    """
+    return _op(q, k, lse, index, scale)

@@ -1,0 +1,30 @@
+"""Which kept token refills each position (AT-EDM, section 3.3) in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atedm_kernels.ops.attention_map import BLOCK_ELEMENTS, map_blocks
+
+
+def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
+    """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
+    batch, heads, tokens, head_dim = q.shape
+    keep = index.shape[1]
+    index = index.clamp(0, tokens - 1)
+    slots = torch.arange(keep, device=q.device)
+    source = torch.empty(batch, tokens, dtype=torch.int64, device=q.device)
+    rows_per_block = max(1, BLOCK_ELEMENTS // keep)
+    for b in range(batch):
+        keys = k[b].index_select(1, index[b])
+        for m in range(0, tokens, rows_per_block):
+            rows = slice(m, min(m + rows_per_block, tokens))
+            similarity = 0.0
+            for _, _, _, block in map_blocks(q[b, :, rows], keys, lse[b, :, rows], scale):
+                similarity = similarity + block.sum(dim=0)
+            best = similarity.amax(dim=-1, keepdim=True)
+            # argmax promises no order among ties; the lowest slot does.
+            source[b, rows] = torch.where(similarity == best, slots, keep).amin(dim=-1).clamp(max=keep - 1)
+        source[b, index[b]] = slots
+    return source

@@ -1,0 +1,1 @@
+from atedm_kernels.ops.weighted_page_rank_cross.op import weighted_page_rank_cross as weighted_page_rank_cross

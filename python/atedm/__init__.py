@@ -1,0 +1,1 @@
+"""AT-EDM for diffusers."""
