@@ -1,0 +1,1 @@
+"""Measurements; installed as ``atedm.bench``."""

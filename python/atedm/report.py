@@ -1,0 +1,91 @@
+"""The one shape of every figure the package prints: a report object, its JSON file and its table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("atedm-kernels", "torch", "triton", "diffusers", "transformers", "tomesd")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that a figure may depend on; None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of a device as its maker calls it; for a CPU with its cores and widest matrix instructions."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def report(command: str, device: torch.device | str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
+    """``{command, device, versions, date, settings, rows}``; ``rows`` are flat objects with a ``name``."""
+    return {
+        "command": command,
+        "device": device_name(device),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "rows": rows,
+    }
+
+
+def write_json(document: dict, path: Path) -> None:
+    """Write atomically: a reader or an interrupted run never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
+def command_line() -> str:
+    """The command as typed, for the report."""
+    return " ".join(["atedm", *sys.argv[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def print_table(rows: list[dict[str, Any]], columns: dict[str, str], title: str, console: Console | None = None) -> None:
+    """Print ``rows`` as a table; ``columns`` maps keys to headings."""
+    table = Table(title=title, title_justify="left")
+    for key, heading in columns.items():
+        table.add_column(heading, justify="left" if key == "name" else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in columns))
+    (console or Console()).print(table)
