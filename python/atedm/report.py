@@ -81,7 +81,9 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def print_table(rows: list[dict[str, Any]], columns: dict[str, str], title: str, console: Console | None = None) -> None:
+def print_table(
+    rows: list[dict[str, Any]], columns: dict[str, str], title: str, console: Console | None = None
+) -> None:
     """Print ``rows`` as a table; ``columns`` maps keys to headings."""
     table = Table(title=title, title_justify="left")
     for key, heading in columns.items():

@@ -1,0 +1,96 @@
+"""Finding the attention blocks of a diffusers UNet and telling which can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+# Self-attention processors whose computation is plain scaled dot-product attention over one set of projections,
+# so that ours, which also returns the logsumexp, stands in for them in the first layer of a pruned block.
+PLAIN_PROCESSORS = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+    }
+)
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One ``Transformer2DModel`` of a UNet.
+
+    Attributes:
+        name: module path in the UNet, as ``"down_blocks.1.attentions.0"``.
+        level: the paper's resolution level, from 1 at the latent's own resolution.
+        whole_when_light: DSAP leaves it unpruned in the light phase.
+    """
+
+    name: str
+    module: nn.Module
+    level: int
+    whole_when_light: bool
+
+
+def attention_blocks(unet: UNet2DConditionModel) -> list[AttentionBlock]:
+    """Every attention block of ``unet``, in the order in which they run."""
+    return list(_attention_blocks(unet))
+
+
+def _attention_blocks(unet: UNet2DConditionModel) -> Iterator[AttentionBlock]:
+    levels = len(unet.down_blocks)
+    for i, stage in enumerate(unet.down_blocks):
+        for j, module in enumerate(getattr(stage, "attentions", None) or ()):
+            yield AttentionBlock(f"down_blocks.{i}.attentions.{j}", module, i + 1, j == 0)
+    for j, module in enumerate(getattr(unet.mid_block, "attentions", None) or ()):
+        yield AttentionBlock(f"mid_block.attentions.{j}", module, levels, False)
+    for i, stage in enumerate(unet.up_blocks):
+        attentions = getattr(stage, "attentions", None) or ()
+        for j, module in enumerate(attentions):
+            yield AttentionBlock(f"up_blocks.{i}.attentions.{j}", module, levels - i, j == len(attentions) - 1)
+
+
+def why_not_prunable(module: nn.Module) -> str | None:
+    """Why an attention block cannot be pruned, or None where it can."""
+    if not isinstance(module, Transformer2DModel):
+        return f"it is a {type(module).__name__}; expected a Transformer2DModel"
+    if not module.is_input_continuous:
+        return "its input is not a feature map"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced by another tool; apply atedm first, or undo the other"
+    for i, layer in enumerate(module.transformer_blocks):
+        if not isinstance(layer, BasicTransformerBlock):
+            return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
+    return why_not_rankable(module.transformer_blocks[0])
+
+
+def why_not_rankable(layer: nn.Module) -> str | None:
+    """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
+    if "forward" in layer.__dict__:
+        return "the forward of its first layer has been replaced by another tool"
+    if layer.norm_type != "layer_norm" or layer.pos_embed is not None:
+        return (
+            f"its first layer has norm_type {layer.norm_type!r} or positional embeddings; expected a plain layer_norm"
+        )
+    if layer.only_cross_attention or layer.double_self_attention:
+        return "its first layer has no pair of one self-attention and one cross-attention"
+    return why_not_plain(layer.attn1)
+
+
+def why_not_plain(attention: nn.Module) -> str | None:
+    """Why ``attention`` is not plain softmax attention with an output projection, or None where it is."""
+    processor = type(attention.processor).__name__
+    if processor not in PLAIN_PROCESSORS:
+        return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"
+    if attention.group_norm is not None or attention.spatial_norm is not None or attention.residual_connection:
+        return "its self-attention has a norm or residual of its own"
+    if attention.rescale_output_factor != 1 or attention.is_cross_attention:
+        return "its self-attention rescales its output or attends to other states"
+    return None

@@ -1,0 +1,90 @@
+"""What :func:`atedm.apply` can be asked for, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from atedm.schedule import DSAP
+from atedm_kernels.ops.weighted_page_rank import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
+
+PLACEMENTS = ("early", "paper")
+RANKINGS = ("self", "cross")
+RECOVERIES = ("similarity", "zeros", "bicubic")
+REDUCTIONS = ("rms", "mean")
+
+# The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
+DEFAULT_RATIO = 0.63
+
+Ranking = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def _check_ratio(name: str, ratio: object) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"{name} is {ratio!r}; expected a number from 0 up to, not including, 1")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name} is {ratio}; expected from 0 up to, not including, 1: the part of the tokens to drop")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of a pruned UNet; the arguments of :func:`atedm.apply`, which documents them."""
+
+    ratio: float | Mapping[int, float] = DEFAULT_RATIO
+    levels: tuple[int, ...] | None = None
+    schedule: DSAP | None = field(default_factory=DSAP)
+    placement: str = "early"
+    ranking: str | Ranking = "self"
+    recovery: str = "similarity"
+    reduction: str = "rms"
+    keep_multiple: int = 1
+    max_iterations: int = DEFAULT_MAX_ITERATIONS
+    tolerance: float = DEFAULT_TOLERANCE
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, Mapping):
+            for level, ratio in self.ratio.items():
+                _check_ratio(f"ratio[{level!r}]", ratio)
+            object.__setattr__(self, "ratio", dict(self.ratio))
+        else:
+            _check_ratio("ratio", self.ratio)
+        if self.levels is not None:
+            if isinstance(self.levels, (str, bytes)) or not all(isinstance(n, int) for n in self.levels):
+                raise TypeError(f"levels is {self.levels!r}; expected level numbers, such as (3,)")
+            object.__setattr__(self, "levels", tuple(self.levels))
+        if self.schedule is not None and not isinstance(self.schedule, DSAP):
+            raise TypeError(f"schedule is {self.schedule!r}; expected an atedm.DSAP, or None to prune at every step")
+        _one_of("placement", self.placement, PLACEMENTS)
+        if not callable(self.ranking):
+            _one_of("ranking", self.ranking, RANKINGS)
+        _one_of("recovery", self.recovery, RECOVERIES)
+        _one_of("reduction", self.reduction, REDUCTIONS)
+        for name in ("keep_multiple", "max_iterations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
+
+    def ratio_at(self, level: int) -> float:
+        """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
+        return self.ratio.get(level, 0.0) if isinstance(self.ratio, Mapping) else self.ratio
+
+
+def kept_tokens(tokens: int, ratio: float, keep_multiple: int = 1) -> int:
+    """``(1 − ratio) · tokens`` rounded to a multiple of ``keep_multiple``, between that multiple and ``tokens``.
+
+    At ratio 0, or where the rounding reaches ``tokens``, every token is kept. Half a multiple rounds up.
+    """
+    if ratio == 0:
+        return tokens
+    kept = math.floor((1.0 - ratio) * tokens / keep_multiple + 0.5) * keep_multiple
+    return min(max(kept, keep_multiple), tokens)

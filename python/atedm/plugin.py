@@ -1,0 +1,221 @@
+"""Putting pruning into a diffusers pipeline and taking it out again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from atedm.blocks import AttentionBlock, attention_blocks, why_not_prunable
+from atedm.options import Options
+from atedm.pruning import PrunedForward, PruningState
+from atedm.recording import Recording
+from atedm.schedule import denoising_step, timestep_value
+
+logger = logging.getLogger("atedm")
+
+Pipeline = TypeVar("Pipeline")
+
+
+class _StepFollower:
+    """Forward pre-hook of the UNet: tells its blocks which phase of the schedule a call is in."""
+
+    def __init__(self, state: PruningState) -> None:
+        self.state = state
+
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state, schedule = self.state, self.state.options.schedule
+        constant = False if schedule is None else schedule.constant_phase
+        if torch.compiler.is_compiling():
+            if constant is None:
+                raise RuntimeError(
+                    "schedule is DSAP and the whole UNet is being compiled, so the denoising step cannot be followed; "
+                    "expected schedule=None, or regional compilation (unet.compile_repeated_blocks())"
+                )
+            return
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        scheduler = state.scheduler
+        if state.pipeline is not None and state.pipeline() is not None:
+            # Asked anew at each call: pipe.scheduler may have been exchanged.
+            scheduler = state.pipeline().scheduler
+        wanted = constant is None or bool(state.recordings)
+        found = denoising_step(scheduler, timestep) if wanted and timestep is not None else None
+        state.call += 1
+        state.step = None if found is None else found[0]
+        if constant is not None:
+            state.light = constant
+        elif found is not None:
+            state.light = schedule.is_light(*found)
+        else:
+            value = None if timestep is None else timestep_value(timestep)
+            if value is None:
+                raise ValueError("timestep has no value (a meta tensor?); expected one with schedule=DSAP(...)")
+            state.light = schedule.is_light_at(value)
+
+
+def _unet_of(target: object) -> UNet2DConditionModel:
+    unet = getattr(target, "unet", target)
+    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TypeError(
+            f"pipe is a {type(target).__name__} with the denoiser {type(unet).__name__}; "
+            "expected a pipeline with a UNet2DConditionModel as its unet, or that UNet itself"
+        )
+    return unet
+
+
+def _patches(unet: nn.Module) -> list[PrunedForward]:
+    forwards = (module.__dict__.get("forward") for module in unet.modules())
+    return [forward for forward in forwards if isinstance(forward, PrunedForward)]
+
+
+def _state_of(unet: nn.Module) -> PruningState | None:
+    patches = _patches(unet)
+    return patches[0].state if patches else None
+
+
+def _uninstall(unet: nn.Module) -> None:
+    for patch in _patches(unet):
+        del patch.module.forward
+    for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, _StepFollower)]:
+        del unet._forward_pre_hooks[key]
+        unet._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _install(unet: nn.Module, blocks: list[AttentionBlock], state: PruningState) -> None:
+    for block in blocks:
+        block.module.forward = PrunedForward(block.name, block.module, block.level, block.whole_when_light, state)
+    unet.register_forward_pre_hook(_StepFollower(state), with_kwargs=True)
+
+
+def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
+    blocks = attention_blocks(unet)
+    available = sorted({block.level for block in blocks})
+    if not blocks:
+        raise ValueError("the UNet has no attention block; expected at least one to prune")
+    for name, levels in (
+        ("levels", options.levels),
+        ("ratio", options.ratio if isinstance(options.ratio, dict) else ()),
+    ):
+        unknown = sorted(set(levels or ()) - set(available))
+        if unknown:
+            raise ValueError(f"{name} names level {unknown[0]}; expected levels with attention: {available}")
+    chosen = [block for block in blocks if options.levels is None or block.level in options.levels]
+    for block in chosen:
+        reason = why_not_prunable(block.module) if not _is_ours(block.module) else None
+        if reason is not None:
+            raise ValueError(f"{block.name} cannot be pruned: {reason}")
+    if options.placement == "paper":
+        # Pruned after their only layer, such blocks would have nothing left to save.
+        chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
+    if not chosen:
+        raise ValueError(
+            f"no attention block is left to prune with levels={options.levels} and placement={options.placement!r}; "
+            f"expected some of the levels {available} with"
+            + (" more than one layer" if options.placement == "paper" else " attention")
+        )
+    return chosen
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), PrunedForward)
+
+
+def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) -> Pipeline:
+    """Prune the tokens of a Stable Diffusion XL pipeline's UNet from now on (AT-EDM); inference only.
+
+    The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
+    :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
+
+    Args:
+        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet.
+        ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
+            does not name stay whole). Default 0.63, the paper's main setting.
+        levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
+            Default: all. ``(3,)`` is the paper's AT-EDM†.
+        schedule: an :class:`atedm.DSAP` (default: the paper's, light for the first 0.3 of the steps), or None to
+            prune everywhere at every step.
+        placement: ``"early"`` prunes right after the first layer's self-attention, ``"paper"`` after that layer. The
+            result is the same up to rounding, for less work.
+        ranking: ``"self"`` or ``"cross"`` attention, or a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]``
+            of the first self-attention to scores ``[B, H', N]`` (float32).
+        recovery: ``"similarity"``, ``"zeros"`` or ``"bicubic"``.
+        reduction: how heads are joined, ``"rms"`` or ``"mean"``.
+        keep_multiple: round the number of kept tokens to a multiple of this.
+        max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
+        scheduler: whose steps ``schedule`` follows when ``pipe`` is a UNet. A pipeline's own scheduler is followed
+            by itself; without either, the step is judged by the timestep's value.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, a UNet with nothing to prune, or one with a module that
+            cannot be pruned; the message says which.
+    """
+    unet = _unet_of(pipe)
+    settings = Options(**options)
+    blocks = _blocks_to_prune(unet, settings)
+    pipeline = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
+    if pipeline is not None and scheduler is not None:
+        raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
+    _uninstall(unet)
+    _install(unet, blocks, PruningState(settings, scheduler, pipeline))
+    logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
+    return pipe
+
+
+def remove(pipe: Pipeline) -> Pipeline:
+    """Take pruning out again; the UNet is exactly what it was. Does nothing where nothing was applied.
+
+    Raises:
+        TypeError: ``pipe`` is neither a pipeline with a ``UNet2DConditionModel`` nor such a UNet.
+    """
+    _uninstall(_unet_of(pipe))
+    return pipe
+
+
+@contextlib.contextmanager
+def applied(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) -> Iterator[Pipeline]:
+    """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again."""
+    unet = _unet_of(pipe)
+    earlier = _state_of(unet)
+    apply(pipe, scheduler=scheduler, **options)
+    try:
+        yield pipe
+    finally:
+        _uninstall(unet)
+        if earlier is not None:
+            _install(unet, _blocks_to_prune(unet, earlier.options), earlier)
+
+
+def pruned_blocks(pipe: object) -> list[str]:
+    """Module paths of the attention blocks that :func:`apply` prunes, in the order in which they run."""
+    return [patch.name for patch in _patches(_unet_of(pipe))]
+
+
+@contextlib.contextmanager
+def record(pipe: object) -> Iterator[Recording]:
+    """Collect the kept tokens of every block and step while the ``with`` block runs.
+
+    Copies each kept set to the CPU, so it slows a GPU down: for looking, not for timing.
+
+    Raises:
+        ValueError: nothing is applied to ``pipe``.
+    """
+    state = _state_of(_unet_of(pipe))
+    if state is None:
+        raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
+    recording = Recording()
+    state.recordings.append(recording)
+    state.call = -1
+    try:
+        yield recording
+    finally:
+        state.recordings = [other for other in state.recordings if other is not recording]

@@ -1,0 +1,262 @@
+"""What a pruned attention block computes.
+
+Nothing of diffusers' forwards is copied. A block's own forward runs with a stand-in for ``self`` that answers for a
+few attributes and passes every other one on: :class:`_CompactTransformer` for the ``Transformer2DModel`` (its first
+layer prunes, its output recovers), :class:`_WithoutSelfAttention` for the first layer, once ours has computed its
+self-attention. All state of a call lives in its stand-ins, so an exception leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+import atedm_kernels as kernels
+from atedm.blocks import why_not_plain
+from atedm.options import Options, kept_tokens
+from atedm.recording import Ranked, Recording
+from atedm.recovery import recover_bicubic, recover_zeros
+
+# Keyword arguments for attention that are known to mean the same for a subset of the tokens.
+_TOKENWISE_KWARGS = frozenset({"scale"})
+
+
+@dataclass
+class PruningState:
+    """Shared by the blocks of one UNet.
+
+    Attributes:
+        light: whether the current UNet call is in DSAP's light phase.
+        pipeline: weak reference to the pipeline whose scheduler counts the steps, or to None. A copy of the UNet
+            does not take it along: it belongs to no pipeline.
+        scheduler: the scheduler that counts them, where it was given instead of a pipeline.
+    """
+
+    options: Options
+    scheduler: object | None = None
+    pipeline: Any = None
+    light: bool = False
+    step: int | None = None
+    call: int = -1
+    recordings: list[Recording] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pipeline": None, "recordings": []}
+
+
+class PrunedForward:
+    """The ``forward`` of a pruned ``Transformer2DModel`` instance."""
+
+    def __init__(self, name: str, module: nn.Module, level: int, whole_when_light: bool, state: PruningState) -> None:
+        self.name = name
+        self.module = module
+        self.level = level
+        self.whole_when_light = whole_when_light
+        self.state = state
+        # Looked up here, because torch.compile cannot look them up on diffusers' classes while it traces.
+        self.forward = type(module).forward
+        self.layer_forward = type(module.transformer_blocks[0]).forward
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        height, width = hidden_states.shape[-2:]
+        options = self.state.options
+        keep = kept_tokens(height * width, options.ratio_at(self.level), options.keep_multiple)
+        if keep == height * width or (self.state.light and self.whole_when_light):
+            return self.forward(self.module, hidden_states, *args, **kwargs)
+        return self.forward(_CompactTransformer(self, keep, height, width), hidden_states, *args, **kwargs)
+
+
+class _CompactTransformer:
+    """Stand-in for a ``Transformer2DModel`` whose layers run on the kept tokens of one call."""
+
+    def __init__(self, patch: PrunedForward, keep: int, height: int, width: int) -> None:
+        self._patch = patch
+        self._module = patch.module
+        self._keep = keep
+        self._size = (height, width)
+        self._index: Tensor | None = None
+        self._source: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    @property
+    def transformer_blocks(self) -> list[Any]:
+        return [self._first_layer, *self._module.transformer_blocks[1:]]
+
+    def _first_layer(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Self-attention on every token, ranking, and the rest of the layer: ``[B, N, C]`` → ``[B, K, C]``."""
+        layer, options = self._module.transformer_blocks[0], self._patch.state.options
+        self._check_call(layer, attention_mask, cross_attention_kwargs)
+        q, k, v = _project(layer.attn1, layer.norm1(hidden_states))
+        scale = _scale(layer.attn1)
+        attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
+        attended = attended.transpose(1, 2).flatten(2)
+        rest = _WithoutSelfAttention(layer)
+
+        def run_rest(tokens: Tensor) -> Tensor:
+            return self._patch.layer_forward(
+                rest,
+                tokens,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+            )
+
+        if options.ranking != "cross":
+            self._choose(*self._rank(q, k, lse, scale))
+            self._find_sources(q, k, lse, scale)
+            if options.placement == "early":
+                # Cross-attention, feed-forward and output projection treat each token on its own, so what
+                # they would compute for a dropped token is never used.
+                kept = kernels.gather_tokens(attended, self._index)
+                return run_rest(_project_out(layer.attn1, kept) + kernels.gather_tokens(hidden_states, self._index))
+        hidden_states = _project_out(layer.attn1, attended) + hidden_states
+        if options.ranking == "cross":
+            if encoder_attention_mask is not None:
+                raise ValueError("encoder_attention_mask is set; expected None with ranking='cross'")
+            self._choose(*self._rank_cross(layer, hidden_states, encoder_hidden_states))
+            self._find_sources(q, k, lse, scale)
+            if options.placement == "early":
+                return run_rest(kernels.gather_tokens(hidden_states, self._index))
+        return kernels.gather_tokens(run_rest(hidden_states), self._index)
+
+    def _check_call(self, layer: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any] | None) -> None:
+        """What :func:`atedm.apply` cannot see: it depends on the call, or was changed since."""
+        if attention_mask is not None:
+            raise ValueError("attention_mask is set; expected None: the ranking would have to know masked tokens")
+        unknown = sorted(set(kwargs or ()) - _TOKENWISE_KWARGS)
+        if unknown:
+            raise ValueError(
+                f"cross_attention_kwargs holds {', '.join(unknown)}; expected none but {', '.join(_TOKENWISE_KWARGS)} "
+                "on a pruned UNet: others may name positions of the full image"
+            )
+        reason = why_not_plain(layer.attn1)
+        if reason is not None:
+            raise ValueError(f"{self._patch.name} can no longer be pruned: {reason}")
+
+    def _rank(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> tuple[Tensor, Tensor | None]:
+        options = self._patch.state.options
+        if callable(options.ranking):
+            return options.ranking(q, k, lse), None
+        return kernels.weighted_page_rank(
+            q, k, lse, scale=scale, max_iterations=options.max_iterations, tolerance=options.tolerance
+        )
+
+    def _rank_cross(self, layer: nn.Module, hidden_states: Tensor, text: Any) -> tuple[Tensor, Tensor]:
+        attention, options = layer.attn2, self._patch.state.options
+        q, k = _project_cross(attention, layer.norm2(hidden_states), text)
+        # Only the logsumexp is wanted, so the keys stand in for the values.
+        _, lse = kernels.attention_with_logsumexp(q, k, k, scale=_scale(attention))
+        return kernels.weighted_page_rank_cross(
+            q, k, lse, scale=_scale(attention), max_iterations=options.max_iterations, tolerance=options.tolerance
+        )
+
+    def _choose(self, scores: Tensor, iterations: Tensor | None) -> None:
+        state = self._patch.state
+        self._index = kernels.select_tokens(scores, self._keep, reduction=state.options.reduction)
+        for recording in state.recordings:
+            recording.ranked.append(
+                Ranked(
+                    state.call,
+                    state.step,
+                    self._patch.name,
+                    self._patch.level,
+                    *self._size,
+                    self._index.cpu(),
+                    None if iterations is None else iterations.cpu(),
+                )
+            )
+
+    def _find_sources(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
+        if self._patch.state.options.recovery == "similarity":
+            self._source = kernels.similarity_source(q, k, lse, self._index, scale=scale)
+
+    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **_: Any) -> Tensor:
+        """The projection on the kept tokens, then recovery; its other arguments are sizes that we know."""
+        projection = self._module.proj_out
+        if self._module.use_linear_projection:
+            compact = projection(hidden_states)
+        else:
+            # A 1×1 convolution over a map K tall and 1 wide.
+            compact = projection(hidden_states.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+        recovery = self._patch.state.options.recovery
+        if recovery == "zeros":
+            return recover_zeros(compact, self._index, residual)
+        if recovery == "bicubic":
+            return recover_bicubic(compact, self._index, residual)
+        return kernels.recover_feature_map(compact, self._source, residual)
+
+
+class _WithoutSelfAttention:
+    """Stand-in for a ``BasicTransformerBlock`` whose self-attention has been added to its input already."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def norm1(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def attn1(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, H·D]`` → a view ``[B, H, N, D]``."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if attention.norm_q is not None:
+        q = attention.norm_q(q)
+    if attention.norm_k is not None:
+        k = attention.norm_k(k)
+    return q, k
+
+
+def _project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, H, N, D]`` of a self-attention."""
+    if attention.fused_projections:
+        q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        q, k, v = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
+    q, k, v = (_split_heads(x, attention.heads) for x in (q, k, v))
+    return *_normed(attention, q, k), v
+
+
+def _project_cross(attention: nn.Module, hidden_states: Tensor, text: Any) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
+    if isinstance(text, tuple):  # an IP-Adapter's (text, images)
+        text = text[0]
+    if attention.norm_cross:
+        text = attention.norm_encoder_hidden_states(text)
+    k = attention.to_kv(text).chunk(2, dim=-1)[0] if attention.fused_projections else attention.to_k(text)
+    q, k = (_split_heads(x, attention.heads) for x in (attention.to_q(hidden_states), k))
+    return _normed(attention, q, k)
+
+
+def _project_out(attention: nn.Module, attended: Tensor) -> Tensor:
+    for module in attention.to_out:
+        attended = module(attended)
+    return attended
+
+
+def _scale(attention: nn.Module) -> float | None:
+    """None, for ``1/sqrt(D)``, unless the module says otherwise."""
+    return None if attention.scale_qk else attention.scale

@@ -1,0 +1,46 @@
+"""A record of what pruning did: the kept tokens of each block and step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One ranking of the tokens of an attention block.
+
+    Attributes:
+        call: which UNet call since recording began, from 0.
+        step: denoising step, where the scheduler tells it.
+        block: module path in the UNet. level: its resolution level.
+        height, width: of the feature map. tokens: ``height · width``.
+        index: int64 ``[B, K]`` on the CPU, the kept tokens.
+        iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None for a ranking without one.
+    """
+
+    call: int
+    step: int | None
+    block: str
+    level: int
+    height: int
+    width: int
+    index: Tensor
+    iterations: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    def mask(self) -> Tensor:
+        """bool ``[B, height, width]``, True where a token was kept."""
+        full = self.index.new_zeros(self.index.shape[0], self.tokens, dtype=bool)
+        return full.scatter(1, self.index, True).view(-1, self.height, self.width)
+
+
+@dataclass
+class Recording:
+    """What :func:`atedm.record` collects, in the order in which it happened."""
+
+    ranked: list[Ranked] = field(default_factory=list)
