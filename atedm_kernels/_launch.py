@@ -1,0 +1,42 @@
+"""What it takes to start a Triton kernel, apart from starting it: the tests compile the same descriptions ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid, its run-time arguments and its compile-time constants."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        self.kernel[(self.grid,)](
+            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+def run_all(launches: Iterable[Launch], device: torch.device) -> None:
+    """Start the kernels in order on the current stream of ``device``, which need not be the current device."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,182 @@
+"""Weighted column sums of the attention map: keys stay in place, queries stream past.
+
+``Sᵀ = K Qᵀ`` puts the keys on the rows of the product, so a key's sum runs along registers of one thread. The sum over
+queries is kept as eight partial sums a key, which add without exchange between threads, and joined once at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atedm_kernels._launch import Launch, cdiv, run_all
+from atedm_kernels.ops.triton_tiles import (
+    LOG2E,
+    head_dim_pieces,
+    head_pointer,
+    is_float32,
+    load_tile,
+    products,
+    query_key_arguments,
+)
+
+
+@triton.jit
+def _column_sums_kernel(
+    q,
+    k,
+    lse,  # [pairs, queries]
+    weights,  # [pairs, queries], or None for 1
+    done,  # [pairs] int32, or None: a head whose flag is set is left alone
+    out,  # [splits, pairs, keys]
+    scale_log2,
+    factor,
+    pairs,
+    queries,
+    keys,
+    queries_per_split,  # a multiple of BLOCK_M
+    heads,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    k_stride_d,
+    HEAD_DIM: tl.constexpr,
+    DIM_A: tl.constexpr,
+    DIM_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTIAL_SUMS: tl.constexpr,
+):
+    key_tiles = tl.cdiv(keys, BLOCK_N)
+    program = tl.program_id(0)
+    pair = ((program // key_tiles) % pairs).to(tl.int64)
+    split = program // key_tiles // pairs
+    if done is not None:
+        if tl.load(done + pair) != 0:  # noqa: SIM102  (the first condition is decided at compile time)
+            return
+
+    columns = (program % key_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = head_pointer(k, pair, heads, k_stride_b, k_stride_h)
+    k_a, k_b = load_tile(k, columns, columns < keys, k_stride_n, k_stride_d, HEAD_DIM, DIM_A, DIM_B)
+
+    begin = split * queries_per_split
+    end = tl.minimum(begin + queries_per_split, queries)
+    local_rows = tl.arange(0, BLOCK_M)
+    q = head_pointer(q, pair, heads, q_stride_b, q_stride_h) + begin.to(tl.int64) * q_stride_n
+    q_step = tl.full([], BLOCK_M, tl.int64) * q_stride_n
+    lse += pair * queries
+    if weights is not None:
+        weights += pair * queries
+
+    sums = tl.zeros([BLOCK_N, PARTIAL_SUMS], tl.float32)
+    for start in tl.range(begin, end, BLOCK_M):
+        rows = start + local_rows
+        inside = rows < queries
+        q_a, q_b = load_tile(q, local_rows, inside, q_stride_n, q_stride_d, HEAD_DIM, DIM_A, DIM_B)
+        # A row past the end has products 0 and logsumexp +inf: its weight is exp2(-inf) = 0, with no mask below.
+        lse_log2 = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2E
+        p = tl.exp2(products(k_a, k_b, q_a, q_b, DIM_B) * scale_log2 - lse_log2[None, :])
+        if weights is not None:
+            p *= tl.load(weights + rows, mask=inside, other=0.0)[None, :]
+        if PARTIAL_SUMS == BLOCK_M:
+            sums += p
+        else:
+            sums += tl.sum(tl.reshape(p, [BLOCK_N, BLOCK_M // PARTIAL_SUMS, PARTIAL_SUMS]), 1)
+        q += q_step
+
+    out += (split.to(tl.int64) * pairs + pair) * keys
+    tl.store(out + columns, tl.sum(sums, 1) * factor, mask=columns < keys)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a step, and the resources that it takes."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(q: Tensor) -> Tile:
+    """Sizes at which nothing spills and shared memory fits the smallest target (99 KB; 64 KB on CDNA 3)."""
+    head_dim = q.shape[3]
+    if is_float32(q):  # no matrix units: products on the FMA units, operands in registers
+        return Tile(32, 32, 4, 1) if head_dim > 64 else Tile(32, 64, 4, 1)
+    if head_dim > 128:
+        return Tile(32, 64, 4, 2)
+    if head_dim > 64:
+        return Tile(64, 64, 4, 2)
+    return Tile(64, 128, 4, 3)
+
+
+# Fewer programs than this leave multiprocessors idle, or the last of them waiting: the queries are split.
+_ENOUGH_PROGRAMS = 512
+_MOST_SPLITS = 16
+
+
+def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Parts that the queries are cut into, and the queries of a part (a multiple of the tile)."""
+    tile = tile_for(q)
+    programs = q.shape[0] * q.shape[1] * cdiv(k.shape[2], tile.block_n)
+    tiles = cdiv(q.shape[2], tile.block_m)
+    splits = max(1, min(cdiv(_ENOUGH_PROGRAMS, programs), _MOST_SPLITS, tiles // 4))
+    tiles_per_split = cdiv(tiles, splits)
+    return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_m
+
+
+def column_sums_launch(
+    q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, done: Tensor | None, partial: Tensor, scale: float
+) -> Launch:
+    """Column sums of each part of the queries into ``partial`` ``[splits, B, H, N]``; ``lse``, ``weights`` contiguous."""
+    tile = tile_for(q)
+    batch, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    splits, queries_per_split = query_splits(q, k)
+    return Launch(
+        _column_sums_kernel,
+        grid=cdiv(keys, tile.block_n) * batch * heads * splits,
+        arguments={
+            **query_key_arguments(q, k),
+            "lse": lse,
+            "weights": weights,
+            "done": done,
+            "out": partial,
+            "scale_log2": scale * LOG2E.value,
+            "factor": 1.0 / queries if weights is None else 1.0,
+            "pairs": batch * heads,
+            "queries": queries,
+            "keys": keys,
+            "queries_per_split": queries_per_split,
+        },
+        constants={
+            **head_dim_pieces(head_dim),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "PARTIAL_SUMS": tile.block_m if is_float32(q) else 8,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def empty_partial_sums(q: Tensor, k: Tensor) -> Tensor:
+    """Uninitialised ``[splits, B, H, N]`` for :func:`column_sums_launch`."""
+    splits, _ = query_splits(q, k)
+    return torch.empty(splits, *k.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def attention_column_sums_triton(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    """``Σ_i w_i A_ij``; shapes as the public op."""
+    partial = empty_partial_sums(q, k)
+    weights = None if weights is None else weights.contiguous()
+    run_all([column_sums_launch(q, k, lse.contiguous(), weights, None, partial, scale)], q.device)
+    return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)

@@ -1,0 +1,193 @@
+"""Which kept token refills each position: attention summed over the heads, tile by tile, and its running maximum.
+
+A part of the kept tokens writes one int64 a query, the bits of the similarity above the complement of the slot. The
+largest of these is the most similar token with the lowest slot, whatever the order in which parts are compared.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atedm_kernels._launch import Launch, cdiv, run_all
+from atedm_kernels.ops.attention_column_sums.triton_kernel import Tile
+from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
+from atedm_kernels.ops.triton_tiles import (
+    LOG2E,
+    head_dim_pieces,
+    is_float32,
+    load_tile,
+    products,
+    query_key_arguments,
+)
+
+_LOW_BITS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _similarity_kernel(
+    q,
+    k,
+    lse,  # [batch, heads, tokens]
+    index,  # [batch, slots]
+    out,  # [splits, batch, tokens] packed, or [batch, tokens] slots
+    scale_log2,
+    batch_size,
+    tokens,
+    slots,
+    slots_per_split,  # a multiple of BLOCK_N
+    heads,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    k_stride_d,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_A: tl.constexpr,
+    DIM_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row_tiles = tl.cdiv(tokens, BLOCK_M)
+    program = tl.program_id(0)
+    batch = (program // row_tiles % batch_size).to(tl.int64)
+    split = program // row_tiles // batch_size
+    local_rows = tl.arange(0, BLOCK_M)
+    rows = (program % row_tiles) * BLOCK_M + local_rows
+    inside = rows < tokens
+    q += batch * q_stride_b
+    k += batch * k_stride_b
+    index += batch * slots
+    lse += batch * heads * tokens
+    q_step = tl.full([], 1, tl.int64) * q_stride_h
+    k_step = tl.full([], 1, tl.int64) * k_stride_h
+
+    best = tl.full([BLOCK_M], -1.0, tl.float32)
+    best_slot = tl.zeros([BLOCK_M], tl.int32)
+    begin = split * slots_per_split
+    for start in range(begin, tl.minimum(begin + slots_per_split, slots), BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        filled = slot < slots
+        kept = load_index(index, slot, filled, tokens)
+        similarity = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        q_head = q
+        k_head = k
+        lse_head = lse
+        for _ in tl.range(0, heads):
+            q_a, q_b = load_tile(q_head, rows, inside, q_stride_n, q_stride_d, HEAD_DIM, DIM_A, DIM_B)
+            k_a, k_b = load_tile(k_head, kept, filled, k_stride_n, k_stride_d, HEAD_DIM, DIM_A, DIM_B)
+            lse_log2 = tl.load(lse_head + rows, mask=inside, other=float("inf")) * LOG2E
+            similarity += tl.exp2(products(q_a, q_b, k_a, k_b, DIM_B) * scale_log2 - lse_log2[:, None])
+            q_head += q_step
+            k_head += k_step
+            lse_head += tokens
+        # A kept token is most similar to itself; NaN and slots past the end are the least similar.
+        similarity = tl.where(similarity == similarity, similarity, -1.0)
+        similarity = tl.where(kept[None, :] == rows[:, None], float("inf"), similarity)
+        similarity = tl.where(filled[None, :], similarity, -1.0)
+        tile_best = tl.max(similarity, 1)
+        tile_slot = tl.min(tl.where(similarity == tile_best[:, None], slot[None, :], slots), 1)
+        better = tile_best > best
+        best_slot = tl.where(better, tile_slot, best_slot)
+        best = tl.maximum(best, tile_best)
+
+    if PACKED:
+        out += (split.to(tl.int64) * batch_size + batch) * tokens
+        # Similarities are at least 0; the sign bit of -1 makes the packed value negative, the least of all.
+        packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (_LOW_BITS - best_slot).to(tl.int64)
+        tl.store(out + rows, packed, mask=inside)
+    else:
+        tl.store(out + batch * tokens + rows, best_slot.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _join_kernel(parts, out, splits, length, BLOCK: tl.constexpr):
+    """Slots ``[length]`` from the packed parts ``[splits, length]``."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < length
+    best = tl.load(parts + offsets, mask=inside, other=0)
+    for split in range(1, splits):
+        skip = tl.full([], length, tl.int64) * split
+        best = tl.maximum(best, tl.load(parts + skip + offsets, mask=inside, other=0))
+    tl.store(out + offsets, _LOW_BITS - (best & _LOW_BITS), mask=inside)
+
+
+def tile_for(q: Tensor) -> Tile:
+    head_dim = q.shape[3]
+    if is_float32(q):
+        return Tile(32, 32, 4, 1)
+    if head_dim > 128:
+        return Tile(64, 32, 4, 1)
+    if head_dim > 64:
+        return Tile(64, 64, 4, 2)
+    return Tile(128, 64, 8, 2)
+
+
+# As many programs as keep the multiprocessors of a large GPU busy.
+_ENOUGH_PROGRAMS = 256
+_MOST_SPLITS = 16
+
+
+def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
+    """Parts that the kept tokens are cut into, and the slots of a part (a multiple of the tile)."""
+    tile = tile_for(q)
+    programs = q.shape[0] * cdiv(q.shape[2], tile.block_m)
+    tiles = cdiv(index.shape[1], tile.block_n)
+    splits = max(1, min(cdiv(_ENOUGH_PROGRAMS, programs), _MOST_SPLITS, tiles))
+    tiles_per_split = cdiv(tiles, splits)
+    return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_n
+
+
+def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float, out: Tensor) -> list[Launch]:
+    """Slots into ``out`` ``[B, N]``; ``lse`` and ``index`` contiguous."""
+    tile = tile_for(q)
+    batch, _, tokens, head_dim = q.shape
+    splits, slots_per_split = slot_splits(q, index)
+    packed = splits > 1
+    parts = torch.empty(splits, batch, tokens, dtype=torch.int64, device=q.device) if packed else out
+    search = Launch(
+        _similarity_kernel,
+        grid=cdiv(tokens, tile.block_m) * batch * splits,
+        arguments={
+            **query_key_arguments(q, k),
+            "lse": lse,
+            "index": index,
+            "out": parts,
+            "scale_log2": scale * LOG2E.value,
+            "batch_size": batch,
+            "tokens": tokens,
+            "slots": index.shape[1],
+            "slots_per_split": slots_per_split,
+        },
+        constants={
+            "PACKED": packed,
+            **head_dim_pieces(head_dim),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if not packed:
+        return [search]
+    length, block = batch * tokens, 256
+    join = Launch(
+        _join_kernel,
+        grid=cdiv(length, block),
+        arguments={"parts": parts, "out": out, "splits": splits, "length": length},
+        constants={"BLOCK": block},
+    )
+    return [search, join]
+
+
+def similarity_source_triton(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
+    """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
+    out = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device)
+    run_all(similarity_launches(q, k, lse.contiguous(), index.contiguous(), scale, out), q.device)
+    return out

@@ -1,0 +1,117 @@
+"""PageRank of a self-attention map: the map is computed again in every iteration, never stored.
+
+The number of launches is fixed. A head that has converged sets a flag, and its programs leave at once from then on,
+so nothing is decided on the host and the whole iteration can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atedm_kernels._launch import Launch, run_all
+from atedm_kernels.ops.attention_column_sums.triton_kernel import column_sums_launch, empty_partial_sums
+
+_BLOCK = 1024
+
+
+@triton.jit
+def sum_parts(parts, pair, offsets, mask, splits, pairs, length):
+    """``Σ_split parts[split, pair, offsets]``, in the order of the splits."""
+    parts += pair * length
+    total = tl.load(parts + offsets, mask=mask, other=0.0)
+    for split in range(1, splits):
+        skip = tl.full([], length, tl.int64) * pairs * split
+        total += tl.load(parts + skip + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _normalise_kernel(
+    parts,  # [splits, pairs, tokens]
+    scores,  # [pairs, tokens], read and replaced
+    iterations,  # [pairs] int32
+    done,  # [pairs] int32
+    tolerance,
+    splits,
+    pairs,
+    tokens,
+    BLOCK: tl.constexpr,
+):
+    """One head: its new scores, their distance from the old ones, and whether it stops."""
+    pair = tl.program_id(0).to(tl.int64)
+    if tl.load(done + pair) != 0:
+        return
+    scores += pair * tokens
+    local = tl.arange(0, BLOCK)
+
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tokens, BLOCK):
+        offsets = start + local
+        sums += sum_parts(parts, pair, offsets, offsets < tokens, splits, pairs, tokens)
+    total = tl.sum(sums, 0)
+
+    change = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tokens, BLOCK):
+        offsets = start + local
+        inside = offsets < tokens
+        new = sum_parts(parts, pair, offsets, inside, splits, pairs, tokens) / total
+        old = tl.load(scores + offsets, mask=inside, other=0.0)
+        # Outside, 0 / total is NaN where the total is 0 or NaN.
+        change += tl.where(inside, tl.abs(new - old), 0.0)
+        # The new value does not depend on the old one: without this a thread may overwrite what another has yet to read.
+        tl.debug_barrier()
+        tl.store(scores + offsets, new, mask=inside)
+
+    tl.store(iterations + pair, tl.load(iterations + pair) + 1)
+    tl.store(done + pair, (tl.sum(change, 0) < tolerance).to(tl.int32))
+
+
+def normalise_launch(parts: Tensor, scores: Tensor, state: Tensor, tolerance: float) -> Launch:
+    """``parts`` ``[splits, B, H, N]``, ``scores`` ``[B, H, N]``, ``state`` ``[2, B, H]``: iterations and flags."""
+    splits, batch, heads, tokens = parts.shape
+    return Launch(
+        _normalise_kernel,
+        grid=batch * heads,
+        arguments={
+            "parts": parts,
+            "scores": scores,
+            "iterations": state[0],
+            "done": state[1],
+            "tolerance": tolerance,
+            "splits": splits,
+            "pairs": batch * heads,
+            "tokens": tokens,
+        },
+        constants={"BLOCK": _BLOCK},
+    )
+
+
+def initial_scores(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform scores ``[B, H, M]`` float32, and zeros for iterations and flags ``[2, B, H]`` int32."""
+    batch, heads, queries, _ = q.shape
+    scores = torch.full((batch, heads, queries), 1.0 / queries, dtype=torch.float32, device=q.device)
+    return scores, torch.zeros(2, batch, heads, dtype=torch.int32, device=q.device)
+
+
+def iteration_launches(
+    q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, state: Tensor, scale: float, tolerance: float
+) -> list[Launch]:
+    """One iteration. Running it again continues from ``scores`` and ``state``."""
+    parts = empty_partial_sums(q, k)
+    return [
+        column_sums_launch(q, k, lse, scores, state[1], parts, scale),
+        normalise_launch(parts, scores, state, tolerance),
+    ]
+
+
+def weighted_page_rank_triton(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """``s ← Aᵀ s`` to its fixed point; shapes as the public op."""
+    scores, state = initial_scores(q)
+    launches = iteration_launches(q, k, lse.contiguous(), scores, state, scale, tolerance)
+    run_all(launches * max_iterations, q.device)
+    return scores, state[0]
