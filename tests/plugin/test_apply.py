@@ -1,0 +1,242 @@
+"""Applying, removing, copying, and refusing."""
+
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import atedm
+
+
+def snapshot(unet):
+    return {name: (id(module), sorted(module.__dict__)) for name, module in unet.named_modules()}
+
+
+def test_remove_restores_the_very_same_modules_and_outputs(unet, inputs):
+    before, full, keys = snapshot(unet), unet(**inputs).sample, list(unet.state_dict())
+    atedm.apply(unet)
+    pruned = unet(**inputs).sample
+    assert list(unet.state_dict()) == keys
+    atedm.remove(unet)
+    assert snapshot(unet) == before
+    assert not unet._forward_pre_hooks and not unet._forward_pre_hooks_with_kwargs
+    assert torch.equal(unet(**inputs).sample, full)
+    assert not torch.allclose(pruned, full)
+    atedm.remove(unet)  # nothing left to do, and no error
+
+
+def test_other_hooks_survive_removal(unet, inputs):
+    calls = []
+    unet.register_forward_pre_hook(lambda module, args: calls.append(1))
+    atedm.apply(unet)
+    atedm.remove(unet)
+    unet(**inputs)
+    assert calls == [1]
+
+
+def test_applying_twice_replaces(unet, inputs):
+    atedm.apply(unet, ratio=0.9, schedule=None)
+    atedm.apply(unet, ratio=0.3, schedule=None)
+    twice = unet(**inputs).sample
+    atedm.remove(unet)
+    atedm.apply(unet, ratio=0.3, schedule=None)
+    assert torch.equal(unet(**inputs).sample, twice)
+    atedm.remove(unet)
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+
+
+def test_a_refused_apply_leaves_the_earlier_one_in_force(unet, inputs):
+    atedm.apply(unet, ratio=0.3, schedule=None)
+    pruned = unet(**inputs).sample
+    with pytest.raises(ValueError, match="levels names level 7"):
+        atedm.apply(unet, levels=(7,))
+    assert torch.equal(unet(**inputs).sample, pruned)
+
+
+def test_applied_restores_what_was_in_force(unet, inputs):
+    full = unet(**inputs).sample
+    with atedm.applied(unet, ratio=0.3, schedule=None):
+        outer = unet(**inputs).sample
+        with atedm.applied(unet, ratio=0.8, schedule=None):
+            assert not torch.equal(unet(**inputs).sample, outer)
+        assert torch.equal(unet(**inputs).sample, outer)
+    assert torch.equal(unet(**inputs).sample, full)
+    with pytest.raises(RuntimeError, match="mine"), atedm.applied(unet):
+        raise RuntimeError("mine")
+    assert torch.equal(unet(**inputs).sample, full)
+
+
+@pytest.mark.parametrize("place", ["mid_block.attentions.0.transformer_blocks.1.ff", "mid_block.attentions.0.proj_out"])
+def test_an_exception_in_the_middle_of_a_forward_leaves_nothing_behind(unet, inputs, place):
+    full = unet(**inputs).sample
+    atedm.apply(unet, schedule=None)
+    pruned, before = unet(**inputs).sample, snapshot(unet)
+
+    def fail(module, args):
+        raise RuntimeError("in the middle")
+
+    handle = unet.get_submodule(place).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        unet(**inputs)
+    handle.remove()
+    assert snapshot(unet) == before
+    assert torch.equal(unet(**inputs).sample, pruned)
+    atedm.remove(unet)
+    assert torch.equal(unet(**inputs).sample, full)
+
+
+def test_two_unets_share_no_state(make_unet, inputs):
+    first, second = make_unet(seed=0), make_unet(seed=3)
+    full = second(**inputs).sample
+    atedm.apply(first, ratio=0.5, schedule=atedm.DSAP(1.0))
+    assert torch.equal(second(**inputs).sample, full)
+    atedm.apply(second, ratio=0.8, schedule=None)
+    alone = second(**inputs).sample
+    first(**inputs)
+    assert torch.equal(second(**inputs).sample, alone)
+    atedm.remove(first)
+    assert torch.equal(second(**inputs).sample, alone)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+def test_copies_carry_pruning_and_are_independent(unet, inputs, duplicate):
+    full = unet(**inputs).sample
+    atedm.apply(unet, ratio=0.5)
+    pruned = unet(**inputs).sample
+    twin = duplicate(unet)
+    atedm.remove(unet)
+    assert torch.equal(twin(**inputs).sample, pruned)
+    atedm.remove(twin)
+    assert torch.equal(twin(**inputs).sample, full)
+
+
+def test_a_copy_computes_with_its_own_weights(unet, inputs):
+    atedm.apply(unet, ratio=0.5)
+    pruned = unet(**inputs).sample
+    twin = copy.deepcopy(unet)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert torch.equal(unet(**inputs).sample, pruned)
+    assert not twin(**inputs).sample.any()
+
+
+def test_moving_and_casting_after_apply(unet, make_inputs):
+    atedm.apply(unet, ratio=0.5, schedule=None)
+    unet.to(torch.float64)
+    assert unet(**make_inputs(torch.float64)).sample.dtype == torch.float64
+
+
+def test_pruned_blocks_names_what_is_pruned(unet):
+    assert atedm.pruned_blocks(unet) == []
+    atedm.apply(unet, levels=(3,))
+    level_2 = [f"down_blocks.1.attentions.{i}" for i in range(2)] + [f"up_blocks.1.attentions.{i}" for i in range(3)]
+    level_3 = [
+        *(f"down_blocks.2.attentions.{i}" for i in range(2)),
+        "mid_block.attentions.0",
+        *(f"up_blocks.0.attentions.{i}" for i in range(3)),
+    ]
+    assert sorted(atedm.pruned_blocks(unet)) == sorted(level_3)
+    atedm.apply(unet)
+    assert sorted(atedm.pruned_blocks(unet)) == sorted(level_2 + level_3)
+
+
+def test_no_random_numbers_are_drawn(unet, inputs):
+    atedm.apply(unet)
+    state = torch.get_rng_state()
+    unet(**inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ratio": 1.0}, ValueError, "ratio is 1.0"),
+        ({"ratio": -0.1}, ValueError, "ratio is -0.1"),
+        ({"ratio": float("nan")}, ValueError, "ratio is nan"),
+        ({"ratio": "half"}, TypeError, "ratio is 'half'"),
+        ({"ratio": {3: 2.0}}, ValueError, r"ratio\[3\] is 2.0"),
+        ({"ratio": {9: 0.5}}, ValueError, "ratio names level 9"),
+        ({"levels": (1,)}, ValueError, r"levels names level 1; expected levels with attention: \[2, 3\]"),
+        ({"levels": ()}, ValueError, "no attention block is left"),
+        ({"levels": "23"}, TypeError, "levels is '23'"),
+        ({"schedule": 0.3}, TypeError, "schedule is 0.3"),
+        ({"placement": "late"}, ValueError, "placement is 'late'"),
+        ({"ranking": "random"}, ValueError, "ranking is 'random'"),
+        ({"recovery": "mean"}, ValueError, "recovery is 'mean'"),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ({"keep_multiple": 0}, ValueError, "keep_multiple is 0"),
+        ({"max_iterations": 0}, ValueError, "max_iterations is 0"),
+        ({"tolerance": -1.0}, ValueError, "tolerance is -1.0"),
+        ({"ration": 0.5}, TypeError, "ration"),
+    ],
+)
+def test_wrong_options_are_named(unet, options, error, message):
+    before = snapshot(unet)
+    with pytest.raises(error, match=message):
+        atedm.apply(unet, **options)
+    assert snapshot(unet) == before
+
+
+def test_what_is_no_unet_is_refused():
+    vae = AutoencoderKL(block_out_channels=(32,))
+    with pytest.raises(TypeError, match="AutoencoderKL"):
+        atedm.apply(vae)
+    with pytest.raises(TypeError, match="UNet2DConditionModel"):
+        atedm.apply(types.SimpleNamespace(transformer=vae))
+    with pytest.raises(TypeError, match="UNet2DConditionModel"):
+        atedm.remove(vae)
+
+
+def test_a_unet_without_attention_is_refused(make_unet):
+    unet = make_unet(
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, mid_block_type="UNetMidBlock2D"
+    )
+    with pytest.raises(ValueError, match="no attention block"):
+        atedm.apply(unet)
+
+
+def test_paper_placement_needs_a_second_layer(make_unet):
+    unet = make_unet(transformer_layers_per_block=1)
+    with pytest.raises(ValueError, match="more than one layer"):
+        atedm.apply(unet, placement="paper")
+    assert len(atedm.pruned_blocks(atedm.apply(unet, placement="early"))) == 11
+
+
+def test_unsupported_modules_are_named(unet, inputs):
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+
+    class Foreign:
+        def __call__(self, *args, **kwargs):
+            raise NotImplementedError
+
+    plain = attention.processor
+    attention.processor = Foreign()
+    with pytest.raises(ValueError, match=r"mid_block.attentions.0 cannot be pruned: .* runs through Foreign"):
+        atedm.apply(unet)
+    attention.processor = plain
+    atedm.apply(unet, schedule=None)
+    attention.processor = Foreign()
+    with pytest.raises(ValueError, match=r"mid_block.attentions.0 can no longer be pruned: .*Foreign"):
+        unet(**inputs)
+
+
+def test_a_forward_replaced_by_another_tool_is_refused(unet):
+    block = unet.mid_block.attentions[0]
+    block.forward = block.forward
+    with pytest.raises(ValueError, match="forward has been replaced"):
+        atedm.apply(unet)
+
+
+@pytest.mark.parametrize("extra", [{"attention_mask": torch.ones(2, 96)}, {"cross_attention_kwargs": {"ip_masks": 1}}])
+def test_arguments_that_name_positions_are_refused(unet, inputs, extra):
+    atedm.apply(unet, schedule=None)
+    with pytest.raises(ValueError, match=next(iter(extra))):
+        unet(**inputs, **extra)
+
+
+def test_record_needs_pruning(unet):
+    with pytest.raises(ValueError, match="not pruned"), atedm.record(unet):
+        pass
