@@ -9,20 +9,20 @@ TEXT_WIDTH, POOLED_WIDTH, TIME_IDS = 24, 20, 6
 
 def build_unet(dtype=torch.float32, seed=0, **overrides):
     torch.manual_seed(seed)
-    config = dict(
-        sample_size=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 64),
-        transformer_layers_per_block=(1, 2, 3),
-        attention_head_dim=(1, 2, 4),  # diffusers' name for the number of heads
-        cross_attention_dim=TEXT_WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * TIME_IDS + POOLED_WIDTH,
-        norm_num_groups=8,
-    )
+    config = {
+        "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32, 64),
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (1, 2, 4),  # diffusers' name for the number of heads
+        "cross_attention_dim": TEXT_WIDTH,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 8 * TIME_IDS + POOLED_WIDTH,
+        "norm_num_groups": 8,
+    }
     unet = UNet2DConditionModel(**{**config, **overrides}).eval()
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

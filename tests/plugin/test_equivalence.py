@@ -113,7 +113,9 @@ def test_ratio_zero_is_the_unpatched_unet(unet, inputs):
 def test_equals_the_slow_implementation(make_unet, make_inputs, placement, levels, ratio):
     unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
     expected = slow_unet(unet, inputs, ratio, levels)
-    out = run(unet, inputs, ratio=ratio, levels=levels, schedule=None, placement=placement, tolerance=0, max_iterations=5)
+    out = run(
+        unet, inputs, ratio=ratio, levels=levels, schedule=None, placement=placement, tolerance=0, max_iterations=5
+    )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -150,7 +150,7 @@ def test_levels_left_alone_stay_so(unet, small):
 
 
 def test_fractions_are_checked():
-    with pytest.raises(ValueError, match="fraction is 1.5"):
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
         atedm.DSAP(1.5)
 
 

@@ -1,0 +1,89 @@
+"""``atedm doctor``: is everything here, which code serves what, and does it compute the right thing?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None,
+) -> None:
+    """Versions, devices, the backend of each op and why, and a numerical test of every op. Exit code 1 if one fails."""
+    import torch
+    from rich.console import Console
+
+    from atedm import report
+    from atedm.selftest import check_ops
+    from atedm_kernels._backends import choose
+    from atedm_kernels._library import IMPLEMENTATIONS
+
+    console = Console()
+    report.print_table(
+        [{"name": name, "version": version or "not installed"} for name, version in report.versions().items()],
+        {"name": "package", "version": "version"},
+        "Versions",
+        console,
+    )
+    cases = [(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for i in range(torch.cuda.device_count()):
+        cases += [(torch.device("cuda", i), dtype) for dtype in (torch.float16, torch.bfloat16)]
+    if not torch.cuda.is_available():
+        console.print("No CUDA or ROCm device is visible to torch: the Triton kernels are not in use.")
+
+    rows = []
+    for device, dtype in cases:
+        outcomes = {}
+        try:
+            outcomes = {check.op: check for check in check_ops(device, dtype)}
+        except Exception as error:  # a crash is a finding, to be reported with what was found before it
+            console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
+        for op, implementations in IMPLEMENTATIONS.items():
+            backend, reason = _serving(op, implementations, device, dtype, choose)
+            check = outcomes.get(op)
+            rows.append(
+                {
+                    "name": op,
+                    "device": f"{device} ({report.device_name(device)})",
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "backend": backend,
+                    "reason": reason,
+                    "error": None if check is None else check.error,
+                    "limit": None if check is None else check.limit,
+                    "result": "ok" if check is not None and check.passed else "WRONG" if check else "did not run",
+                }
+            )
+    columns = {
+        "name": "op",
+        "dtype": "dtype",
+        "backend": "backend",
+        "reason": "why",
+        "error": "error",
+        "limit": "limit",
+        "result": "result",
+    }
+    for device in dict.fromkeys(row["device"] for row in rows):
+        report.print_table([row for row in rows if row["device"] == device], columns, device, console)
+    if json is not None:
+        report.write_json(report.report(report.command_line(), cases[-1][0], {}, rows), json)
+        console.print(f"written: {json}")
+    failed = [row for row in rows if row["result"] != "ok"]
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(rows)} checks failed.[/red]")
+        raise typer.Exit(1)
+    console.print(f"All {len(rows)} checks passed.")
+
+
+def _serving(op, implementations, device, dtype, choose) -> tuple[str, str]:
+    if op == "attention_with_logsumexp":
+        from atedm_kernels._backends import forced_backend
+
+        if forced_backend()[0] == "reference":
+            return "reference", f"forced by {forced_backend()[1]}"
+        return "torch", "torch's own fused attention returns the logsumexp"
+    try:
+        return choose(op, implementations, device, dtype)
+    except ValueError as error:
+        return "none", str(error)
