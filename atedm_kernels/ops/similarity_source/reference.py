@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels.ops.attention_map import BLOCK_ELEMENTS, map_blocks
+from atedm_kernels.ops.attention_map import BLOCK_ELEMENTS, log_map_blocks
 
 
 def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
     """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
-    batch, heads, tokens, head_dim = q.shape
+    batch, tokens = q.shape[0], q.shape[2]
     keep = index.shape[1]
     index = index.clamp(0, tokens - 1)
     slots = torch.arange(keep, device=q.device)
@@ -21,8 +21,8 @@ def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor
         for m in range(0, tokens, rows_per_block):
             rows = slice(m, min(m + rows_per_block, tokens))
             similarity = 0.0
-            for _, _, _, block in map_blocks(q[b, :, rows], keys, lse[b, :, rows], scale):
-                similarity = similarity + block.sum(dim=0)
+            for _, _, log_block in log_map_blocks(q[b, :, rows], keys, lse[b, :, rows], scale):
+                similarity = similarity + log_block.exp_().sum(dim=0)
             best = similarity.amax(dim=-1, keepdim=True)
             # argmax promises no order among ties; the lowest slot does.
             source[b, rows] = torch.where(similarity == best, slots, keep).amin(dim=-1).clamp(max=keep - 1)

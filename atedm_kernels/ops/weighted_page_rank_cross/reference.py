@@ -7,7 +7,7 @@ from torch import Tensor
 
 from atedm_kernels._checks import score_dtype
 from atedm_kernels.ops.attention_column_sums.reference import attention_column_sums_reference
-from atedm_kernels.ops.attention_map import map_blocks, merge_heads
+from atedm_kernels.ops.attention_map import log_map_blocks, merge_heads
 from atedm_kernels.ops.weighted_page_rank.reference import power_iteration
 
 # A row that attends to one key alone has entropy 0. The floor keeps its score finite.
@@ -25,8 +25,9 @@ def weighted_page_rank_cross_reference(
         maps = q[running], k[running], lse[running]
         key_scores = attention_column_sums_reference(*(x[None] for x in maps), scores[None], scale)[0]
         new = torch.empty_like(scores)
-        for pair, rows, logits, block in map_blocks(*maps, scale):
-            entropy = -(block * logits).sum(dim=-1)
+        for pair, rows, log_block in log_map_blocks(*maps, scale):
+            block = log_block.exp()
+            entropy = -(block * log_block).sum(dim=-1)
             received = torch.bmm(block, key_scores[pair, :, None])[..., 0]
             new[pair, rows] = received / entropy.clamp(min=ENTROPY_FLOOR)
         return new
