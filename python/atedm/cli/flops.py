@@ -1,0 +1,303 @@
+"""``atedm flops``: what pruning saves, counted without weights and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from atedm.flops import Flops, UNetFlops
+
+PLACEMENTS = ("early", "paper", "both")
+
+# AT-EDM and ToMe on SDXL at guidance 7, COCO 2017, one call at 1024² (AT-EDM, table 2): TFLOPs, FID, CLIP score.
+PAPER_ROWS = (
+    {"row": "a", "levels": (2, 3), "at_edm": (2.9, 52.00, 0.2784), "tome": (2.9, 58.76, 0.2954)},
+    {"row": "b", "levels": (2, 3), "at_edm": (3.6, 29.80, 0.3095), "tome": (3.6, 40.94, 0.3154)},
+    {"row": "c", "levels": (2, 3), "at_edm": (4.1, 28.04, 0.3209), "tome": (4.1, 35.27, 0.3198)},
+    {"row": "d†", "levels": (3,), "at_edm": (4.5, 27.23, 0.3245), "tome": (4.6, 32.46, 0.3235)},
+)
+PAPER_SETTINGS = {"model": "sdxl", "size": "1024x1024", "batch": 1, "tokens": 77}
+
+
+def flops(
+    model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (a pipeline's or a UNet's).")] = "sdxl",
+    size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
+    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
+    placement: Annotated[str, typer.Option(help="Where a block is pruned: early, paper or both.")] = "both",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that the average is taken over.")] = 50,
+    budget: Annotated[float | None, typer.Option(help="Solve for the ratio with this average of TFLOPs.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Beside the paper's rows a to d (SDXL, 1024).")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Text tokens.")] = 77,
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+) -> None:
+    """Count the FLOPs of one UNet call, full and pruned (2 a multiply-add; no weights, no GPU)."""
+    from rich.console import Console
+
+    from atedm import DSAP, report
+    from atedm.flops import UNetFlops
+    from atedm.models import image_size, unet_config
+
+    if placement not in PLACEMENTS:
+        raise _bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
+    if not 0 <= ratio < 1:
+        raise _bad("ratio", f"{ratio}; expected from 0 up to, not including, 1")
+    if budget is not None and budget <= 0:
+        raise _bad("budget", f"{budget}; expected a positive number of TFLOPs")
+    chosen = _parse_levels(levels)
+    try:
+        width, height = image_size(size)
+    except ValueError as error:
+        raise _bad("size", str(error)) from error
+    try:
+        config = unet_config(model)
+    except ValueError as error:
+        raise _bad("model", str(error)) from error
+    settings: dict[str, Any] = {
+        **{"model": model, "size": f"{width}x{height}", "batch": batch, "tokens": tokens, "steps": steps},
+        "light_steps": DSAP().light_steps(steps),
+        "flops_per_multiply_add": 2,
+    }
+    if paper and (budget is not None or any(settings[key] != value for key, value in PAPER_SETTINGS.items())):
+        raise _bad("paper", "the paper's rows are for --model sdxl --size 1024 --batch 1 --tokens 77, without --budget")
+
+    progress = Console(stderr=True)
+    counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
+    if chosen is not None:
+        _check_levels(counter, chosen)
+    with progress.status("counting …") as status:
+        if paper:
+            rows = list(_paper_rows(counter, settings, status))
+        elif budget is not None:
+            rows = list(_budget_rows(counter, settings, budget, chosen, placement, status))
+        else:
+            rows = [_row("full", counter.full(), counter), *_rows(counter, settings, ratio, chosen, placement, status)]
+    _print(rows, settings, paper, budget)
+    if json is not None:
+        report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
+
+
+def _bad(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"--{option}")
+
+
+def _parse_levels(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise _bad("levels", f"{text!r}; expected level numbers separated by commas, such as 2,3")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _check_levels(counter: UNetFlops, levels: tuple[int, ...]) -> None:
+    from atedm.blocks import attention_blocks
+
+    available = sorted({block.level for block in attention_blocks(counter.unet)})
+    if not set(levels) <= set(available):
+        raise _bad("levels", f"{_join(levels)}; expected some of {_join(available)}, the levels with attention")
+
+
+def _join(levels: Any) -> str:
+    return ",".join(map(str, levels))
+
+
+def _placements(placement: str) -> tuple[str, ...]:
+    return ("early", "paper") if placement == "both" else (placement,)
+
+
+def _row(name: str, flops: Flops, counter: UNetFlops, **fields: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tflops": flops.tflops,
+        "part_of_full": flops.unet / counter.full().unet,
+        "scoring_tflops": flops.scoring_tflops,
+        **{"ratio": None, "levels": None, "placement": None, "projected_tokens": "all", "phase": "full", **fields},
+    }
+
+
+def _phases(counter: UNetFlops, settings: dict[str, Any], ratio: float, **options: Any) -> Iterator[tuple[str, Flops]]:
+    yield "all pruned", counter.pruned(ratio, **options)
+    yield "light", counter.pruned(ratio, light=True, **options)
+    yield "average", counter.average(ratio, steps=settings["steps"], **options)
+
+
+def _rows(
+    counter: UNetFlops,
+    settings: dict[str, Any],
+    ratio: float,
+    levels: tuple[int, ...] | None,
+    placement: str,
+    status: Any,
+) -> Iterator[dict[str, Any]]:
+    """Three phases of each placement, and of the paper's once more with its whole output projection."""
+    arrangements = [(name, False) for name in _placements(placement)]
+    if placement != "early":
+        arrangements.append(("paper", True))
+    for name, project_all in arrangements:
+        title = f"{name} placement" + (", whole projection" if project_all else "")
+        status.update(f"counting: {title}")
+        options = {"levels": levels, "placement": name, "project_all": project_all}
+        for phase, flops in _phases(counter, settings, ratio, **options):
+            yield _row(
+                f"{title}, {phase}",
+                flops,
+                counter,
+                ratio=ratio,
+                levels=_levels(counter, levels),
+                placement=name,
+                projected_tokens="all" if project_all else "kept",
+                phase=phase,
+            )
+
+
+def _levels(counter: UNetFlops, levels: tuple[int, ...] | None) -> str:
+    from atedm.blocks import attention_blocks
+
+    return _join(levels or sorted({block.level for block in attention_blocks(counter.unet)}))
+
+
+def _budget_rows(
+    counter: UNetFlops,
+    settings: dict[str, Any],
+    budget: float,
+    levels: tuple[int, ...] | None,
+    placement: str,
+    status: Any,
+) -> Iterator[dict[str, Any]]:
+    from atedm.flops import MAX_RATIO, solve_decreasing
+
+    for name in _placements(placement):
+
+        def average(ratio: float, name: str = name) -> float:
+            status.update(f"{name} placement: counting at ratio {ratio:.4f}")
+            return counter.average(ratio, steps=settings["steps"], levels=levels, placement=name).unet
+
+        try:
+            ratio = solve_decreasing(average, budget * 1e12, 0.0, MAX_RATIO)
+        except ValueError as error:
+            raise _bad("budget", f"{name} placement: {error}") from error
+        yield from (
+            {**row, "budget_tflops": budget}
+            for row in _rows(counter, settings, ratio, levels, name, status)
+            if row["projected_tokens"] == "kept"
+        )
+
+
+def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> Iterator[dict[str, Any]]:
+    """For each row of the paper: the ratio that has its TFLOPs with the paper's placement, and what we need there."""
+    from atedm.flops import MAX_RATIO, solve_decreasing
+
+    for entry in PAPER_ROWS:
+        levels, (budget, fid, clip), (tome_tflops, tome_fid, tome_clip) = (
+            entry["levels"],
+            entry["at_edm"],
+            entry["tome"],
+        )
+        published = {
+            **{"paper_tflops": budget, "paper_fid": fid, "paper_clip": clip},
+            **{"tome_tflops": tome_tflops, "tome_fid": tome_fid, "tome_clip": tome_clip},
+        }
+
+        def all_pruned(ratio: float, levels: tuple[int, ...] = levels, row: str = entry["row"]) -> float:
+            status.update(f"AT-EDM-{row}: counting at ratio {ratio:.4f}")
+            return counter.pruned(ratio, levels=levels, placement="paper", project_all=True).unet
+
+        ratio = solve_decreasing(all_pruned, budget * 1e12, 0.0, MAX_RATIO)
+        for placement, project_all in (("paper", True), ("early", False)):
+            options = {"levels": levels, "placement": placement, "project_all": project_all}
+            yield _row(
+                f"AT-EDM-{entry['row']}, {placement} placement",
+                counter.pruned(ratio, **options),
+                counter,
+                ratio=ratio,
+                levels=_join(levels),
+                placement=placement,
+                projected_tokens="all" if project_all else "kept",
+                phase="all pruned",
+                average_tflops=counter.average(ratio, steps=settings["steps"], **options).tflops,
+                **published,
+            )
+
+
+def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, budget: float | None) -> None:
+    from rich.console import Console
+
+    from atedm.report import print_table
+
+    console = Console()
+    title = "{model}, {size}, batch {batch}, {tokens} text tokens: FLOPs of one UNet call".format(**settings)
+    if paper:
+        _print_paper(rows, settings, title, console)
+        return
+    steps, light_steps = settings["steps"], settings["light_steps"]
+    phases = {
+        "light": f"light: {light_steps} of {steps}",
+        "all pruned": f"all pruned: {steps - light_steps} of {steps}",
+        "average": "average",
+    }
+    shown = [
+        {
+            "name": row["name"].removesuffix(f", {row['phase']}"),
+            "phase": phases.get(row["phase"]),
+            "ratio": None if row["ratio"] is None else f"{row['ratio']:.4g}",
+            "tflops": f"{row['tflops']:.3f}",
+            "part_of_full": f"{row['part_of_full']:.1%}",
+            "scoring_tflops": f"{row['scoring_tflops']:.3f}",
+        }
+        for row in rows
+    ]
+    columns = {
+        **{"name": "", "phase": "phase", "ratio": "ratio", "tflops": "TFLOPs"},
+        **{"part_of_full": "of full", "scoring_tflops": "scoring"},
+    }
+    print_table(shown, columns, title, console)
+    if budget is not None:
+        for row in rows:
+            if row["phase"] == "average":
+                console.print(
+                    f"{row['placement']} placement: ratio {row['ratio']:.4f} needs {row['tflops']:.3f} TFLOPs a call "
+                    f"on average (asked: {budget:g})"
+                )
+    console.print(
+        f"Levels pruned: {rows[-1]['levels']}. Scoring (ranking and source map, every iteration counted: an upper "
+        "bound) is not in TFLOPs. Whole projection: a block's output projection on all tokens, as in the paper, which "
+        "recovers before it; atedm.apply projects the kept ones.",
+        style="dim",
+    )
+
+
+def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any], title: str, console: Any) -> None:
+    from atedm.report import print_table
+
+    shown = []
+    for ours, early in zip(rows[::2], rows[1::2], strict=True):
+        shown.append(
+            {
+                "name": ours["name"].split(",")[0],
+                "paper": f"{ours['paper_tflops']:.1f}",
+                "quality": f"{ours['paper_fid']:.2f} / {ours['paper_clip']:.4f}",
+                "tome": f"{ours['tome_fid']:.2f} / {ours['tome_clip']:.4f} ({ours['tome_tflops']:.1f})",
+                "ratio": f"{ours['ratio']:.3f}",
+                "ours": f"{ours['tflops']:.3f}",
+                "early": f"{early['tflops']:.3f}",
+                "averages": f"{ours['average_tflops']:.2f} / {early['average_tflops']:.2f}",
+            }
+        )
+    columns = {
+        **{"name": "", "paper": "paper, T", "quality": "AT-EDM FID / CLIP", "tome": "ToMe FID / CLIP (T)"},
+        **{"ratio": "ratio", "ours": "paper placement, T", "early": "early placement, T"},
+        "averages": f"average of {settings['steps']} steps, T",
+    }
+    print_table(shown, columns, title, console)
+    console.print(
+        "FID and CLIP are the paper's, at guidance 7. The ratio is the one that needs the paper's TFLOPs with every "
+        "block pruned and each output projection on all tokens; † leaves level 2 whole. Averages: paper / early, "
+        f"{settings['light_steps']} of {settings['steps']} steps light. Scoring is not included.",
+        style="dim",
+    )

@@ -1,0 +1,325 @@
+"""FLOPs of a call of a diffusers UNet, counted on the meta device: no weights, no memory, exact.
+
+Two FLOPs a multiply-add, as in AT-EDM's tables. What pruning spends on choosing and refilling tokens ("scoring": the
+ranking and the source map) is counted apart from the UNet's own work, and so is tomesd's matching.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import atedm
+from atedm.models import meta_unet, unet_inputs
+
+# The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
+TOMESD_MAX_RATIO = 0.75
+
+# What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
+MAX_RATIO = 0.999
+
+# A ratio is solved for until the FLOPs are as near as this part of the target: below the second decimal of a TFLOP.
+SOLVE_TOLERANCE = 1e-3
+
+_ops = torch.ops.atedm
+_SCORING_OPS = (
+    _ops.attention_column_sums,
+    _ops.weighted_page_rank,
+    _ops.weighted_page_rank_cross,
+    _ops.similarity_source,
+)
+
+
+def _map_flops(q: tuple[int, ...], keys: int) -> int:
+    """One product of every query with ``keys`` keys: 2·B·H·M·N·D."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * keys * head_dim
+
+
+@register_flop_formula(_ops.attention_with_logsumexp)
+def attention_with_logsumexp_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """4·B·H·M·N·D, as torch counts attention; the logsumexp comes out of it for free."""
+    return 2 * _map_flops(q, k[2])
+
+
+@register_flop_formula(_ops.attention_column_sums)
+def attention_column_sums_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    """2·B·H·M·N·D: the logits once more; sums and exponentials are not products."""
+    return _map_flops(q, k[2])
+
+
+@register_flop_formula(_ops.weighted_page_rank)
+def weighted_page_rank_flops(
+    q: Any, k: Any, lse: Any, scale: Any, max_iterations: int, *args: Any, **kwargs: Any
+) -> int:
+    """2·B·H·N²·D an iteration, for ``max_iterations``: an upper bound, most heads converge before."""
+    return _map_flops(q, k[2]) * max_iterations
+
+
+@register_flop_formula(_ops.weighted_page_rank_cross)
+def weighted_page_rank_cross_flops(
+    q: Any, k: Any, lse: Any, scale: Any, max_iterations: int, *args: Any, **kwargs: Any
+) -> int:
+    """4·B·H·M·N·D an iteration (``Aᵀ s`` and ``A s``), for ``max_iterations``: an upper bound."""
+    return 2 * _map_flops(q, k[2]) * max_iterations
+
+
+@register_flop_formula(_ops.similarity_source)
+def similarity_source_flops(q: Any, k: Any, lse: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+    """2·B·H·N·K·D: the logits of every token against the kept ones."""
+    return _map_flops(q, index[1])
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one call.
+
+    Attributes:
+        unet: of the network itself.
+        scoring: of choosing tokens and finding what refills them (ours), or of matching them (tomesd); an upper
+            bound for an iterated ranking.
+    """
+
+    unet: int
+    scoring: int = 0
+
+    @property
+    def tflops(self) -> float:
+        return self.unet / 1e12
+
+    @property
+    def scoring_tflops(self) -> float:
+        return self.scoring / 1e12
+
+
+def count_flops(call: Callable[[], object]) -> Flops:
+    """Count the FLOPs of ``call()``, which should compute on meta tensors."""
+    with torch.no_grad(), FlopCounterMode(display=False) as mode:
+        call()
+    total = mode.get_total_flops()
+    by_op = mode.get_flop_counts().get("Global", {})
+    scoring = sum(by_op.get(op, 0) for op in _SCORING_OPS)
+    return Flops(total - scoring, scoring)
+
+
+class UNetFlops:
+    """Counts calls of one UNet for images of one size, pruned in any way; each distinct question once.
+
+    Args:
+        config: keyword arguments of ``UNet2DConditionModel``, see :func:`atedm.models.unet_config`.
+        width, height: of the image in pixels. batch: images in a call (classifier-free guidance doubles it).
+        tokens: of the text.
+
+    Raises:
+        ValueError: a size that does not fit the latent.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], *, width: int = 1024, height: int = 1024, batch: int = 1, tokens: int = 77
+    ) -> None:
+        self.config = config
+        self.unet = meta_unet(config)
+        self._inputs = unet_inputs(self.unet, width=width, height=height, batch=batch, tokens=tokens)
+        self._merged_unet: nn.Module | None = None
+        self._counted: dict[tuple, Flops] = {}
+
+    def _call(self, unet: nn.Module) -> None:
+        positional, kwargs = self._inputs
+        unet(*positional, **kwargs)
+
+    def _count_once(self, key: tuple, count: Callable[[], Flops]) -> Flops:
+        if key not in self._counted:
+            self._counted[key] = count()
+        return self._counted[key]
+
+    def full(self) -> Flops:
+        """FLOPs of the UNet as it is."""
+        return self._count_once(("full",), lambda: count_flops(lambda: self._call(self.unet)))
+
+    def pruned(
+        self,
+        ratio: float,
+        *,
+        levels: tuple[int, ...] | None = None,
+        placement: str = "early",
+        light: bool = False,
+        project_all: bool = False,
+    ) -> Flops:
+        """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
+
+        Args:
+            light: count the light phase of DSAP instead of the one that prunes every block.
+            project_all: let each block's output projection run on every token, as in the paper, which recovers
+                tokens before it. :func:`atedm.apply` projects the kept tokens only, with either placement.
+
+        Raises:
+            ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
+        """
+
+        def count() -> Flops:
+            schedule = atedm.DSAP(fraction=1.0) if light else None
+            applied = atedm.applied(self.unet, ratio=ratio, levels=levels, placement=placement, schedule=schedule)
+            projecting = _projecting_every_token(self.unet) if project_all else contextlib.nullcontext()
+            with applied, projecting:
+                return count_flops(lambda: self._call(self.unet))
+
+        return self._count_once(("pruned", ratio, levels, placement, light, project_all), count)
+
+    def average(self, ratio: float, *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any) -> Flops:
+        """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""
+        light_steps = (schedule or atedm.DSAP()).light_steps(steps)
+        light = self.pruned(ratio, light=True, **settings) if light_steps else Flops(0)
+        rest = self.pruned(ratio, **settings) if light_steps < steps else Flops(0)
+        mean = [
+            round((light_steps * a + (steps - light_steps) * b) / steps)
+            for a, b in ((light.unet, rest.unet), (light.scoring, rest.scoring))
+        ]
+        return Flops(*mean)
+
+    def merged(self, ratio: float) -> Flops:
+        """FLOPs of a call patched by tomesd at ``ratio``, see :func:`apply_tomesd`; its matching is ``scoring``."""
+
+        def count() -> Flops:
+            import tomesd
+
+            # tomesd leaves attributes behind on what it patched, so it gets a UNet of its own.
+            if self._merged_unet is None:
+                self._merged_unet = meta_unet(self.config)
+            apply_tomesd(self._merged_unet, ratio)
+            try:
+                with _counting_matching() as matching:
+                    total = count_flops(lambda: self._call(self._merged_unet))
+            finally:
+                tomesd.remove_patch(self._merged_unet)
+            return Flops(total.unet - sum(matching), sum(matching))
+
+        return self._count_once(("merged", ratio), count)
+
+    def nearest_merge_ratio(self, target: int, on_count: Callable[[float, float], None] | None = None) -> float:
+        """tomesd's ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""
+
+        def count(ratio: float) -> float:
+            flops = self.merged(ratio).unet
+            if on_count is not None:
+                on_count(ratio, flops)
+            return flops
+
+        if count(TOMESD_MAX_RATIO) >= target:
+            return TOMESD_MAX_RATIO
+        if count(0.0) <= target:
+            return 0.0
+        return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
+
+
+def solve_decreasing(
+    function: Callable[[float], float], target: float, low: float, high: float, tolerance: float = SOLVE_TOLERANCE
+) -> float:
+    """The argument between ``low`` and ``high`` at which a decreasing step ``function`` comes nearest to ``target``.
+
+    False position (Illinois variant): FLOPs are nearly linear in the ratio, so it needs a third of the counts of a
+    bisection. Ends within the relative ``tolerance`` of the target, or where the bracket is too small to hold a step.
+
+    Raises:
+        ValueError: ``target`` is out of reach; the message names the range.
+    """
+    left, right = function(low) - target, function(high) - target
+    for argument, gap in ((low, left), (high, right)):
+        if abs(gap) <= tolerance * target:
+            return argument
+    if left < 0 or right > 0:
+        raise ValueError(
+            f"{target / 1e12:.3f} TFLOPs cannot be reached; expected from {(right + target) / 1e12:.3f} "
+            f"(ratio {high:g}) to {(left + target) / 1e12:.3f} (ratio {low:g})"
+        )
+    best, smallest = (low, left) if left < -right else (high, right)
+    kept = 0  # which end stayed in the last step, to halve its weight when it stays again
+    while high - low > 1e-5:
+        middle = high - right * (high - low) / (right - left)
+        gap = function(middle) - target
+        if abs(gap) < abs(smallest):
+            best, smallest = middle, gap
+        if abs(gap) <= tolerance * target:
+            break
+        if gap > 0:
+            low, left = middle, gap
+            right, kept = (right / 2, 1) if kept == 1 else (right, 1)
+        else:
+            high, right = middle, gap
+            left, kept = (left / 2, -1) if kept == -1 else (left, -1)
+    return best
+
+
+def apply_tomesd(unet: nn.Module, ratio: float) -> None:
+    """Patch ``unet`` with tomesd so that it saves what it can on SDXL: at both levels, in all three parts of a layer.
+
+    Raises:
+        RuntimeError: tomesd is not installed.
+    """
+    try:
+        import tomesd
+    except ModuleNotFoundError as error:
+        raise RuntimeError("tomesd is not installed; pip install 'atedm-kernels[bench]'") from error
+    tomesd.apply_patch(unet, ratio=ratio, max_downsample=4, merge_attn=True, merge_crossattn=True, merge_mlp=True)
+
+
+@contextlib.contextmanager
+def _counting_matching() -> Iterator[list[int]]:
+    """Collects the FLOPs of each of tomesd's matchings, which run inside the layers."""
+    from tomesd import merge
+
+    original = merge.bipartite_soft_matching_random2d
+    counted: list[int] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as mode:
+            found = original(*args, **kwargs)
+        counted.append(mode.get_total_flops())
+        return found
+
+    merge.bipartite_soft_matching_random2d = counting
+    try:
+        yield counted
+    finally:
+        merge.bipartite_soft_matching_random2d = original
+
+
+@contextlib.contextmanager
+def _projecting_every_token(unet: nn.Module) -> Iterator[None]:
+    """Makes the output projection of pruned blocks run on as many tokens as the block was given (values are lost)."""
+    handles = []
+    for name in atedm.pruned_blocks(unet):
+        block = unet.get_submodule(name)
+        size: dict[str, int] = {}
+
+        def measure(module: nn.Module, args: tuple, size: dict[str, int] = size) -> None:
+            size["tokens"] = args[0].shape[-2] * args[0].shape[-1]
+
+        def widen(module: nn.Module, args: tuple, size: dict[str, int] = size) -> tuple:
+            # The compact input is [B, K, C], or [B, C, K, 1] for a 1×1 convolution; [B, C, h, w] is a whole map.
+            (x,) = args
+            dim = 1 if x.ndim == 3 else 2
+            size["dim"], size["kept"] = dim, x.shape[dim]
+            whole = x.ndim == 4 and x.shape[3] > 1
+            if whole or x.shape[dim] == size["tokens"]:
+                return args
+            return (x.new_empty(*x.shape[:dim], size["tokens"], *x.shape[dim + 1 :]),)
+
+        def narrow(module: nn.Module, args: tuple, out: Tensor, size: dict[str, int] = size) -> Tensor:
+            return out.narrow(size["dim"], 0, size["kept"])
+
+        handles += [
+            block.register_forward_pre_hook(measure),
+            block.proj_out.register_forward_pre_hook(widen),
+            block.proj_out.register_forward_hook(narrow),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,194 @@
+"""``atedm flops``: the FLOPs of SDXL's UNet, full and pruned, counted on the meta device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import atedm
+from atedm.flops import MAX_RATIO, TOMESD_MAX_RATIO, UNetFlops, count_flops, solve_decreasing
+from atedm.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> UNetFlops:
+    return UNetFlops(SDXL_UNET)
+
+
+@pytest.fixture(scope="module")
+def small() -> UNetFlops:
+    """SDXL's structure with fewer layers, at a quarter of its side."""
+    return UNetFlops({**SDXL_UNET, "transformer_layers_per_block": (1, 2, 3)}, width=512, height=512)
+
+
+def _run(*arguments: str):
+    from atedm.cli import app
+
+    # A wide terminal, so that no cell and no message is wrapped.
+    return CliRunner().invoke(app, ["flops", *arguments], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def test_full_unet(sdxl):
+    assert sdxl.full().tflops == pytest.approx(6.761, abs=5e-4)
+    assert sdxl.full().scoring == 0
+
+
+@pytest.mark.parametrize(
+    ("levels", "placement", "project_all", "tflops"),
+    [
+        (None, "paper", True, 4.065),
+        ((3,), "paper", True, 4.443),
+        (None, "early", False, 3.689),
+        ((3,), "early", False, 4.239),
+        ((2, 3), "paper", False, 4.042),
+    ],
+)
+def test_all_pruned_at_the_papers_ratio(sdxl, levels, placement, project_all, tflops):
+    counted = sdxl.pruned(0.63, levels=levels, placement=placement, project_all=project_all)
+    assert counted.tflops == pytest.approx(tflops, abs=5e-4)
+
+
+def test_average_weights_the_phases(small):
+    light, rest = small.pruned(0.63, light=True), small.pruned(0.63)
+    assert rest.unet < light.unet < small.full().unet
+    assert small.average(0.63, steps=50).unet == pytest.approx((15 * light.unet + 35 * rest.unet) / 50, abs=1)
+    assert small.average(0.63, steps=7, schedule=atedm.DSAP(fraction=1.0)) == light
+    assert small.average(0.63, steps=1, schedule=atedm.DSAP(fraction=0.0)) == rest
+
+
+def test_no_pruning_counts_like_the_full_unet(small):
+    assert small.pruned(0.0) == small.full()
+    assert atedm.pruned_blocks(small.unet) == []
+
+
+def test_scoring_is_counted_apart(small):
+    """Level 2 at 512²: 1024 tokens, 10 heads, 5 blocks; level 3: 256 tokens, 20 heads, 6 blocks. Head dim 64."""
+    from atedm_kernels.ops.weighted_page_rank import DEFAULT_MAX_ITERATIONS
+
+    expected = 0
+    for tokens, heads, blocks in ((1024, 10, 5), (256, 20, 6)):
+        keep = round(0.37 * tokens)
+        expected += blocks * 2 * heads * 64 * (DEFAULT_MAX_ITERATIONS * tokens**2 + tokens * keep)
+    assert small.pruned(0.63).scoring == expected
+    assert small.pruned(0.63, placement="paper").scoring == expected
+
+
+def test_custom_attention_counts_as_attention():
+    q, k = (torch.empty(2, 3, tokens, 8, device="meta") for tokens in (5, 7))
+    counted = count_flops(lambda: torch.ops.atedm.attention_with_logsumexp(q, k, k))
+    assert counted.unet == 4 * 2 * 3 * 5 * 7 * 8
+    lse = torch.empty(2, 3, 5, device="meta")
+    assert count_flops(lambda: torch.ops.atedm.attention_column_sums(q, k, lse)).scoring == 2 * 2 * 3 * 5 * 7 * 8
+    cross = count_flops(lambda: torch.ops.atedm.weighted_page_rank_cross(q, k, lse, None, 4, 0.0))
+    assert cross.scoring == 4 * 4 * 2 * 3 * 5 * 7 * 8
+    assert cross.unet == 0
+
+
+def test_whole_projection_of_convolutional_blocks():
+    """Blocks with 1×1 convolutions as projections, some left whole: the hooks widen only what was pruned."""
+    config = {**SDXL_UNET, "transformer_layers_per_block": (1, 1, 2), "use_linear_projection": False}
+    counter = UNetFlops(config, width=256, height=256)
+    kept = counter.pruned(0.5, placement="paper", light=True)
+    whole = counter.pruned(0.5, placement="paper", light=True, project_all=True)
+    # Pruned in the light phase at level 3 (64 tokens, 32 kept): 1 block down, the middle one, 2 up.
+    assert whole.unet - kept.unet == 4 * 2 * 32 * 1280**2
+
+
+def test_solving_for_a_budget(small):
+    def average(ratio: float) -> float:
+        return small.average(ratio, steps=50).unet
+
+    target = small.average(0.4, steps=50).unet
+    ratio = solve_decreasing(average, target, 0.0, MAX_RATIO)
+    assert ratio == pytest.approx(0.4, abs=0.01)
+    assert average(ratio) == pytest.approx(target, rel=1e-3)
+    with pytest.raises(ValueError, match=r"cannot be reached; expected from \d"):
+        solve_decreasing(average, 10 * target, 0.0, MAX_RATIO)
+
+
+def test_solve_ends_on_steps():
+    steps = solve_decreasing(lambda x: 10.0 - round(4 * x), 8.6, 0.0, 1.0)
+    assert 10.0 - round(4 * steps) in (8.0, 9.0)
+
+
+def test_tomesd_at_the_nearest_flops(small):
+    pytest.importorskip("tomesd")
+    target = small.pruned(0.63).unet
+    ratio = small.nearest_merge_ratio(target)
+    assert 0 < ratio < TOMESD_MAX_RATIO
+    assert small.merged(ratio).unet == pytest.approx(target, rel=2e-3)
+    assert small.merged(ratio).scoring > 0
+    assert small.merged(0.0) == small.full()
+    assert small.nearest_merge_ratio(1) == TOMESD_MAX_RATIO
+
+
+def test_other_sizes_and_batches(small):
+    config = small.config
+    assert UNetFlops(config, width=512, height=512, batch=2).full().unet == 2 * small.full().unet
+    wide = UNetFlops(config, width=1216 // 2, height=832 // 2)
+    assert 0 < wide.pruned(0.63).unet < wide.full().unet
+
+
+def test_models(tmp_path):
+    assert image_size("1024") == (1024, 1024)
+    assert image_size("1216x832") == (1216, 832)
+    for wrong in ("", "x", "10x10x10", "1000.5", "-8", "1001", "0"):
+        with pytest.raises(ValueError, match="expected a"):
+            image_size(wrong)
+    unet = meta_unet({**SDXL_UNET, "transformer_layers_per_block": 1}, torch.bfloat16)
+    (sample, _, text), kwargs = unet_inputs(unet, width=64, height=128, batch=2)
+    assert (sample.shape, text.shape) == ((2, 4, 16, 8), (2, 77, 2048))
+    assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 1280)
+    (tmp_path / "unet").mkdir()
+    unet.save_config(tmp_path / "unet")
+    for folder in (tmp_path, tmp_path / "unet"):
+        assert UNetFlops(unet_config(str(folder)), width=64, height=64).full().unet > 0
+    with pytest.raises(ValueError, match="neither 'sdxl' nor a folder"):
+        unet_config("no-such-model")
+
+
+def test_command_prints_and_writes(tmp_path):
+    path = tmp_path / "flops.json"
+    run = _run("--ratio", "0.63", "--json", str(path))
+    assert run.exit_code == 0, run.output
+    for figure in ("6.761", "4.065", "3.689", "4.042"):
+        assert figure in run.output
+    document = json.loads(path.read_text())
+    assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
+    assert len({row["name"] for row in document["rows"]}) == len(document["rows"]) == 10
+    for row in document["rows"]:
+        assert {"name", "tflops", "scoring_tflops", "ratio", "placement", "phase", "levels"} <= set(row)
+        assert not any(isinstance(value, (list, dict)) for value in row.values())
+
+
+def test_command_solves_a_budget(tmp_path):
+    path = tmp_path / "flops.json"
+    run = _run("--size", "256", "--placement", "early", "--budget", "0.25", "--json", str(path))
+    assert run.exit_code == 0, run.output
+    (average,) = [row for row in json.loads(path.read_text())["rows"] if row["phase"] == "average"]
+    assert average["tflops"] == pytest.approx(0.25, rel=1e-3)
+    assert f"{average['ratio']:.4f}" in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--ratio", "1.5"), "--ratio"),
+        (("--levels", "two"), "--levels"),
+        (("--levels", "1", "--size", "64"), "--levels"),
+        (("--placement", "late"), "--placement"),
+        (("--size", "1001"), "--size"),
+        (("--model", "no-such-model"), "--model"),
+        (("--budget", "-1"), "--budget"),
+        (("--budget", "900", "--size", "64", "--placement", "early"), "--budget"),
+        (("--paper", "--size", "512"), "--paper"),
+        (("--steps", "0"), "--steps"),
+    ],
+)
+def test_errors_name_the_option(arguments, option):
+    run = _run(*arguments)
+    assert run.exit_code == 2
+    assert option in run.output
