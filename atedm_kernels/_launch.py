@@ -1,4 +1,7 @@
-"""What it takes to start a Triton kernel, apart from starting it: the tests compile the same descriptions ahead of time."""
+"""What it takes to start a Triton kernel, apart from starting it.
+
+The tests compile the same descriptions ahead of time, for GPUs that are not there.
+"""
 
 from __future__ import annotations
 

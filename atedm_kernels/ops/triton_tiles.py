@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from atedm_kernels._backends import triton_interprets
 from atedm_kernels._launch import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+# The interpreter holds bfloat16 as integers and multiplies those. Widening the operands changes no product.
+_WIDEN = tl.constexpr(triton_interprets())
+
+# Elements: 16 bytes and more. Triton knows by itself of strides that 16 divides, which leaves out a head dim of 40.
+_MOST_ALIGNMENT = 16
 
 # tl.dot contracts over at least this many columns.
 _LEAST_DIM = 16
 
 
-def head_dim_pieces(head_dim: int) -> dict[str, int]:
-    """Constants that cut a head dim into at most two powers of two (80 = 64 + 16), which costs less than padding it."""
+# float32 is multiplied on the FMA units from registers, which hold no more columns than this.
+_STREAMED_DIM = 32
+
+
+def tile_constants(q: Tensor, k: Tensor) -> dict[str, object]:
+    """Constants that say how the head dim is cut, and what divides the strides.
+
+    16-bit inputs: at most two powers of two (80 = 64 + 16), which cost less than padding. float32: a loop over pieces.
+    """
+    head_dim = q.shape[3]
+    alignment = math.gcd(_MOST_ALIGNMENT, *q.stride()[:3], *k.stride()[:3])
+    constants = {"HEAD_DIM": head_dim, "ALIGNMENT": alignment}
+    if is_float32(q):
+        piece = min(_STREAMED_DIM, max(_LEAST_DIM, next_power_of_2(head_dim)))
+        return {**constants, "DIM_A": piece, "DIM_B": 0, "STREAMED": True}
     first = max(_LEAST_DIM, next_power_of_2(head_dim + 1) // 2)
     rest = max(0, head_dim - first)
     second = max(_LEAST_DIM, next_power_of_2(rest)) if rest else 0
     if first + second >= next_power_of_2(head_dim):
         first, second = max(_LEAST_DIM, next_power_of_2(head_dim)), 0
-    return {"HEAD_DIM": head_dim, "DIM_A": first, "DIM_B": second}
+    return {**constants, "DIM_A": first, "DIM_B": second, "STREAMED": False}
 
 
 def query_key_arguments(q: Tensor, k: Tensor) -> dict[str, object]:
@@ -39,18 +61,30 @@ def is_float32(x: Tensor) -> bool:
 
 
 @triton.jit
-def head_pointer(pointer, pair, heads, stride_b, stride_h):
+def head_pointer(pointer, pair, heads, stride_b, stride_h, ALIGNMENT: tl.constexpr):
     """Start of head ``pair`` (int64, batch · heads + head)."""
-    return pointer + (pair // heads) * stride_b + (pair % heads) * stride_h
+    return pointer + tl.multiple_of((pair // heads) * stride_b + (pair % heads) * stride_h, ALIGNMENT)
 
 
 @triton.jit
-def _load_piece(pointer, rows, mask, stride_n, stride_d, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr):
-    dims = FIRST + tl.arange(0, DIM)
+def _load_piece(
+    pointer,
+    rows,
+    mask,
+    stride_n,
+    stride_d,
+    first,
+    ALIGNMENT: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    dims = first + tl.arange(0, DIM)
     mask = mask[:, None]
-    if FIRST + DIM > HEAD_DIM:
+    if PADDED:
         mask = mask & (dims < HEAD_DIM)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d
+    row_offsets = tl.multiple_of(rows.to(tl.int64) * stride_n, ALIGNMENT)
+    offsets = row_offsets[:, None] + dims.to(tl.int64)[None, :] * stride_d
     return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
@@ -61,6 +95,7 @@ def load_tile(
     mask,
     stride_n,
     stride_d,
+    ALIGNMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -69,17 +104,50 @@ def load_tile(
 
     Masked rows, and columns past the head dim, are 0.
     """
-    first = _load_piece(pointer, rows, mask, stride_n, stride_d, HEAD_DIM, 0, DIM_A)
+    first = _load_piece(pointer, rows, mask, stride_n, stride_d, 0, ALIGNMENT, DIM_A, HEAD_DIM, DIM_A > HEAD_DIM)
     second = first
     if DIM_B > 0:
-        second = _load_piece(pointer, rows, mask, stride_n, stride_d, HEAD_DIM, DIM_A, DIM_B)
+        second = _load_piece(
+            pointer, rows, mask, stride_n, stride_d, DIM_A, ALIGNMENT, DIM_B, HEAD_DIM, DIM_A + DIM_B > HEAD_DIM
+        )
     return first, second
 
 
 @triton.jit
 def products(a, a_second, b, b_second, DIM_B: tl.constexpr):
-    """``a bᵀ`` in float32. ``ieee`` concerns float32 inputs alone: no rounding to tf32."""
-    out = tl.dot(a, tl.trans(b), input_precision="ieee")
+    """``a bᵀ`` of 16-bit tiles, in float32."""
+    if _WIDEN:
+        a, a_second, b, b_second = a.to(tl.float32), a_second.to(tl.float32), b.to(tl.float32), b_second.to(tl.float32)
+    out = tl.dot(a, tl.trans(b))
     if DIM_B > 0:
-        out = tl.dot(a_second, tl.trans(b_second), out, input_precision="ieee")
+        out = tl.dot(a_second, tl.trans(b_second), out)
+    return out
+
+
+@triton.jit
+def streamed_products(
+    a,
+    a_rows,
+    a_mask,
+    a_stride_n,
+    a_stride_d,
+    b,
+    b_rows,
+    b_mask,
+    b_stride_n,
+    b_stride_d,
+    ALIGNMENT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """``a bᵀ`` of float32 rows, without rounding to tf32. Both are read piece by piece along the head dim."""
+    out = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for first in tl.range(0, HEAD_DIM, DIM):
+        a_piece = _load_piece(
+            a, a_rows, a_mask, a_stride_n, a_stride_d, first, ALIGNMENT, DIM, HEAD_DIM, HEAD_DIM % DIM != 0
+        )
+        b_piece = _load_piece(
+            b, b_rows, b_mask, b_stride_n, b_stride_d, first, ALIGNMENT, DIM, HEAD_DIM, HEAD_DIM % DIM != 0
+        )
+        out = tl.dot(a_piece, tl.trans(b_piece), out, input_precision="ieee")
     return out

@@ -16,12 +16,13 @@ from torch import Tensor
 from atedm_kernels._launch import Launch, cdiv, run_all
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
-    head_dim_pieces,
     head_pointer,
     is_float32,
     load_tile,
     products,
     query_key_arguments,
+    streamed_products,
+    tile_constants,
 )
 
 
@@ -48,9 +49,11 @@ def _column_sums_kernel(
     k_stride_h,
     k_stride_n,
     k_stride_d,
+    ALIGNMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
+    STREAMED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
@@ -59,18 +62,20 @@ def _column_sums_kernel(
     program = tl.program_id(0)
     pair = ((program // key_tiles) % pairs).to(tl.int64)
     split = program // key_tiles // pairs
-    if done is not None:
-        if tl.load(done + pair) != 0:  # noqa: SIM102  (the first condition is decided at compile time)
+    if done is not None:  # noqa: SIM102  (decided at compile time, so not one condition with the next)
+        if tl.load(done + pair) != 0:
             return
 
     columns = (program % key_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = head_pointer(k, pair, heads, k_stride_b, k_stride_h)
-    k_a, k_b = load_tile(k, columns, columns < keys, k_stride_n, k_stride_d, HEAD_DIM, DIM_A, DIM_B)
+    k = head_pointer(k, pair, heads, k_stride_b, k_stride_h, ALIGNMENT)
+    filled = columns < keys
+    if not STREAMED:
+        k_a, k_b = load_tile(k, columns, filled, k_stride_n, k_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
 
     begin = split * queries_per_split
     end = tl.minimum(begin + queries_per_split, queries)
     local_rows = tl.arange(0, BLOCK_M)
-    q = head_pointer(q, pair, heads, q_stride_b, q_stride_h) + begin.to(tl.int64) * q_stride_n
+    q = head_pointer(q, pair, heads, q_stride_b, q_stride_h, ALIGNMENT) + begin.to(tl.int64) * q_stride_n
     q_step = tl.full([], BLOCK_M, tl.int64) * q_stride_n
     lse += pair * queries
     if weights is not None:
@@ -80,10 +85,28 @@ def _column_sums_kernel(
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + local_rows
         inside = rows < queries
-        q_a, q_b = load_tile(q, local_rows, inside, q_stride_n, q_stride_d, HEAD_DIM, DIM_A, DIM_B)
+        if STREAMED:
+            s = streamed_products(
+                k,
+                columns,
+                filled,
+                k_stride_n,
+                k_stride_d,
+                q,
+                local_rows,
+                inside,
+                q_stride_n,
+                q_stride_d,
+                ALIGNMENT,
+                HEAD_DIM,
+                DIM_A,
+            )
+        else:
+            q_a, q_b = load_tile(q, local_rows, inside, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+            s = products(k_a, k_b, q_a, q_b, DIM_B)
         # A row past the end has products 0 and logsumexp +inf: its weight is exp2(-inf) = 0, with no mask below.
         lse_log2 = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2E
-        p = tl.exp2(products(k_a, k_b, q_a, q_b, DIM_B) * scale_log2 - lse_log2[None, :])
+        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
         if weights is not None:
             p *= tl.load(weights + rows, mask=inside, other=0.0)[None, :]
         if PARTIAL_SUMS == BLOCK_M:
@@ -93,7 +116,7 @@ def _column_sums_kernel(
         q += q_step
 
     out += (split.to(tl.int64) * pairs + pair) * keys
-    tl.store(out + columns, tl.sum(sums, 1) * factor, mask=columns < keys)
+    tl.store(out + columns, tl.sum(sums, 1) * factor, mask=filled)
 
 
 @dataclass(frozen=True)
@@ -109,8 +132,8 @@ class Tile:
 def tile_for(q: Tensor) -> Tile:
     """Sizes at which nothing spills and shared memory fits the smallest target (99 KB; 64 KB on CDNA 3)."""
     head_dim = q.shape[3]
-    if is_float32(q):  # no matrix units: products on the FMA units, operands in registers
-        return Tile(32, 32, 4, 1) if head_dim > 64 else Tile(32, 64, 4, 1)
+    if is_float32(q):
+        return Tile(32, 64, 4, 1)
     if head_dim > 128:
         return Tile(32, 64, 4, 2)
     if head_dim > 64:
@@ -136,9 +159,9 @@ def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
 def column_sums_launch(
     q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, done: Tensor | None, partial: Tensor, scale: float
 ) -> Launch:
-    """Column sums of each part of the queries into ``partial`` ``[splits, B, H, N]``; ``lse``, ``weights`` contiguous."""
+    """Sums over each part of the queries into ``partial`` ``[splits, B, H, N]``. ``lse``, ``weights``: contiguous."""
     tile = tile_for(q)
-    batch, heads, queries, head_dim = q.shape
+    batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     splits, queries_per_split = query_splits(q, k)
     return Launch(
@@ -158,7 +181,7 @@ def column_sums_launch(
             "queries_per_split": queries_per_split,
         },
         constants={
-            **head_dim_pieces(head_dim),
+            **tile_constants(q, k),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "PARTIAL_SUMS": tile.block_m if is_float32(q) else 8,

@@ -57,9 +57,9 @@ def _recover_kernel(
     residual += batch * residual_stride_b
     kept = tl.load(residual + place[:, None] + columns * residual_stride_c, mask=inside)
     # One rounding, as torch's own addition makes.
-    value = kept.to(tl.float32) + recovered.to(tl.float32)
+    value = (kept.to(tl.float32) + recovered.to(tl.float32)).to(out.dtype.element_ty)
     out += batch * out_stride_b
-    tl.store(out + positions[:, None] * out_stride_n + columns * out_stride_c, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + positions[:, None] * out_stride_n + columns * out_stride_c, value, mask=inside)
 
 
 def _token_stride(x: Tensor) -> int | None:

@@ -49,7 +49,7 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
         else:
             total += score * shrink
     mean = total / heads
-    if RMS:
+    if RMS:  # noqa: SIM108
         joined = tl.where(largest == float("inf"), largest, largest * tl.sqrt_rn(mean))
     else:
         joined = mean / shrink

@@ -16,11 +16,12 @@ from atedm_kernels.ops.attention_column_sums.triton_kernel import Tile
 from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
-    head_dim_pieces,
     is_float32,
     load_tile,
     products,
     query_key_arguments,
+    streamed_products,
+    tile_constants,
 )
 
 _LOW_BITS = tl.constexpr(0x7FFFFFFF)
@@ -48,9 +49,11 @@ def _similarity_kernel(
     k_stride_n,
     k_stride_d,
     PACKED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
+    STREAMED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -61,12 +64,12 @@ def _similarity_kernel(
     local_rows = tl.arange(0, BLOCK_M)
     rows = (program % row_tiles) * BLOCK_M + local_rows
     inside = rows < tokens
-    q += batch * q_stride_b
-    k += batch * k_stride_b
+    q += tl.multiple_of(batch * q_stride_b, ALIGNMENT)
+    k += tl.multiple_of(batch * k_stride_b, ALIGNMENT)
     index += batch * slots
     lse += batch * heads * tokens
-    q_step = tl.full([], 1, tl.int64) * q_stride_h
-    k_step = tl.full([], 1, tl.int64) * k_stride_h
+    q_step = tl.multiple_of(tl.full([], 1, tl.int64) * q_stride_h, ALIGNMENT)
+    k_step = tl.multiple_of(tl.full([], 1, tl.int64) * k_stride_h, ALIGNMENT)
 
     best = tl.full([BLOCK_M], -1.0, tl.float32)
     best_slot = tl.zeros([BLOCK_M], tl.int32)
@@ -74,16 +77,34 @@ def _similarity_kernel(
     for start in range(begin, tl.minimum(begin + slots_per_split, slots), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         filled = slot < slots
-        kept = load_index(index, slot, filled, tokens)
+        kept = load_index(index, slot, filled, tokens).to(tl.int32)
         similarity = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         q_head = q
         k_head = k
         lse_head = lse
         for _ in tl.range(0, heads):
-            q_a, q_b = load_tile(q_head, rows, inside, q_stride_n, q_stride_d, HEAD_DIM, DIM_A, DIM_B)
-            k_a, k_b = load_tile(k_head, kept, filled, k_stride_n, k_stride_d, HEAD_DIM, DIM_A, DIM_B)
+            if STREAMED:
+                s = streamed_products(
+                    q_head,
+                    rows,
+                    inside,
+                    q_stride_n,
+                    q_stride_d,
+                    k_head,
+                    kept,
+                    filled,
+                    k_stride_n,
+                    k_stride_d,
+                    ALIGNMENT,
+                    HEAD_DIM,
+                    DIM_A,
+                )
+            else:
+                q_a, q_b = load_tile(q_head, rows, inside, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+                k_a, k_b = load_tile(k_head, kept, filled, k_stride_n, k_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+                s = products(q_a, q_b, k_a, k_b, DIM_B)
             lse_log2 = tl.load(lse_head + rows, mask=inside, other=float("inf")) * LOG2E
-            similarity += tl.exp2(products(q_a, q_b, k_a, k_b, DIM_B) * scale_log2 - lse_log2[:, None])
+            similarity += tl.exp2(s * scale_log2 - lse_log2[:, None])
             q_head += q_step
             k_head += k_step
             lse_head += tokens
@@ -147,7 +168,7 @@ def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
 def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float, out: Tensor) -> list[Launch]:
     """Slots into ``out`` ``[B, N]``; ``lse`` and ``index`` contiguous."""
     tile = tile_for(q)
-    batch, _, tokens, head_dim = q.shape
+    batch, _, tokens, _ = q.shape
     splits, slots_per_split = slot_splits(q, index)
     packed = splits > 1
     parts = torch.empty(splits, batch, tokens, dtype=torch.int64, device=q.device) if packed else out
@@ -167,7 +188,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         },
         constants={
             "PACKED": packed,
-            **head_dim_pieces(head_dim),
+            **tile_constants(q, k),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
         },

@@ -61,7 +61,8 @@ def _normalise_kernel(
         old = tl.load(scores + offsets, mask=inside, other=0.0)
         # Outside, 0 / total is NaN where the total is 0 or NaN.
         change += tl.where(inside, tl.abs(new - old), 0.0)
-        # The new value does not depend on the old one: without this a thread may overwrite what another has yet to read.
+        # The new value does not depend on the old one: without a barrier a thread could overwrite what another has yet
+        # to read.
         tl.debug_barrier()
         tl.store(scores + offsets, new, mask=inside)
 

@@ -15,12 +15,13 @@ from atedm_kernels.ops.attention_column_sums.triton_kernel import (
 )
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
-    head_dim_pieces,
     head_pointer,
     is_float32,
     load_tile,
     products,
     query_key_arguments,
+    streamed_products,
+    tile_constants,
 )
 from atedm_kernels.ops.weighted_page_rank.triton_kernel import initial_scores, normalise_launch, sum_parts
 from atedm_kernels.ops.weighted_page_rank_cross.reference import ENTROPY_FLOOR
@@ -49,9 +50,11 @@ def _rows_kernel(
     k_stride_n,
     k_stride_d,
     FLOOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
+    STREAMED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -62,10 +65,12 @@ def _rows_kernel(
     if tl.load(done + pair) != 0:
         return
     rows = (program % query_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = head_pointer(q, pair, heads, q_stride_b, q_stride_h)
-    k = head_pointer(k, pair, heads, k_stride_b, k_stride_h)
-    q_a, q_b = load_tile(q, rows, rows < queries, q_stride_n, q_stride_d, HEAD_DIM, DIM_A, DIM_B)
-    row_lse = tl.load(lse + pair * queries + rows, mask=rows < queries, other=0.0)
+    filled = rows < queries
+    q = head_pointer(q, pair, heads, q_stride_b, q_stride_h, ALIGNMENT)
+    k = head_pointer(k, pair, heads, k_stride_b, k_stride_h, ALIGNMENT)
+    if not STREAMED:
+        q_a, q_b = load_tile(q, rows, filled, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+    row_lse = tl.load(lse + pair * queries + rows, mask=filled, other=0.0)
 
     received = tl.zeros([BLOCK_M], tl.float32)
     entropy = tl.zeros([BLOCK_M], tl.float32)
@@ -73,8 +78,26 @@ def _rows_kernel(
         columns = start + tl.arange(0, BLOCK_N)
         inside = columns < keys
         key_scores = sum_parts(parts, pair, columns, inside, splits, pairs, keys)
-        k_a, k_b = load_tile(k, columns, inside, k_stride_n, k_stride_d, HEAD_DIM, DIM_A, DIM_B)
-        log_p = products(q_a, q_b, k_a, k_b, DIM_B) * scale - row_lse[:, None]
+        if STREAMED:
+            s = streamed_products(
+                q,
+                rows,
+                filled,
+                q_stride_n,
+                q_stride_d,
+                k,
+                columns,
+                inside,
+                k_stride_n,
+                k_stride_d,
+                ALIGNMENT,
+                HEAD_DIM,
+                DIM_A,
+            )
+        else:
+            k_a, k_b = load_tile(k, columns, inside, k_stride_n, k_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+            s = products(q_a, q_b, k_a, k_b, DIM_B)
+        log_p = s * scale - row_lse[:, None]
         p = tl.where(inside[None, :], tl.exp2(log_p * LOG2E), 0.0)
         received += tl.sum(p * key_scores[None, :], 1)
         # Rounding of the logsumexp can make log_p of the only key positive; the floor below covers that too.
@@ -82,7 +105,7 @@ def _rows_kernel(
 
     # Written so that a NaN entropy stays NaN.
     entropy = tl.where(entropy < FLOOR, FLOOR, entropy)
-    tl.store(out + pair * queries + rows, received / entropy, mask=rows < queries)
+    tl.store(out + pair * queries + rows, received / entropy, mask=filled)
 
 
 def tile_for(q: Tensor) -> Tile:
@@ -94,7 +117,7 @@ def tile_for(q: Tensor) -> Tile:
 
 def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, out: Tensor, scale: float) -> Launch:
     tile = tile_for(q)
-    batch, heads, queries, head_dim = q.shape
+    batch, heads, queries, _ = q.shape
     return Launch(
         _rows_kernel,
         grid=cdiv(queries, tile.block_m) * batch * heads,
@@ -112,7 +135,7 @@ def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, 
         },
         constants={
             "FLOOR": ENTROPY_FLOOR,
-            **head_dim_pieces(head_dim),
+            **tile_constants(q, k),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
         },

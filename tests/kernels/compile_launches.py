@@ -1,0 +1,178 @@
+"""Compile the launches of every op ahead of time and report what the compiler made of them, as JSON.
+
+Run in a process of its own, without ``TRITON_INTERPRET``: ``python compile_launches.py sm_90 [case ...]``. No GPU is
+needed: the launches are built from meta tensors, and Triton brings the assemblers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atedm_kernels._launch import Launch
+from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
+from atedm_kernels.ops.gather_tokens import triton_kernel as gather
+from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
+from atedm_kernels.ops.select_tokens import triton_kernel as select
+from atedm_kernels.ops.similarity_source import triton_kernel as similarity
+from atedm_kernels.ops.weighted_page_rank import triton_kernel as page_rank
+from atedm_kernels.ops.weighted_page_rank_cross import triton_kernel as page_rank_cross
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: int) -> list[Launch]:
+    """Queries and keys as a diffusers block has them: ``[B, N, H, D]`` transposed."""
+    q, k = (meta(2, tokens, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2))
+    lse = meta(2, heads, tokens)
+    if op == "column_sums":
+        return [column_sums.column_sums_launch(q, k, lse, None, None, column_sums.empty_partial_sums(q, k), 0.125)]
+    if op == "page_rank":
+        scores, state = page_rank.initial_scores(q)
+        return page_rank.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
+    if op == "page_rank_cross":
+        k = meta(2, 77, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
+        scores, state = page_rank_cross.initial_scores(q)
+        return page_rank_cross.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
+    index = meta(2, tokens * 3 // 8, dtype=torch.int64)
+    out = meta(2, tokens, dtype=torch.int64)
+    return similarity.similarity_launches(q, k, lse, index, 0.125, out)
+
+
+def select_launches(reduction: str, tokens: int, heads: int, keep: int) -> list[Launch]:
+    out = meta(2, keep, dtype=torch.int64)
+    return [select.select_launch(meta(2, heads, tokens), meta(2, tokens, dtype=torch.int32), out, reduction)]
+
+
+def gather_launches(dtype: str, channels: int) -> list[Launch]:
+    x, out = (meta(2, n, channels, dtype=DTYPES[dtype]) for n in (4096, 1536))
+    return [gather.gather_launch(x, meta(2, 1536, dtype=torch.int64), out)]
+
+
+def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
+    residual = meta(2, 640, 64, 64, dtype=DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
+    out = torch.empty_like(residual, dtype=torch.promote_types(DTYPES[x_dtype], DTYPES[dtype]))
+    x = meta(2, 1536, 640, dtype=DTYPES[x_dtype])
+    return [feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out)]
+
+
+def cases() -> dict[str, Callable[[], list[Launch]]]:
+    """Name → builder. The shapes are those of SDXL, and the head dims of the models before it."""
+    found: dict[str, Callable[[], list[Launch]]] = {}
+    shapes = [(dtype, 64, *level) for dtype in ("fp16", "bf16", "fp32") for level in ((4096, 10), (1024, 20))]
+    shapes += [(dtype, head_dim, 1000, 8) for dtype in ("bf16", "fp32") for head_dim in (8, 40, 80, 128, 160, 256)]
+    for op in ("column_sums", "page_rank", "page_rank_cross", "similarity"):
+        for dtype, head_dim, tokens, heads in shapes:
+            name = f"{op}-{dtype}-d{head_dim}-n{tokens}"
+            found[name] = lambda op=op, s=(dtype, head_dim, tokens, heads): attention_launches(op, *s)
+    for reduction in ("rms", "mean"):
+        for tokens, heads, keep in ((4096, 10, 1536), (1024, 20, 384), (16384, 10, 6000), (77, 1, 1)):
+            found[f"select-{reduction}-n{tokens}"] = lambda a=(reduction, tokens, heads, keep): select_launches(*a)
+    for dtype in DTYPES:
+        found[f"gather-{dtype}-c640"] = lambda dtype=dtype: gather_launches(dtype, 640)
+        for layout in LAYOUTS:
+            found[f"feature_map-{dtype}-{layout}"] = lambda a=(dtype, dtype, layout): feature_map_launches(*a)
+    found["feature_map-bf16+fp32"] = lambda: feature_map_launches("bf16", "fp32", "contiguous")
+    return found
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as Triton specialises it at run time: on 1, on multiples of 16, on None."""
+    signature, constants, attributes = {}, {}, {}
+    values = {**launch.arguments, **launch.constants}
+    if set(values) != set(launch.kernel.arg_names):
+        raise ValueError(f"arguments differ from the kernel's: {set(values) ^ set(launch.kernel.arg_names)}")
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = values[name]
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def nvidia_resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+    }
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return {"registers": field("vgpr_count"), "spill_bytes": 4 * spills + field("private_segment_fixed_size")}
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source(launch), target=target, options=options)
+    nvidia = target.backend == "cuda"
+    assembly = kernel.asm["ptx" if nvidia else "amdgcn"]
+    return {
+        "kernel": launch.kernel.__name__,
+        "shared": kernel.metadata.shared,
+        "matrix": next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None),
+        **(nvidia_resources(kernel.asm["cubin"]) if nvidia else amd_resources(assembly)),
+    }
+
+
+def rows(target: str, names: list[str]) -> Iterator[dict[str, object]]:
+    for name, build in cases().items():
+        if not names or name in names:
+            for launch in build():
+                yield {"target": target, "case": name, **compile_launch(launch, TARGETS[target])}
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("TRITON_INTERPRET is set: the interpreter replaces the compiler")
+    json.dump(list(rows(sys.argv[1], sys.argv[2:])), sys.stdout)
