@@ -1,0 +1,308 @@
+"""The same image with the full and with the pruned UNet: pictures, times and FLOPs (``atedm demo``, ``generate``)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import atedm
+from atedm import report
+from atedm.blocks import attention_blocks
+from atedm.options import Options, kept_tokens
+from atedm.recording import Recording
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from PIL.Image import Image
+
+# Enough to meet both phases of the schedule once, so that neither is timed cold.
+WARM_UP_STEPS = 2
+
+COLUMNS = {
+    "name": "UNet",
+    "unet_seconds": "seconds, all calls",
+    "seconds_per_call": "seconds a call",
+    "tflops": "TFLOPs a call",
+    "speedup": "speed-up",
+    "psnr_db": "PSNR against full, dB",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to be made. ``width``, ``height`` in pixels; ``guidance`` above 1 doubles the batch of a UNet call."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+
+
+@dataclass
+class Generated:
+    """What one run gave. ``call_seconds``: of each UNet call. ``batch``: rows of a call."""
+
+    image: Image
+    call_seconds: list[float]
+    batch: int
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` gave. ``rows``: flat, as in the JSON. ``files``: every picture written."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+
+class UNetTimer:
+    """Measures every call of a UNet while the ``with`` block runs; synchronises around each call on a GPU."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        self.unet = unet
+        self.seconds: list[float] = []
+        self.batch = 0
+
+    def __enter__(self) -> UNetTimer:
+        # First and last of the hooks, so that following the schedule is counted as a part of the call.
+        self._handles = [
+            self.unet.register_forward_pre_hook(self._start, prepend=True),
+            self.unet.register_forward_hook(self._stop),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _now(self) -> float:
+        if self.unet.device.type == "cuda":
+            torch.cuda.synchronize(self.unet.device)
+        return time.perf_counter()
+
+    def _start(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.batch = args[0].shape[0]
+        self._started = self._now()
+
+    def _stop(self, unet: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.seconds.append(self._now() - self._started)
+
+
+def generate_image(
+    pipe: StableDiffusionXLPipeline, request: Request, on_step: Callable[[], None] = lambda: None
+) -> Generated:
+    """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
+    with UNetTimer(pipe.unet) as timer:
+        image = _run(pipe, request, on_step).images[0]
+    return Generated(image, timer.seconds, timer.batch)
+
+
+def _run(
+    pipe: StableDiffusionXLPipeline, request: Request, on_step: Callable[[], None] = lambda: None, **overrides: Any
+) -> Any:
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
+    arguments = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "width": request.width,
+        "height": request.height,
+        # Drawn on the CPU, so that a seed means the same noise on every device.
+        "generator": torch.Generator().manual_seed(request.seed),
+        "callback_on_step_end": after_step,
+    }
+    pipe.set_progress_bar_config(disable=True)  # ours counts both runs
+    return pipe(**{**arguments, **overrides})
+
+
+def save_image(image: Image, path: Path) -> None:
+    """Write a PNG atomically: an interrupted run never leaves half a file."""
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def psnr_db(image: Image, reference: Image) -> float | None:
+    """Peak signal-to-noise ratio of 8-bit images in dB; None where they are equal (it would be infinite)."""
+    error = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    mean_square = float(np.mean(error**2))
+    return None if mean_square == 0 else 10 * math.log10(255**2 / mean_square)
+
+
+def compare(
+    pipe: StableDiffusionXLPipeline,
+    request: Request,
+    settings: dict[str, Any],
+    folder: Path,
+    *,
+    with_full: bool = True,
+    console: Console | None = None,
+) -> Comparison:
+    """Make the image with the full UNet (``full.png``) and with the pruned one (``pruned.png``, ``tokens.png``).
+
+    Both runs start warm. Each picture is written as soon as it exists, so that a later failure cannot lose it.
+
+    Args:
+        settings: for :func:`atedm.apply`; ``pipe`` is unpruned again afterwards.
+        folder: exists already.
+        with_full: False leaves the full run out; ``speedup`` and ``psnr_db`` are then None.
+        console: where the progress bars go; standard error by default.
+
+    Raises:
+        ValueError, TypeError: settings that :func:`atedm.apply` refuses, before anything is computed.
+        OSError: a picture cannot be written.
+    """
+    from atedm import pictures
+
+    with atedm.applied(pipe, **settings):
+        pruned_blocks = set(atedm.pruned_blocks(pipe))
+    blocks = [(block.name, block.level, block.name in pruned_blocks) for block in attention_blocks(pipe.unet)]
+    flops = _flops(pipe, request, settings)
+    result = Comparison()
+    full = None
+
+    def keep(name: str, write: Callable[[Path], None]) -> None:
+        write(folder / name)
+        result.files.append(folder / name)
+
+    with _progress(console) as progress:
+        if with_full:
+            _warm_up(pipe, request, progress, "full")
+            full = _timed(pipe, request, progress, "full")
+            keep("full.png", lambda path: save_image(full.image, path))
+        with atedm.applied(pipe, **settings):
+            _warm_up(pipe, request, progress, "pruned")
+            # On a CPU the recording keeps tensors that are there anyway. On a GPU it copies them: not while timing.
+            free = pipe.unet.device.type == "cpu"
+            with atedm.record(pipe) if free else contextlib.nullcontext() as recording:
+                pruned = _timed(pipe, request, progress, "pruned")
+            keep("pruned.png", lambda path: save_image(pruned.image, path))
+            recording = recording or _recorded(pipe, request, progress)
+    keep("tokens.png", lambda path: pictures.save_token_masks(recording, blocks, pruned.image, request.steps, path))
+
+    row = _row("pruned", pruned, pipe, request, flops["pruned"], Options(**settings))
+    if full is not None:
+        result.rows.append({**_row("full", full, pipe, request, flops["full"]), "speedup": 1.0})
+        row["speedup"] = sum(full.call_seconds) / sum(pruned.call_seconds)
+        row["psnr_db"] = psnr_db(pruned.image, full.image)
+    result.rows.append(row)
+    return result
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
+        yield progress
+
+
+def _warm_up(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress, name: str) -> None:
+    task = progress.add_task(f"{name}: warm-up", total=WARM_UP_STEPS)
+    _run(pipe, request, lambda: progress.advance(task), num_inference_steps=WARM_UP_STEPS, output_type="latent")
+
+
+def _timed(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress, name: str) -> Generated:
+    task = progress.add_task(f"{name}: denoising", total=request.steps)
+    return generate_image(pipe, request, lambda: progress.advance(task))
+
+
+def _recorded(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress) -> Recording:
+    """The masks of a run of their own, without its picture."""
+    task = progress.add_task("pruned: token masks", total=request.steps)
+    with atedm.record(pipe) as recording:
+        _run(pipe, request, lambda: progress.advance(task), output_type="latent")
+    return recording
+
+
+def _flops(pipe: StableDiffusionXLPipeline, request: Request, settings: dict[str, Any]) -> dict[str, float]:
+    """Mean TFLOPs of a UNet call for one image, over the steps."""
+    from atedm.flops import UNetFlops
+
+    counter = UNetFlops(dict(pipe.unet.config), width=request.width, height=request.height)
+    options = Options(**settings)
+    schedule = atedm.DSAP(0) if options.schedule is None else options.schedule
+    mean = counter.average(
+        options.ratio, steps=request.steps, schedule=schedule, levels=options.levels, placement=options.placement
+    )
+    return {"full": counter.full().tflops, "pruned": mean.tflops}
+
+
+def _row(
+    name: str,
+    run: Generated,
+    pipe: StableDiffusionXLPipeline,
+    request: Request,
+    tflops: float,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    calls = len(run.call_seconds)
+    row: dict[str, Any] = {
+        "name": name,
+        "image": f"{name}.png",
+        "steps": request.steps,
+        "unet_calls": calls,
+        "batch": run.batch,
+        "unet_seconds": sum(run.call_seconds),
+        "seconds_per_call": sum(run.call_seconds) / calls,
+        "tflops": tflops,
+        "tflops_per_image": tflops * run.batch * calls,
+        "speedup": None,
+        "psnr_db": None,
+    }
+    scale = pipe.vae_scale_factor
+    for level in sorted({block.level for block in attention_blocks(pipe.unet)}):
+        # Each level halves the feature map, rounding up.
+        tokens = math.prod(-(-side // (scale * 2 ** (level - 1))) for side in (request.height, request.width))
+        pruned = options is not None and (options.levels is None or level in options.levels)
+        ratio = options.ratio_at(level) if pruned else 0.0
+        row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if pruned else 1)
+    return row
+
+
+def describe(request: Request, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The ``settings`` of the JSON report: the request, the pruning as applied, and ``more``."""
+    options = Options(**settings)
+    pruning = {
+        "ratio": options.ratio,
+        "levels": None if options.levels is None else list(options.levels),
+        "placement": options.placement,
+        "ranking": options.ranking,
+        "recovery": options.recovery,
+        "light_fraction": 0.0 if options.schedule is None else options.schedule.fraction,
+    }
+    return {**more, **asdict(request), **pruning, "warm_up_steps": WARM_UP_STEPS}
+
+
+def write_report(
+    comparison: Comparison, device: torch.device, settings: dict[str, Any], path: Path, title: str, why_slower: str
+) -> None:
+    """Print the table, write the JSON to ``path`` and say where everything lies.
+
+    Args:
+        why_slower: the line to print where the pruned run was not faster.
+    """
+    report.write_json(report.report(report.command_line(), device, settings, comparison.rows), path)
+    console = Console()
+    report.print_table(comparison.rows, COLUMNS, title, console)
+    speedup = comparison.rows[-1]["speedup"]
+    if speedup is not None and speedup <= 1:
+        console.print(why_slower)
+    for file in [*comparison.files, path]:
+        console.print(f"  {file}", highlight=False, soft_wrap=True)

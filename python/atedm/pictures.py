@@ -1,0 +1,213 @@
+"""A picture of what pruning did: the kept tokens of each attention block at some of the denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atedm.recording import Ranked, Recording
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from PIL.Image import Image
+
+# Name in the UNet, resolution level, whether it is pruned at all.
+Block = tuple[str, int, bool]
+
+_CELL = 168  # pixels of the longer side of a cell's image
+_DROPPED = np.array([20, 22, 38], dtype=np.float64)
+_LEVEL_TINTS = {2: (255, 214, 102), 3: (110, 231, 205)}
+_OTHER_TINT = (190, 180, 255)
+_INK, _FAINT = "#1f2233", "#8a8fa3"
+
+
+def steps_to_show(total: int, light: int, count: int = 9) -> list[int]:
+    """Up to ``count`` of ``total`` steps, ascending, with the first, the last and both sides of the end of the
+    light phase (which has ``light`` steps) among them."""
+    if total <= count:
+        return list(range(total))
+    boundaries = {0, total - 1, *({light - 1, light} if 0 < light < total else ())}
+    evenly = {round(i * (total - 1) / (count - 1)) for i in range(count)}
+    # The step nearest to one that must be shown is the one that adds least.
+    while len(evenly | boundaries) > count:
+        evenly.remove(min(evenly - boundaries, key=lambda step: (min(abs(step - b) for b in boundaries), step)))
+    return sorted(evenly | boundaries)
+
+
+def save_token_masks(
+    recording: Recording, blocks: Sequence[Block], image: Image, steps: int, path: Path, row: int = -1
+) -> None:
+    """Draw the kept tokens of every block (rows, as they run) at some steps (columns) and how often each was kept.
+
+    Args:
+        recording: of one whole run.
+        blocks: name, level and whether it is pruned, of every attention block of the UNet.
+        image: the finished picture; kept tokens show it, dropped ones are dark.
+        steps: denoising steps of the run.
+        path: of the PNG, written atomically.
+        row: of the batch; with guidance the last one is the prompt's, the first one the negative prompt's.
+    """
+    from matplotlib.figure import Figure
+
+    masks = _masks(recording, row)
+    always = [name for name, _, pruned in blocks if pruned and all((name, step) in masks for step in range(steps))]
+    light = _light_steps(masks, [name for name, _, pruned in blocks if pruned and name not in always], steps)
+    shown = steps_to_show(steps, light)
+
+    columns = len(shown) + 1
+    small = _thumbnail(image)
+    cell_height = 1.05 * small.shape[0] / small.shape[1]
+    top, bottom, left = 1.3, 0.55, 1.5
+    height = top + bottom + cell_height * len(blocks)
+    width = left + 1.05 * columns + 0.55
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    grid = figure.add_gridspec(
+        len(blocks),
+        columns + 1,
+        width_ratios=[1.0] * len(shown) + [0.12, 1.0],
+        left=left / width,
+        right=1 - 0.15 / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=0.06,
+        hspace=0.06,
+    )
+    for i, block in enumerate(blocks):
+        for j, step in enumerate(shown):
+            axes = _bare(figure.add_subplot(grid[i, j]))
+            mask = masks.get((block[0], step))
+            axes.imshow(_cell(small, mask, block[1]), interpolation="nearest")
+            if mask is None:
+                _frame(axes)
+            if i == 0:
+                axes.set_title(f"{step + 1}", fontsize=9, color=_INK, pad=3)
+            if j == 0:
+                _label(axes, block)
+        axes = _bare(figure.add_subplot(grid[i, len(shown) + 1]))
+        axes.imshow(_frequency(masks, block[0], steps, small), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        if i == 0:
+            axes.set_title("all steps", fontsize=9, color=_INK, pad=3)
+    _write_around(figure, shown, light, steps, (width, height, top))
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+
+
+def _masks(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
+    """bool ``[height, width]`` by block and step; of a step with two UNet calls the last."""
+    return {(ranked.block, _step(ranked)): ranked.mask()[row].numpy() for ranked in recording.ranked}
+
+
+def _step(ranked: Ranked) -> int:
+    return ranked.call if ranked.step is None else ranked.step
+
+
+def _light_steps(masks: dict[tuple[str, int], np.ndarray], sometimes: list[str], steps: int) -> int:
+    """How many steps the run begins with in which some of the blocks are left whole."""
+    for step in range(steps):
+        if all((name, step) in masks for name in sometimes):
+            return step
+    return steps
+
+
+def _thumbnail(image: Image) -> np.ndarray:
+    scale = _CELL / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return np.asarray(image.convert("RGB").resize(size), dtype=np.float64)
+
+
+def _enlarged(field: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """``field [h, w]`` at the size of ``like [H, W, …]``, each value a rectangle."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(like.shape, field.shape, strict=False))
+    return field[np.ix_(rows, columns)]
+
+
+def _cell(small: np.ndarray, mask: np.ndarray | None, level: int) -> np.ndarray:
+    """The image, tinted by level; dropped tokens almost black."""
+    tint = np.array(_LEVEL_TINTS.get(level, _OTHER_TINT), dtype=np.float64)
+    # Mostly tint: a dark picture must not make a kept token look dropped.
+    bright = 0.5 * small + 0.5 * tint
+    if mask is None:
+        return bright.astype(np.uint8)
+    dark = 0.1 * small + 0.9 * _DROPPED
+    return np.where(_enlarged(mask, small)[..., None], bright, dark).astype(np.uint8)
+
+
+def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: int, small: np.ndarray) -> np.ndarray:
+    """In which part of the steps each token was kept; a block left whole keeps all."""
+    found = [masks[name, step] for step in range(steps) if (name, step) in masks]
+    if not found:
+        return np.ones(small.shape[:2])
+    return _enlarged((np.sum(found, axis=0) + steps - len(found)) / steps, small)
+
+
+def _bare(axes: Axes) -> Axes:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+def _frame(axes: Axes) -> None:
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#d1495b", linewidth=1.6)
+
+
+def _label(axes: Axes, block: Block) -> None:
+    name, level, pruned = block
+    short = name.replace("_blocks", "").replace("_block", "").replace(".attentions.", " · ").replace(".", " ")
+    note = f"level {level}" + ("" if pruned else ", never pruned")
+    axes.text(-0.08, 0.58, short, transform=axes.transAxes, ha="right", va="center", fontsize=9, color=_INK)
+    axes.text(-0.08, 0.36, note, transform=axes.transAxes, ha="right", va="center", fontsize=7.5, color=_FAINT)
+
+
+def _write_around(
+    figure: Figure,
+    shown: list[int],
+    light: int,
+    steps: int,
+    layout: tuple[float, float, float],
+) -> None:
+    """Title, the phases above the columns and the key, all placed in inches from the top left."""
+    width, height, top = layout
+
+    def write(x: float, y: float, text: str, size: float, color: str, **style: object) -> None:
+        figure.text(x / width, 1 - y / height, text, fontsize=size, color=color, va="center", **style)
+
+    write(0.2, 0.28, "Which tokens each attention block computes", 14, _INK, weight="bold")
+    write(
+        0.2, 0.54, f"columns: {len(shown)} of {steps} steps · rows: blocks in the order in which they run", 8.5, _FAINT
+    )
+    before = sum(step < light for step in shown)
+    phases = [(0, before - 1, "light phase: some blocks whole", "light")] if before else []
+    if before < len(shown):
+        phases.append((before, len(shown) - 1, "every block pruned" if before else "every step alike", "rest"))
+    for start, end, text, short in phases:
+        x0, x1 = _column_edges(figure, start)[0], _column_edges(figure, end)[1]
+        y = 1 - (top - 0.3) / height
+        figure.add_artist(_line([x0, x1], [y, y]))
+        text = text if end - start > 0 else short
+        figure.text((x0 + x1) / 2, y + 0.12 / height, text, fontsize=8.5, color=_INK, ha="center", va="center")
+    for above_edge, text in (
+        (0.36, "bright: kept (yellow level 2, green level 3) · dark: dropped, filled in again"),
+        (0.18, "red frame: block left whole · right: how often kept, black never, white always"),
+    ):
+        write(0.2, height - above_edge, text, 8, _FAINT)
+
+
+def _column_edges(figure: Figure, column: int) -> tuple[float, float]:
+    """Left and right of a column of cells, in parts of the figure's width (the first row's axes come first)."""
+    position = figure.axes[column].get_position()
+    return position.x0, position.x1
+
+
+def _line(x: list[float], y: list[float]) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D(x, y, color=_FAINT, linewidth=1.2)
