@@ -66,7 +66,7 @@ def test_no_pruning_counts_like_the_full_unet(small):
 
 def test_scoring_is_counted_apart(small):
     """Level 2 at 512²: 1024 tokens, 10 heads, 5 blocks; level 3: 256 tokens, 20 heads, 6 blocks. Head dim 64."""
-    from atedm_kernels.ops.weighted_page_rank import DEFAULT_MAX_ITERATIONS
+    from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS
 
     expected = 0
     for tokens, heads, blocks in ((1024, 10, 5), (256, 20, 6)):

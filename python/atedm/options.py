@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from atedm.schedule import DSAP
-from atedm_kernels.ops.weighted_page_rank import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
+from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 
 PLACEMENTS = ("early", "paper")
 RANKINGS = ("self", "cross")

@@ -1,3 +1,1 @@
-from atedm_kernels.ops.weighted_page_rank.op import DEFAULT_MAX_ITERATIONS as DEFAULT_MAX_ITERATIONS
-from atedm_kernels.ops.weighted_page_rank.op import DEFAULT_TOLERANCE as DEFAULT_TOLERANCE
 from atedm_kernels.ops.weighted_page_rank.op import weighted_page_rank as weighted_page_rank

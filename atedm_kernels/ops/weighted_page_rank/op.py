@@ -1,63 +1,19 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
-from atedm_kernels._checks import (
-    check_attention_map,
-    check_iteration,
-    check_scale,
-    check_self_attention,
-    score_dtype,
-    softmax_scale,
-)
-from atedm_kernels._library import define_op
+from atedm_kernels._checks import check_self_attention
+from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
 from atedm_kernels.ops.weighted_page_rank.reference import weighted_page_rank_reference
 
-_BACKENDS = ("triton", "reference")
 
-# Provisional until they are chosen on trained attention maps: after five iterations the kept sets of synthetic maps
-# no longer change, and an L1 change of 1e-3 in a distribution moves no more than rounding does in bf16.
-DEFAULT_MAX_ITERATIONS = 5
-DEFAULT_TOLERANCE = 1e-3
+def _import_triton() -> Ranking:
+    from atedm_kernels.ops.weighted_page_rank.triton_kernel import weighted_page_rank_triton
 
-
-def _check(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float) -> None:
-    check_attention_map(q, k, lse)
-    check_self_attention(q, k)
-    check_scale(scale)
-    check_iteration(max_iterations, tolerance)
+    return weighted_page_rank_triton
 
 
-def _implementation(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, lse, scale, max_iterations, tolerance)
-    scale = softmax_scale(q, scale)
-    if choose("weighted_page_rank", _BACKENDS, q.device, q.dtype)[0] == "triton":
-        from atedm_kernels.ops.weighted_page_rank.triton_kernel import weighted_page_rank_triton
-
-        return weighted_page_rank_triton(q, k, lse, scale, max_iterations, tolerance)
-    return weighted_page_rank_reference(q, k, lse, scale, max_iterations, tolerance)
-
-
-def _fake(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, lse, scale, max_iterations, tolerance)
-    batch, heads, tokens, _ = q.shape
-    scores = q.new_empty(batch, heads, tokens, dtype=score_dtype(q))
-    return scores, q.new_empty(batch, heads, dtype=torch.int32)
-
-
-_op = define_op(
-    "weighted_page_rank(Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance)"
-    " -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-    _BACKENDS,
-)
+_op = define_ranking_op("weighted_page_rank", check_self_attention, weighted_page_rank_reference, _import_triton)
 
 
 def weighted_page_rank(

@@ -1,57 +1,22 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
-from atedm_kernels._checks import (
-    check_attention_map,
-    check_iteration,
-    check_scale,
-    score_dtype,
-    softmax_scale,
-)
-from atedm_kernels._library import define_op
-from atedm_kernels.ops.weighted_page_rank import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
+from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
 from atedm_kernels.ops.weighted_page_rank_cross.reference import weighted_page_rank_cross_reference
 
-_BACKENDS = ("triton", "reference")
+
+def _import_triton() -> Ranking:
+    from atedm_kernels.ops.weighted_page_rank_cross.triton_kernel import weighted_page_rank_cross_triton
+
+    return weighted_page_rank_cross_triton
 
 
-def _check(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float) -> None:
-    check_attention_map(q, k, lse)
-    check_scale(scale)
-    check_iteration(max_iterations, tolerance)
+def _any_lengths(q: Tensor, k: Tensor) -> None:
+    """Image and text may have any number of tokens each."""
 
 
-def _implementation(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, lse, scale, max_iterations, tolerance)
-    scale = softmax_scale(q, scale)
-    if choose("weighted_page_rank_cross", _BACKENDS, q.device, q.dtype)[0] == "triton":
-        from atedm_kernels.ops.weighted_page_rank_cross.triton_kernel import weighted_page_rank_cross_triton
-
-        return weighted_page_rank_cross_triton(q, k, lse, scale, max_iterations, tolerance)
-    return weighted_page_rank_cross_reference(q, k, lse, scale, max_iterations, tolerance)
-
-
-def _fake(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, lse, scale, max_iterations, tolerance)
-    batch, heads, queries, _ = q.shape
-    scores = q.new_empty(batch, heads, queries, dtype=score_dtype(q))
-    return scores, q.new_empty(batch, heads, dtype=torch.int32)
-
-
-_op = define_op(
-    "weighted_page_rank_cross(Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance)"
-    " -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-    _BACKENDS,
-)
+_op = define_ranking_op("weighted_page_rank_cross", _any_lengths, weighted_page_rank_cross_reference, _import_triton)
 
 
 def weighted_page_rank_cross(
