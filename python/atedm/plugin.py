@@ -141,8 +141,9 @@ def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) ->
             Default: all. ``(3,)`` is the paper's AT-EDM†.
         schedule: an :class:`atedm.DSAP` (default: the paper's, light for the first 0.3 of the steps), or None to
             prune everywhere at every step.
-        placement: ``"early"`` prunes right after the first layer's self-attention, ``"paper"`` after that layer. The
-            result is the same up to rounding, for less work.
+        placement: ``"early"`` prunes right after the first layer's self-attention and recovers after the output
+            projection; ``"paper"`` prunes after that layer and recovers before the projection. The result is the same
+            up to rounding; early does less work.
         ranking: ``"self"`` or ``"cross"`` attention, or a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]``
             of the first self-attention to scores ``[B, H', N]`` (float32).
         recovery: ``"similarity"``, ``"zeros"`` or ``"bicubic"``.

@@ -17,7 +17,7 @@ import atedm_kernels as kernels
 from atedm.blocks import why_not_plain
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
-from atedm.recovery import recover_bicubic, recover_zeros
+from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
 
 # Keyword arguments for attention that are known to mean the same for a subset of the tokens.
 _TOKENWISE_KWARGS = frozenset({"scale"})
@@ -57,6 +57,7 @@ class PrunedForward:
         self.state = state
         # Looked up here, because torch.compile cannot look them up on diffusers' classes while it traces.
         self.forward = type(module).forward
+        self.output = type(module)._get_output_for_continuous_inputs
         self.layer_forward = type(module.transformer_blocks[0]).forward
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -182,22 +183,32 @@ class _CompactTransformer:
             )
 
     def _find_sources(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
-        if self._patch.state.options.recovery == "similarity":
+        recovery = self._patch.state.options.recovery
+        if recovery == "similarity":
             self._source = kernels.similarity_source(q, k, lse, self._index, scale=scale)
+        elif recovery == "zeros":
+            self._source = sources_or_zero(self._index, q.shape[2])
 
-    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **_: Any) -> Tensor:
-        """The projection on the kept tokens, then recovery; its other arguments are sizes that we know."""
+    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **sizes: Any) -> Tensor:
+        """Output projection and recovery, which commute: the projection treats each token on its own."""
+        options = self._patch.state.options
+        if options.recovery == "zeros":
+            hidden_states = append_zero_token(hidden_states)
+        if options.placement == "paper":
+            if options.recovery == "bicubic":
+                hidden_states = interpolate_bicubic(hidden_states, self._index, *self._size)
+            else:
+                hidden_states = kernels.recover_tokens(hidden_states, self._source)
+            return self._patch.output(self._module, hidden_states, residual, **sizes)
         projection = self._module.proj_out
         if self._module.use_linear_projection:
             compact = projection(hidden_states)
         else:
-            # A 1×1 convolution over a map K tall and 1 wide.
+            # A 1×1 convolution over a map as high as there are tokens, and 1 wide.
             compact = projection(hidden_states.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
-        recovery = self._patch.state.options.recovery
-        if recovery == "zeros":
-            return recover_zeros(compact, self._index, residual)
-        if recovery == "bicubic":
-            return recover_bicubic(compact, self._index, residual)
+        if options.recovery == "bicubic":
+            recovered = interpolate_bicubic(compact, self._index, *self._size)
+            return residual + recovered.transpose(1, 2).unflatten(2, self._size)
         return kernels.recover_feature_map(compact, self._source, residual)
 
 

@@ -1,4 +1,4 @@
-"""Recoveries other than the similarity-based copy, for comparison (AT-EDM, table of the ablation)."""
+"""Recoveries other than the similarity-based copy, for comparison (AT-EDM, ablation)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def scatter_tokens(x: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """``[B, K, C]`` at the positions ``index`` ``[B, K]`` of ``[B, tokens, C]``, zero elsewhere."""
-    full = x.new_zeros(x.shape[0], tokens, x.shape[2])
-    return full.scatter(1, index[..., None].expand_as(x), x)
+def sources_or_zero(index: Tensor, tokens: int) -> Tensor:
+    """A source map for padding with zeros: a kept token's own slot, and slot ``K``, a token of zeros, for the rest.
+
+    Args:
+        index: int64 ``[B, K]``, the kept tokens.
+
+    Returns:
+        int64 ``[B, tokens]``.
+    """
+    batch, keep = index.shape
+    slots = torch.arange(keep, device=index.device).expand(batch, -1)
+    return torch.full((batch, tokens), keep, device=index.device).scatter(1, index, slots)
 
 
-def recover_zeros(x: Tensor, index: Tensor, residual: Tensor) -> Tensor:
-    """Dropped tokens add nothing: they keep the residual ``[B, C, h, w]`` that enters the attention block."""
-    batch, channels, height, width = residual.shape
-    full = scatter_tokens(x, index, height * width)
-    return residual + full.view(batch, height, width, channels).permute(0, 3, 1, 2)
+def append_zero_token(x: Tensor) -> Tensor:
+    """``[B, K, C]`` → ``[B, K + 1, C]``."""
+    return F.pad(x, (0, 0, 0, 1))
 
 
-def recover_bicubic(x: Tensor, index: Tensor, residual: Tensor) -> Tensor:
-    """Dropped tokens are interpolated bicubically from the kept ones around them.
+def interpolate_bicubic(x: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+    """Fill dropped tokens bicubically from the kept ones around them: ``[B, K, C]`` → ``[B, height · width, C]``.
 
     Kept tokens lie anywhere, so they are first averaged into a grid of half the size, and where a cell of that holds
     none, into a quarter, and so on; each coarser grid, resized bicubically, fills the holes of the finer one.
     """
-    batch, channels, height, width = residual.shape
-    tokens = torch.cat([x.float(), x.new_ones(x.shape[0], x.shape[1], 1, dtype=torch.float32)], dim=-1)
-    full = scatter_tokens(tokens, index, height * width).view(batch, height, width, channels + 1).permute(0, 3, 1, 2)
+    batch, _, channels = x.shape
+    # Computed in float32: repeated averaging would pile up the rounding of 16 bits.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    marked = torch.cat([x.to(dtype), x.new_ones(*x.shape[:2], 1, dtype=dtype)], dim=-1)
+    full = marked.new_zeros(batch, height * width, channels + 1)
+    full = full.scatter(1, index[..., None].expand_as(marked), marked)
+    full = full.view(batch, height, width, channels + 1).permute(0, 3, 1, 2)
     filled = _fill(full[:, :channels], full[:, channels:])
-    return residual + filled.to(x.dtype)
+    return filled.flatten(2).transpose(1, 2).to(x.dtype)
 
 
 def _fill(values: Tensor, weight: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def test_keep_multiple(unet, inputs):
     assert {(ranked.level, ranked.index.shape[1]) for ranked in recording.ranked} == {(2, 32), (3, 8)}
 
 
-def test_zeros_leave_dropped_tokens_at_the_residual(make_unet, make_inputs):
+def test_zeros_leave_dropped_tokens_at_what_zeros_project_to(make_unet, make_inputs):
     unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
     seen = {}
     block = unet.mid_block.attentions[0]
@@ -180,20 +180,31 @@ def test_zeros_leave_dropped_tokens_at_the_residual(make_unet, make_inputs):
         unet(**inputs)
     handle.remove()
     mask = next(ranked for ranked in recording.ranked if ranked.block.startswith("mid")).mask()
-    same = (seen["before"] == seen["after"]).all(dim=1)
+    padded = seen["before"] + block.proj_out.bias[:, None, None]
+    same = (padded - seen["after"]).abs().amax(dim=1) < 1e-14
     assert torch.equal(same, ~mask)
 
 
+@pytest.mark.parametrize("recovery", ["zeros", "bicubic"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_other_recoveries_commute_with_the_projection(make_unet, make_inputs, recovery, linear):
+    unet, inputs = make_unet(torch.float64, use_linear_projection=linear), make_inputs(torch.float64)
+    early = run(unet, inputs, recovery=recovery, schedule=None, placement="early")
+    paper = run(unet, inputs, recovery=recovery, schedule=None, placement="paper")
+    torch.testing.assert_close(early, paper, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(early, run(unet, inputs, schedule=None), atol=1e-3)
+
+
 def test_bicubic_recovers_a_constant_and_keeps_kept_tokens():
-    from atedm.recovery import recover_bicubic
+    from atedm.recovery import interpolate_bicubic
 
     generator = torch.Generator().manual_seed(0)
     height, width, keep = 7, 10, 9
     index = torch.stack([torch.randperm(height * width, generator=generator)[:keep].sort().values for _ in range(2)])
-    residual = torch.zeros(2, 3, height, width)
-    assert torch.allclose(recover_bicubic(torch.full((2, keep, 3), 2.5), index, residual), torch.tensor(2.5), atol=1e-5)
+    constant = interpolate_bicubic(torch.full((2, keep, 3), 2.5), index, height, width)
+    assert torch.allclose(constant, torch.tensor(2.5), atol=1e-5)
     x = torch.randn(2, keep, 3, generator=generator)
-    out = recover_bicubic(x, index, residual).flatten(2).transpose(1, 2)
+    out = interpolate_bicubic(x, index, height, width)
     assert torch.equal(out.gather(1, index[..., None].expand(-1, -1, 3)), x)
 
 
