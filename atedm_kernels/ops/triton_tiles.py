@@ -61,9 +61,15 @@ def is_float32(x: Tensor) -> bool:
 
 
 @triton.jit
+def aligned(stride, ALIGNMENT: tl.constexpr):
+    """The same stride, in a form that tells the compiler what divides it (a hint on a sum of pointers gets lost)."""
+    return (stride // ALIGNMENT) * ALIGNMENT
+
+
+@triton.jit
 def head_pointer(pointer, pair, heads, stride_b, stride_h, ALIGNMENT: tl.constexpr):
     """Start of head ``pair`` (int64, batch · heads + head)."""
-    return pointer + tl.multiple_of((pair // heads) * stride_b + (pair % heads) * stride_h, ALIGNMENT)
+    return pointer + (pair // heads) * aligned(stride_b, ALIGNMENT) + (pair % heads) * aligned(stride_h, ALIGNMENT)
 
 
 @triton.jit
@@ -83,8 +89,7 @@ def _load_piece(
     mask = mask[:, None]
     if PADDED:
         mask = mask & (dims < HEAD_DIM)[None, :]
-    row_offsets = tl.multiple_of(rows.to(tl.int64) * stride_n, ALIGNMENT)
-    offsets = row_offsets[:, None] + dims.to(tl.int64)[None, :] * stride_d
+    offsets = (rows.to(tl.int64) * aligned(stride_n, ALIGNMENT))[:, None] + dims.to(tl.int64)[None, :] * stride_d
     return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 

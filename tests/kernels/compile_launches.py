@@ -148,8 +148,11 @@ def amd_resources(assembly: str) -> dict[str, int]:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return {"registers": field("vgpr_count"), "spill_bytes": 4 * spills + field("private_segment_fixed_size")}
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": 4 * field("vgpr_spill_count") + field("private_segment_fixed_size"),
+    }
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:

@@ -16,6 +16,7 @@ from atedm_kernels.ops.attention_column_sums.triton_kernel import Tile
 from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
+    aligned,
     is_float32,
     load_tile,
     products,
@@ -64,12 +65,12 @@ def _similarity_kernel(
     local_rows = tl.arange(0, BLOCK_M)
     rows = (program % row_tiles) * BLOCK_M + local_rows
     inside = rows < tokens
-    q += tl.multiple_of(batch * q_stride_b, ALIGNMENT)
-    k += tl.multiple_of(batch * k_stride_b, ALIGNMENT)
+    q += batch * aligned(q_stride_b, ALIGNMENT)
+    k += batch * aligned(k_stride_b, ALIGNMENT)
     index += batch * slots
     lse += batch * heads * tokens
-    q_step = tl.multiple_of(tl.full([], 1, tl.int64) * q_stride_h, ALIGNMENT)
-    k_step = tl.multiple_of(tl.full([], 1, tl.int64) * k_stride_h, ALIGNMENT)
+    q_step = tl.full([], 1, tl.int64) * aligned(q_stride_h, ALIGNMENT)
+    k_step = tl.full([], 1, tl.int64) * aligned(k_stride_h, ALIGNMENT)
 
     best = tl.full([BLOCK_M], -1.0, tl.float32)
     best_slot = tl.zeros([BLOCK_M], tl.int32)
@@ -108,6 +109,10 @@ def _similarity_kernel(
             q_head += q_step
             k_head += k_step
             lse_head += tokens
+        # The index is read again: held in registers through the loop over the heads, it would make them spill. The
+        # barrier keeps the compiler from joining the two reads.
+        tl.debug_barrier()
+        kept = load_index(index, slot, filled, tokens).to(tl.int32)
         # A kept token is most similar to itself; NaN and slots past the end are the least similar.
         similarity = tl.where(similarity == similarity, similarity, -1.0)
         similarity = tl.where(kept[None, :] == rows[:, None], float("inf"), similarity)
@@ -121,7 +126,7 @@ def _similarity_kernel(
     if PACKED:
         out += (split.to(tl.int64) * batch_size + batch) * tokens
         # Similarities are at least 0; the sign bit of -1 makes the packed value negative, the least of all.
-        packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (_LOW_BITS - best_slot).to(tl.int64)
+        packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (best_slot ^ _LOW_BITS).to(tl.int64)
         tl.store(out + rows, packed, mask=inside)
     else:
         tl.store(out + batch * tokens + rows, best_slot.to(tl.int64), mask=inside)
@@ -136,7 +141,7 @@ def _join_kernel(parts, out, splits, length, BLOCK: tl.constexpr):
     for split in range(1, splits):
         skip = tl.full([], length, tl.int64) * split
         best = tl.maximum(best, tl.load(parts + skip + offsets, mask=inside, other=0))
-    tl.store(out + offsets, _LOW_BITS - (best & _LOW_BITS), mask=inside)
+    tl.store(out + offsets, (best & _LOW_BITS) ^ _LOW_BITS, mask=inside)
 
 
 def tile_for(q: Tensor) -> Tile:
@@ -146,7 +151,7 @@ def tile_for(q: Tensor) -> Tile:
     if head_dim > 128:
         return Tile(64, 32, 4, 1)
     if head_dim > 64:
-        return Tile(64, 64, 4, 2)
+        return Tile(64, 64, 8, 2)
     return Tile(128, 64, 8, 2)
 
 

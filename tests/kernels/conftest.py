@@ -1,0 +1,49 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# pytest's importlib mode leaves sys.path alone; the tests share the modules of this folder.
+sys.path.append(str(Path(__file__).parent))
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton.language" in sys.modules:
+        raise RuntimeError("triton was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` hands out NaN, or the lowest integer: whatever reads memory before writing it shows."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        out = empty(*size, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,81 @@
+"""The ops by their definition: a dense attention map in float64 from the same rounded inputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention_inputs(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    std: float = 1.0,
+    layout: str = "heads first",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``q [B, H, M, D]``, ``k [B, H, N, D]`` and their float32 logsumexp, for ``shape`` = B, H, M, N, D.
+
+    ``std`` is that of the logits. ``layout``: ``heads first`` is contiguous, ``tokens first`` a transposed
+    ``[B, N, H, D]``, ``every second`` a slice with a last stride of 2.
+    """
+    batch, heads, queries, keys, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tokens: int) -> Tensor:
+        x = torch.randn(batch, heads, tokens, head_dim, generator=generator) * math.sqrt(std)
+        x = x.to(device, dtype)
+        if layout == "tokens first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "every second":
+            return torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2]
+        return x
+
+    q, k = draw(queries), draw(keys)
+    return q, k, logits(q, k).logsumexp(-1).float()
+
+
+def logits(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return scale * torch.einsum("bhmd,bhnd->bhmn", q.double(), k.double())
+
+
+def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
+    """The map that ``lse`` normalises: its own rounding is part of the input."""
+    return torch.exp(logits(q, k, scale) - lse.double()[..., None])
+
+
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None) -> Tensor:
+    weights = torch.full_like(lse, 1.0 / lse.shape[-1]) if weights is None else weights
+    return torch.einsum("bhm,bhmn->bhn", weights.double(), attention_map(q, k, lse))
+
+
+def page_rank(q: Tensor, k: Tensor, lse: Tensor, iterations: Tensor, cross: bool = False) -> tuple[Tensor, Tensor]:
+    """Scores after the given iterations ``[B, H]`` of each head, and the L1 change in each ``[most, B, H]``."""
+    log_map = logits(q, k) - lse.double()[..., None]
+    a = log_map.exp()
+    entropy = -(a * log_map).sum(-1)
+    scores = torch.full_like(lse, 1.0, dtype=torch.float64) / lse.shape[-1]
+    changes = []
+    for step in range(int(iterations.max())):
+        new = torch.einsum("bhm,bhmn->bhn", scores, a)
+        if cross:
+            new = torch.einsum("bhmn,bhn->bhm", a, new) / entropy.clamp(min=1e-6)
+        new = new / new.sum(-1, keepdim=True)
+        changes.append((new - scores).abs().sum(-1))
+        scores = torch.where((step < iterations)[..., None], new, scores)
+    return scores, torch.stack(changes)
+
+
+def joined_heads(scores: Tensor, reduction: str) -> Tensor:
+    scores = scores.double()
+    return scores.mean(1) if reduction == "mean" else scores.square().mean(1).sqrt()
+
+
+def mean_similarity(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:
+    """``[B, N, K]``: attention of each token to each kept one, averaged over the heads."""
+    a = attention_map(q, k, lse).mean(1)
+    return a.gather(2, index[:, None, :].expand(-1, a.shape[1], -1))

@@ -1,0 +1,51 @@
+"""The kernels compiled ahead of time for GPUs that are not here: nothing spills, shared memory fits, and 16-bit products
+run on the matrix units. Compiles real code, so it runs in a process without Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+MATRIX = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx942": "v_mfma",
+}
+PRODUCT_KERNELS = {"_column_sums_kernel", "_rows_kernel", "_similarity_kernel"}
+
+# ptxas picks a register count with more threads in mind and then puts a few addresses into local memory.
+FLOAT32_SPILL_BYTES = 32
+
+
+def compiled(target: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "compile_launches.py"), target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_resources(target):
+    rows = compiled(target)
+    assert {row["kernel"] for row in rows} >= PRODUCT_KERNELS | {"_select_kernel", "_gather_kernel", "_recover_kernel"}
+    problems = []
+    for row in rows:
+        if row["spill_bytes"] > (FLOAT32_SPILL_BYTES if "-fp32-" in row["case"] else 0):
+            problems.append(("spills", row))
+        if row["shared"] > SHARED_LIMIT[target] * 1024:
+            problems.append(("shared memory", row))
+        if row["kernel"] in PRODUCT_KERNELS and "-fp32-" not in row["case"] and row["matrix"] != MATRIX[target]:
+            problems.append(("matrix instruction", row))
+    assert not problems, "\n".join(f"{what}: {row}" for what, row in problems)

@@ -1,0 +1,92 @@
+"""``weighted_page_rank`` and ``weighted_page_rank_cross``."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+import atedm_kernels
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+OPS = {"self": atedm_kernels.weighted_page_rank, "cross": atedm_kernels.weighted_page_rank_cross}
+
+
+def assert_ranking(q, k, lse, scores, iterations, cross: bool, max_iterations: int, tolerance: float) -> None:
+    expected, changes = oracle.page_rank(q, k, lse, iterations.long(), cross)
+    assert scores.dtype == torch.float32 and iterations.dtype == torch.int32
+    assert scores.shape == lse.shape and iterations.shape == lse.shape[:2]
+    assert ((scores.double() - expected).abs() / expected).max() < 2e-4
+    assert (scores.double().sum(-1) - 1).abs().max() < 2e-5
+    # Each head stopped at the first change under the tolerance, and not before (but for rounding).
+    steps = torch.arange(len(changes), device=q.device)[:, None, None]
+    assert (changes[steps < iterations - 1] > tolerance - 1e-6).all()
+    last = changes.gather(0, iterations.long()[None] - 1)[0]
+    assert (last < tolerance + 1e-6)[iterations < max_iterations].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys", "head_dim", "layout"),
+    [
+        (1, 1, 1, 1, 8, "heads first"),
+        (2, 3, 67, 67, 40, "tokens first"),
+        (1, 2, 130, 77, 64, "heads first"),
+        (1, 1, 41, 1, 80, "every second"),
+        (1, 1, 50, 70, 160, "heads first"),
+    ],
+)
+def test_ranking(backend, device, dtype, op, batch, heads, queries, keys, head_dim, layout, poisoned_empty):
+    keys = queries if op == "self" else keys
+    q, k, lse = oracle.attention_inputs((batch, heads, queries, keys, head_dim), dtype, device, layout=layout)
+    if keys == 1 and queries > 1:
+        # Every entropy is 0 up to the rounding of the logsumexp: the floor alone decides.
+        lse = lse * 0
+        q = q * 0
+    with atedm_kernels.backend(backend):
+        scores, iterations = OPS[op](q, k, lse, max_iterations=4, tolerance=1e-3)
+    assert_ranking(q, k, lse, scores, iterations, op == "cross", 4, 1e-3)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_heads_stop_on_their_own(backend, device, op):
+    """Heads of growing contrast need more and more iterations."""
+    q, k, lse = oracle.attention_inputs((2, 4, 90, 90, 32), torch.float32, device)
+    contrast = torch.tensor([0.0, 0.3, 1.0, 2.0], device=device)[:, None, None]
+    q = q * contrast
+    lse = oracle.logits(q, k).logsumexp(-1).float()
+    with atedm_kernels.backend(backend):
+        scores, iterations = OPS[op](q, k, lse, max_iterations=30, tolerance=1e-4)
+        longer, more = OPS[op](q, k, lse, max_iterations=40, tolerance=1e-4)
+    assert iterations[:, 0].tolist() == [1, 1]  # a uniform map is its own fixed point
+    assert len(iterations.unique()) >= 3 and iterations.max() < 30
+    assert_ranking(q, k, lse, scores, iterations, op == "cross", 30, 1e-4)
+    # A converged head is frozen: more iterations change nothing.
+    assert torch.equal(scores, longer) and torch.equal(iterations, more)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tolerance_0_runs_every_iteration(backend, device, op):
+    q, k, lse = oracle.attention_inputs((1, 2, 33, 33, 16), torch.float16, device)
+    with atedm_kernels.backend(backend):
+        scores, iterations = OPS[op](q, k, lse, max_iterations=7, tolerance=0.0)
+    assert (iterations <= 7).all()
+    assert_ranking(q, k, lse, scores, iterations, op == "cross", 7, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits(backend, device, dtype):
+    q, k, lse = oracle.attention_inputs((1, 2, 150, 150, 64), dtype, device, std=10.0)
+    with atedm_kernels.backend(backend):
+        scores, _ = atedm_kernels.weighted_page_rank(q, k, lse, max_iterations=3, tolerance=0.0)
+    expected, _ = oracle.page_rank(q, k, lse, torch.full((1, 2), 3, device=device))
+    assert ((scores.double() - expected).abs() / expected.clamp(min=1e-9)).max() < 2e-4
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeats_bit_for_bit(backend, device, op):
+    q, k, lse = oracle.attention_inputs((1, 2, 300, 300, 64), torch.bfloat16, device)
+    with atedm_kernels.backend(backend):
+        first, again = (OPS[op](q, k, lse, max_iterations=3)[0] for _ in range(2))
+    assert torch.equal(first, again)
