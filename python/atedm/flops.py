@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import atedm
@@ -149,14 +149,11 @@ class UNetFlops:
         levels: tuple[int, ...] | None = None,
         placement: str = "early",
         light: bool = False,
-        project_all: bool = False,
     ) -> Flops:
         """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
 
         Args:
             light: count the light phase of DSAP instead of the one that prunes every block.
-            project_all: let each block's output projection run on every token, as in the paper, which recovers
-                tokens before it. :func:`atedm.apply` projects the kept tokens only, with either placement.
 
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
@@ -165,11 +162,10 @@ class UNetFlops:
         def count() -> Flops:
             schedule = atedm.DSAP(fraction=1.0) if light else None
             applied = atedm.applied(self.unet, ratio=ratio, levels=levels, placement=placement, schedule=schedule)
-            projecting = _projecting_every_token(self.unet) if project_all else contextlib.nullcontext()
-            with applied, projecting:
+            with applied:
                 return count_flops(lambda: self._call(self.unet))
 
-        return self._count_once(("pruned", ratio, levels, placement, light, project_all), count)
+        return self._count_once(("pruned", ratio, levels, placement, light), count)
 
     def average(self, ratio: float, *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any) -> Flops:
         """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""
@@ -287,39 +283,3 @@ def _counting_matching() -> Iterator[list[int]]:
         yield counted
     finally:
         merge.bipartite_soft_matching_random2d = original
-
-
-@contextlib.contextmanager
-def _projecting_every_token(unet: nn.Module) -> Iterator[None]:
-    """Makes the output projection of pruned blocks run on as many tokens as the block was given (values are lost)."""
-    handles = []
-    for name in atedm.pruned_blocks(unet):
-        block = unet.get_submodule(name)
-        size: dict[str, int] = {}
-
-        def measure(module: nn.Module, args: tuple, size: dict[str, int] = size) -> None:
-            size["tokens"] = args[0].shape[-2] * args[0].shape[-1]
-
-        def widen(module: nn.Module, args: tuple, size: dict[str, int] = size) -> tuple:
-            # The compact input is [B, K, C], or [B, C, K, 1] for a 1×1 convolution; [B, C, h, w] is a whole map.
-            (x,) = args
-            dim = 1 if x.ndim == 3 else 2
-            size["dim"], size["kept"] = dim, x.shape[dim]
-            whole = x.ndim == 4 and x.shape[3] > 1
-            if whole or x.shape[dim] == size["tokens"]:
-                return args
-            return (x.new_empty(*x.shape[:dim], size["tokens"], *x.shape[dim + 1 :]),)
-
-        def narrow(module: nn.Module, args: tuple, out: Tensor, size: dict[str, int] = size) -> Tensor:
-            return out.narrow(size["dim"], 0, size["kept"])
-
-        handles += [
-            block.register_forward_pre_hook(measure),
-            block.proj_out.register_forward_pre_hook(widen),
-            block.proj_out.register_forward_hook(narrow),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -117,7 +117,7 @@ def _row(name: str, flops: Flops, counter: UNetFlops, **fields: Any) -> dict[str
         "tflops": flops.tflops,
         "part_of_full": flops.unet / counter.full().unet,
         "scoring_tflops": flops.scoring_tflops,
-        **{"ratio": None, "levels": None, "placement": None, "projected_tokens": "all", "phase": "full", **fields},
+        **{"ratio": None, "levels": None, "placement": None, "phase": "full", **fields},
     }
 
 
@@ -135,23 +135,17 @@ def _rows(
     placement: str,
     status: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Three phases of each placement, and of the paper's once more with its whole output projection."""
-    arrangements = [(name, False) for name in _placements(placement)]
-    if placement != "early":
-        arrangements.append(("paper", True))
-    for name, project_all in arrangements:
-        title = f"{name} placement" + (", whole projection" if project_all else "")
-        status.update(f"counting: {title}")
-        options = {"levels": levels, "placement": name, "project_all": project_all}
-        for phase, flops in _phases(counter, settings, ratio, **options):
+    """Three phases of each placement."""
+    for name in _placements(placement):
+        status.update(f"counting: {name} placement")
+        for phase, flops in _phases(counter, settings, ratio, levels=levels, placement=name):
             yield _row(
-                f"{title}, {phase}",
+                f"{name} placement, {phase}",
                 flops,
                 counter,
                 ratio=ratio,
                 levels=_levels(counter, levels),
                 placement=name,
-                projected_tokens="all" if project_all else "kept",
                 phase=phase,
             )
 
@@ -182,11 +176,8 @@ def _budget_rows(
             ratio = solve_decreasing(average, budget * 1e12, 0.0, MAX_RATIO)
         except ValueError as error:
             raise _bad("budget", f"{name} placement: {error}") from error
-        yield from (
-            {**row, "budget_tflops": budget}
-            for row in _rows(counter, settings, ratio, levels, name, status)
-            if row["projected_tokens"] == "kept"
-        )
+        for row in _rows(counter, settings, ratio, levels, name, status):
+            yield {**row, "budget_tflops": budget}
 
 
 def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> Iterator[dict[str, Any]]:
@@ -206,11 +197,11 @@ def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> It
 
         def all_pruned(ratio: float, levels: tuple[int, ...] = levels, row: str = entry["row"]) -> float:
             status.update(f"AT-EDM-{row}: counting at ratio {ratio:.4f}")
-            return counter.pruned(ratio, levels=levels, placement="paper", project_all=True).unet
+            return counter.pruned(ratio, levels=levels, placement="paper").unet
 
         ratio = solve_decreasing(all_pruned, budget * 1e12, 0.0, MAX_RATIO)
-        for placement, project_all in (("paper", True), ("early", False)):
-            options = {"levels": levels, "placement": placement, "project_all": project_all}
+        for placement in ("paper", "early"):
+            options = {"levels": levels, "placement": placement}
             yield _row(
                 f"AT-EDM-{entry['row']}, {placement} placement",
                 counter.pruned(ratio, **options),
@@ -218,7 +209,6 @@ def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> It
                 ratio=ratio,
                 levels=_join(levels),
                 placement=placement,
-                projected_tokens="all" if project_all else "kept",
                 phase="all pruned",
                 average_tflops=counter.average(ratio, steps=settings["steps"], **options).tflops,
                 **published,
@@ -266,8 +256,7 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, bu
                 )
     console.print(
         f"Levels pruned: {rows[-1]['levels']}. Scoring (ranking and source map, every iteration counted: an upper "
-        "bound) is not in TFLOPs. Whole projection: a block's output projection on all tokens, as in the paper, which "
-        "recovers before it; atedm.apply projects the kept ones.",
+        "bound) is not in TFLOPs.",
         style="dim",
     )
 
@@ -279,25 +268,25 @@ def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any], title: st
     for ours, early in zip(rows[::2], rows[1::2], strict=True):
         shown.append(
             {
-                "name": ours["name"].split(",")[0],
+                "name": ours["name"].split(",")[0].removeprefix("AT-EDM-"),
                 "paper": f"{ours['paper_tflops']:.1f}",
                 "quality": f"{ours['paper_fid']:.2f} / {ours['paper_clip']:.4f}",
-                "tome": f"{ours['tome_fid']:.2f} / {ours['tome_clip']:.4f} ({ours['tome_tflops']:.1f})",
+                "tome": f"{ours['tome_fid']:.2f} / {ours['tome_clip']:.4f}",
                 "ratio": f"{ours['ratio']:.3f}",
                 "ours": f"{ours['tflops']:.3f}",
                 "early": f"{early['tflops']:.3f}",
-                "averages": f"{ours['average_tflops']:.2f} / {early['average_tflops']:.2f}",
+                "average": f"{early['average_tflops']:.2f}",
             }
         )
     columns = {
-        **{"name": "", "paper": "paper, T", "quality": "AT-EDM FID / CLIP", "tome": "ToMe FID / CLIP (T)"},
-        **{"ratio": "ratio", "ours": "paper placement, T", "early": "early placement, T"},
-        "averages": f"average of {settings['steps']} steps, T",
+        **{"name": "", "paper": "paper", "quality": "AT-EDM", "tome": "ToMe"},
+        **{"ratio": "ratio", "ours": "ours", "early": "early", "average": "avg"},
     }
     print_table(shown, columns, title, console)
     console.print(
-        "FID and CLIP are the paper's, at guidance 7. The ratio is the one that needs the paper's TFLOPs with every "
-        "block pruned and each output projection on all tokens; † leaves level 2 whole. Averages: paper / early, "
-        f"{settings['light_steps']} of {settings['steps']} steps light. Scoring is not included.",
+        "TFLOPs: paper, as published; ours, with the paper's placement and every block pruned, at the ratio that comes "
+        "nearest to it; early, with early placement at that ratio; avg, the same over the run "
+        f"({settings['light_steps']} of {settings['steps']} steps light). Scoring is not included. AT-EDM and ToMe: "
+        "published FID / CLIP score at guidance 7 (ToMe-d needs 4.6 TFLOPs). † leaves level 2 whole.",
         style="dim",
     )
