@@ -89,9 +89,26 @@ def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
     return [feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out)]
 
 
+def smallest_launches() -> list[Launch]:
+    """Every size 1: Triton turns arguments of 1 into constants, whose code differs."""
+    q = meta(1, 1, 1, 8, dtype=torch.float16)
+    lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
+    index, slots = meta(1, 1, dtype=torch.int64), meta(1, 1, dtype=torch.int32)
+    scores, state = page_rank.initial_scores(q)
+    residual = meta(1, 1, 1, 1, dtype=torch.float16)
+    return [
+        *page_rank.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
+        *page_rank_cross.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
+        select.select_launch(lse, slots, index, "rms"),
+        gather.gather_launch(x, index, x),
+        *similarity.similarity_launches(q, q, lse, index, 0.5, index),
+        feature_map.recover_launch(x, index, residual, residual),
+    ]
+
+
 def cases() -> dict[str, Callable[[], list[Launch]]]:
     """Name → builder. The shapes are those of SDXL, and the head dims of the models before it."""
-    found: dict[str, Callable[[], list[Launch]]] = {}
+    found: dict[str, Callable[[], list[Launch]]] = {"smallest": smallest_launches}
     shapes = [(dtype, 64, *level) for dtype in ("fp16", "bf16", "fp32") for level in ((4096, 10), (1024, 20))]
     shapes += [(dtype, head_dim, 1000, 8) for dtype in ("bf16", "fp32") for head_dim in (8, 40, 80, 128, 160, 256)]
     for op in ("column_sums", "page_rank", "page_rank_cross", "similarity"):

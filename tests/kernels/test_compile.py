@@ -1,5 +1,8 @@
-"""The kernels compiled ahead of time for GPUs that are not here: nothing spills, shared memory fits, and 16-bit products
-run on the matrix units. Compiles real code, so it runs in a process without Triton's interpreter."""
+"""The kernels compiled ahead of time for GPUs that are not here.
+
+Nothing spills, shared memory fits, and 16-bit products run on the matrix units. The compiler needs a process in which
+Triton's interpreter does not stand in for it.
+"""
 
 from __future__ import annotations
 

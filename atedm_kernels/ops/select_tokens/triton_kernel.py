@@ -36,7 +36,8 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
     for h in range(0, heads):
         largest = tl.maximum(largest, tl.abs(tl.load(scores + h * step, mask=inside, other=0.0)))
     # The mean shrinks by a power of two, which rounds nothing, so equal sums stay equal.
-    shrink = tl.where(largest > 1e30, 2.0**-40, 1.0)
+    is_large = largest > 1e30
+    shrink = tl.where(is_large, 2.0**-40, 1.0)
     divisor = tl.where(largest > 0.0, largest, 1.0)
     total = tl.zeros(tokens.shape, tl.float32)
     is_nan = tl.zeros(tokens.shape, tl.int32)
@@ -48,11 +49,12 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
             total += ratio * ratio
         else:
             total += score * shrink
-    mean = total / heads
-    if RMS:  # noqa: SIM108
+    # Division rounds exactly, so that the order of two tokens is that of their scores.
+    mean = tl.div_rn(total, tl.zeros_like(total) + heads)
+    if RMS:
         joined = tl.where(largest == float("inf"), largest, largest * tl.sqrt_rn(mean))
     else:
-        joined = mean / shrink
+        joined = mean * tl.where(is_large, 2.0**40, 1.0)
     return tl.where(is_nan != 0, float("nan"), joined)
 
 

@@ -149,7 +149,7 @@ def tile_for(q: Tensor) -> Tile:
     if is_float32(q):
         return Tile(32, 32, 4, 1)
     if head_dim > 128:
-        return Tile(64, 32, 4, 1)
+        return Tile(64, 32, 8 if head_dim > 192 else 4, 1)
     if head_dim > 64:
         return Tile(64, 64, 8, 2)
     return Tile(128, 64, 8, 2)
