@@ -1,0 +1,104 @@
+"""Time, memory and op times of one call, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+# A CPU's resident memory is looked at this often while a call runs.
+_SAMPLING_SECONDS = 0.002
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``call()`` takes: on the device's own clock for CUDA, wall time otherwise."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
+    """Peak bytes during ``call()``, weights included: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    _release_freed_memory()
+    with _ResidentMemory() as memory:
+        call()
+    return memory.peak
+
+
+def op_seconds_of(call: Callable[[], object], device: torch.device, namespace: str = "atedm") -> dict[str, float]:
+    """Seconds spent in each op of ``namespace`` during ``call()``, what it calls included; device time on CUDA.
+
+    Empty where the profiler saw none of them, or has no clock of the device.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    clock = "device_time_total" if device.type == "cuda" else "cpu_time_total"
+    prefix = f"{namespace}::"
+    seconds: dict[str, float] = {}
+    for event in profile.key_averages():
+        if event.key.startswith(prefix):
+            op = event.key.removeprefix(prefix)
+            seconds[op] = seconds.get(op, 0.0) + getattr(event, clock) / 1e6
+    return seconds if any(seconds.values()) else {}
+
+
+def _release_freed_memory() -> None:
+    """Hand memory that was freed back to the system, so that a call is not charged for an earlier one."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
+class _ResidentMemory:
+    """Samples this process's resident memory in a thread while a ``with`` block runs."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.peak = 0
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def _sample(self) -> None:
+        while not self._done.wait(_SAMPLING_SECONDS):
+            self._look()
+
+    def __enter__(self) -> _ResidentMemory:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()

@@ -1,0 +1,329 @@
+"""Full against pruned against merged: one call of a UNet with random weights, all variants in one run.
+
+The variants are UNet objects over the same weights, so they take turns without being patched in between and only
+one copy of the weights is held. They run round robin, each round beginning with another one, and a row gives the
+median over the rounds, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import atedm
+from atedm.bench.measure import op_seconds_of, peak_memory_of, seconds_of
+from atedm.bench.random_unet import calibrate_attention, random_unet, sharing_weights
+from atedm.flops import Flops, UNetFlops, apply_tomesd
+from atedm.models import unet_inputs
+from atedm_kernels._backends import choose
+from atedm_kernels._library import IMPLEMENTATIONS
+
+# Which part of pruning each op belongs to, as in AT-EDM's latency table.
+STAGES = {
+    "attention": ("attention_with_logsumexp",),
+    "ranking": ("weighted_page_rank", "weighted_page_rank_cross", "attention_column_sums"),
+    "selection": ("select_tokens",),
+    "source_map": ("similarity_source",),
+    "gather": ("gather_tokens",),
+    "recovery": ("recover_feature_map", "recover_tokens"),
+}
+
+FULL, OURS, LIGHT, PAPER, TOMESD = "full", "ours", "ours DSAP light phase", "ours paper placement", "tomesd"
+AVERAGE = "ours DSAP average"
+COMPILED = " compiled"
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        device, dtype: of weights and activations. width, height: of the image in pixels. batch: images in a call.
+        tokens: of the text. ratio: part of the tokens that ours drops. steps: of the run that DSAP's average is for.
+        repeats: rounds. minutes: no round begins that would end later than this after :meth:`UNetBench.run` began
+            (one round is always made).
+        compiled: also measure each variant compiled, ``"whole"`` by ``torch.compile`` or ``"regional"`` of the
+            transformer layers only, as diffusers' ``compile_repeated_blocks`` does it (minutes faster).
+        compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int = 1024
+    height: int = 1024
+    batch: int = 1
+    tokens: int = 77
+    ratio: float = 0.63
+    steps: int = 50
+    repeats: int = 5
+    minutes: float = 8.0
+    compiled: str | None = None
+    compile_mode: str = "default"
+    channels_last: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Variant:
+    """One way to run the UNet; ``fields`` go into its row."""
+
+    name: str
+    call: Callable[[], object]
+    unet: nn.Module
+    fields: dict[str, Any]
+    is_ours: bool = False
+    compiled: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+
+class UNetBench:
+    """Builds the variants, measures them and gives the rows; rows may be asked for at any time."""
+
+    def __init__(self, config: Mapping[str, Any], settings: Settings) -> None:
+        self.config = config
+        self.settings = settings
+        self.variants: list[Variant] = []
+        self.facts: dict[str, Any] = {}
+        self.rounds = 0
+        self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
+        self._failed: dict[str, str] = {}
+        self._merge_ratio = 0.0
+
+    def run(self, notify: Notify = lambda what: None) -> None:
+        """Measure everything; ``notify`` is called with what comes next, as often as :meth:`work` says.
+
+        Raises:
+            ValueError, TypeError: settings that do not fit the UNet.
+        """
+        start = time.monotonic()
+        with torch.no_grad():
+            self._build(notify)
+            for variant in list(self.variants):
+                notify(f"{variant.name}: warming up")
+                self._warm_up(variant)
+            while self.rounds < self.settings.repeats and self._has_time(time.monotonic() - start):
+                self._round(notify)
+            for variant in self.variants:
+                notify(f"{variant.name}: memory and stages")
+                self._inspect(variant)
+
+    def work(self) -> int:
+        """How many times :meth:`run` notifies, if nothing fails and time allows every round."""
+        variants = 10 if self.settings.compiled else 5
+        return 3 + variants * (2 + self.settings.repeats)
+
+    def _build(self, notify: Notify) -> None:
+        s = self.settings
+        notify("counting FLOPs")
+        counter = UNetFlops(self.config, width=s.width, height=s.height, batch=s.batch, tokens=s.tokens)
+        flops = self._count(counter)
+        notify("building the UNet")
+        unet = random_unet(self.config, dtype=s.dtype, device=s.device, channels_last=s.channels_last, seed=s.seed)
+        self.facts["parameters"] = sum(parameter.numel() for parameter in unet.parameters())
+        notify("calibrating its attention")
+        positional, kwargs = unet_inputs(
+            unet, width=s.width, height=s.height, batch=s.batch, tokens=s.tokens, seed=s.seed
+        )
+        spread = calibrate_attention(unet, lambda: unet(*positional, **kwargs))
+        self.facts.update(
+            {
+                "weights": "random normal, variance 1/fan_in; to_q and to_k of self-attention scaled",
+                "logit_std": statistics.fmean(spread),
+                "logit_std_low": min(spread),
+                "logit_std_high": max(spread),
+                "inputs": "seeded standard normal",
+            }
+        )
+        self._inputs = (positional, kwargs)
+        for compiled in (False, True) if s.compiled else (False,):
+            for name, options in self._patches().items():
+                model = unet if name == FULL and not compiled else sharing_weights(unet)
+                if name == TOMESD:
+                    apply_tomesd(model, self._merge_ratio)
+                elif options is not None:
+                    atedm.apply(model, **options)
+                self._add(name, model, compiled, flops[name])
+
+    def _patches(self) -> dict[str, dict[str, Any] | None]:
+        """The options of :func:`atedm.apply` for each variant that is not left out."""
+        ratio = self.settings.ratio
+        patches: dict[str, dict[str, Any] | None] = {
+            FULL: None,
+            OURS: {"ratio": ratio, "schedule": None},
+            LIGHT: {"ratio": ratio, "schedule": atedm.DSAP(fraction=1.0)},
+            PAPER: {"ratio": ratio, "schedule": None, "placement": "paper"},
+            TOMESD: None,
+        }
+        return {name: options for name, options in patches.items() if name not in self._failed}
+
+    def _count(self, counter: UNetFlops) -> dict[str, Flops]:
+        ratio = self.settings.ratio
+        flops = {
+            FULL: counter.full(),
+            OURS: counter.pruned(ratio),
+            LIGHT: counter.pruned(ratio, light=True),
+            PAPER: counter.pruned(ratio, placement="paper"),
+        }
+        try:
+            self._merge_ratio = counter.nearest_merge_ratio(flops[OURS].unet)
+            flops[TOMESD] = counter.merged(self._merge_ratio)
+        except RuntimeError as error:
+            self._failed[TOMESD] = str(error)
+        return flops
+
+    def _add(self, kind: str, unet: nn.Module, compiled: bool, flops: Flops) -> None:
+        positional, kwargs = self._inputs
+        ours = kind in (OURS, LIGHT, PAPER)
+        fields = {
+            "tflops": flops.tflops,
+            "scoring_tflops": flops.scoring_tflops,
+            "ratio": {FULL: None, TOMESD: self._merge_ratio}.get(kind, self.settings.ratio),
+            "placement": {PAPER: "paper"}.get(kind, "early") if ours else None,
+            "phase": {LIGHT: "light"}.get(kind, "all pruned") if ours else None,
+            "compiled": compiled,
+        }
+        run = self._compile(kind, unet) if compiled else unet
+        name = kind + COMPILED if compiled else kind
+        self.variants.append(Variant(name, lambda: run(*positional, **kwargs), unet, fields, ours, compiled))
+
+    def _compile(self, kind: str, unet: nn.Module) -> Callable[..., object]:
+        # Shapes never change here. tomesd makes a random generator inside its layers, which no graph can hold.
+        options = {"mode": self.settings.compile_mode, "fullgraph": kind != TOMESD, "dynamic": False}
+        # The variants share the code that is compiled, and each may need several graphs of it.
+        torch._dynamo.config.recompile_limit = 64
+        if self.settings.compiled == "regional":
+            # tomesd renames the class of the layers, so diffusers' compile_repeated_blocks finds none of them.
+            for module in unet.modules():
+                if type(module).__name__ in ("BasicTransformerBlock", "ToMeBlock"):
+                    module.compile(**options)
+            return unet
+        return torch.compile(unet, **options)
+
+    def _warm_up(self, variant: Variant) -> None:
+        try:
+            if variant.compiled and self.settings.compiled == "whole":
+                # The phase of the schedule is set by an eager call; a traced one only reads it.
+                variant.unet(*self._inputs[0], **self._inputs[1])
+            # The second call finds what the first one allocated, tuned or compiled.
+            for _ in range(1 if self.settings.device.type == "cpu" and not variant.compiled else 3):
+                variant.call()
+        except Exception as error:
+            # What a compiler or a peer cannot do is a result; an error of ours in eager mode is not.
+            if not variant.compiled and variant.name != TOMESD:
+                raise
+            self._failed[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self.variants.remove(variant)
+
+    def _has_time(self, elapsed: float) -> bool:
+        if not self.rounds:
+            return True
+        # A round, and after it the inspection: two calls of each variant.
+        round_seconds = sum(statistics.fmean(variant.seconds) for variant in self.variants)
+        return elapsed + 3 * round_seconds < 60 * self.settings.minutes
+
+    def _round(self, notify: Notify) -> None:
+        first = self.rounds % len(self.variants)
+        for variant in self.variants[first:] + self.variants[:first]:
+            notify(f"{variant.name}: round {self.rounds + 1} of {self.settings.repeats}")
+            variant.seconds.append(seconds_of(variant.call, self.settings.device))
+        self.rounds += 1
+
+    def _inspect(self, variant: Variant) -> None:
+        device = self.settings.device
+        variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
+        if not variant.is_ours:
+            return
+        ops = op_seconds_of(variant.call, device)
+        for stage, names in STAGES.items():
+            variant.fields[f"stage_{stage}_seconds"] = sum(ops.get(name, 0.0) for name in names) if ops else None
+        if not variant.compiled:
+            variant.fields.update(_ranking_facts(variant))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat object a variant, then DSAP's average over a run, then what could not be run."""
+        rows = [
+            {
+                "name": variant.name,
+                "seconds": statistics.median(variant.seconds),
+                "seconds_low": min(variant.seconds),
+                "seconds_high": max(variant.seconds),
+                "repeats": len(variant.seconds),
+                "derived": False,
+                **variant.fields,
+            }
+            for variant in self.variants
+            if variant.seconds
+        ]
+        for suffix in ("", COMPILED):
+            rows += self._average_row(rows, suffix)
+        by_name = {row["name"]: row for row in rows}
+        for row in rows:
+            for reference in (FULL, FULL + COMPILED):
+                key = "speedup" if reference == FULL else "speedup_over_full_compiled"
+                row[key] = by_name[reference]["seconds"] / row["seconds"] if reference in by_name else None
+        return rows + [{"name": name, "error": error} for name, error in self._failed.items()]
+
+    def _average_row(self, rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
+        """A call of ours averaged over a run with DSAP, computed from the two measured phases."""
+        by_name = {row["name"]: row for row in rows}
+        light, rest = by_name.get(LIGHT + suffix), by_name.get(OURS + suffix)
+        if light is None or rest is None:
+            return []
+        steps = self.settings.steps
+        light_steps = atedm.DSAP().light_steps(steps)
+
+        def mean(key: str) -> float:
+            return (light_steps * light[key] + (steps - light_steps) * rest[key]) / steps
+
+        return [
+            {
+                "name": AVERAGE + suffix,
+                "seconds": mean("seconds"),
+                "run_seconds": steps * mean("seconds"),
+                "steps": steps,
+                "light_steps": light_steps,
+                "derived": True,
+                "tflops": mean("tflops"),
+                "scoring_tflops": mean("scoring_tflops"),
+                **{key: rest[key] for key in ("ratio", "placement", "compiled")},
+                "phase": "average",
+            }
+        ]
+
+    def settings_for_report(self) -> dict[str, Any]:
+        """Everything that a figure depends on."""
+        s = self.settings
+        return {
+            **{"device": str(s.device), "dtype": str(s.dtype).removeprefix("torch."), "size": f"{s.width}x{s.height}"},
+            **{"batch": s.batch, "tokens": s.tokens, "ratio": s.ratio, "steps": s.steps, "repeats": s.repeats},
+            **{"rounds": self.rounds, "minutes": s.minutes, "seed": s.seed, "threads": torch.get_num_threads()},
+            "memory_format": "channels_last" if s.channels_last else "contiguous",
+            "compile": s.compiled,
+            "compile_mode": s.compile_mode if s.compiled else None,
+            "tomesd": "max_downsample=4, merge_attn, merge_crossattn, merge_mlp, at the FLOPs nearest to ours",
+            "stage_clock": "device" if s.device.type == "cuda" else "cpu",
+            "memory": "allocated on the device" if s.device.type == "cuda" else "resident in the process",
+            "backends": {op: choose(op, served, s.device, s.dtype)[0] for op, served in IMPLEMENTATIONS.items()},
+            **self.facts,
+        }
+
+
+def _ranking_facts(variant: Variant) -> dict[str, Any]:
+    """Iterations of the ranking (mean over blocks, images and heads) and tokens kept at each level."""
+    with atedm.record(variant.unet) as recording:
+        variant.call()
+    iterations = [entry.iterations.float().mean().item() for entry in recording.ranked if entry.iterations is not None]
+    facts: dict[str, Any] = {"page_rank_iterations": statistics.fmean(iterations) if iterations else None}
+    for entry in recording.ranked:
+        facts[f"tokens_level_{entry.level}"] = entry.tokens
+        facts[f"kept_tokens_level_{entry.level}"] = entry.index.shape[1]
+    facts["pruned_blocks"] = len(recording.ranked)
+    return facts

@@ -1,0 +1,210 @@
+"""``atedm bench``: measurements on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from atedm.bench.unet import UNetBench
+
+app = typer.Typer(help="Measure on this machine, every variant in one run.", no_args_is_help=True)
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
+
+
+@app.callback()
+def _group() -> None:
+    # Keeps the sub-command's name in the command line while there is only one.
+    pass
+
+
+@app.command("unet")
+def unet(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
+    minutes: Annotated[float, typer.Option(help="Begin no round that would end later than this.")] = 8.0,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
+    ] = False,
+    regional: Annotated[bool, typer.Option(help="Compile only the transformer layers: quick.")] = False,
+    compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
+    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that DSAP's average is for.")] = 50,
+    channels_last: Annotated[bool, typer.Option(help="Memory format of the convolutions.")] = True,
+    model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
+    json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
+) -> None:
+    """One call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in one run, round robin.
+
+    An interrupted run (Ctrl-C) prints and writes what it has.
+    """
+    import torch
+    from rich.console import Console
+
+    from atedm import report
+    from atedm.bench.unet import Settings, UNetBench
+    from atedm.models import image_size, unet_config
+
+    if dtype not in DTYPES:
+        raise _bad("dtype", f"{dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not 0 < ratio < 1:
+        raise _bad("ratio", f"{ratio}; expected a number between 0 and 1")
+    if minutes <= 0:
+        raise _bad("minutes", f"{minutes}; expected a positive number")
+    if compile_mode not in torch._inductor.list_mode_options():
+        raise _bad(
+            "compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}"
+        )
+    place = _device(device)
+    try:
+        width, height = image_size(size)
+    except ValueError as error:
+        raise _bad("size", str(error)) from error
+    try:
+        config = unet_config(model)
+    except ValueError as error:
+        raise _bad("model", str(error)) from error
+
+    measured = UNetBench(
+        config,
+        Settings(
+            device=place,
+            dtype=getattr(torch, DTYPES[dtype]),
+            width=width,
+            height=height,
+            batch=batch,
+            ratio=ratio,
+            steps=steps,
+            repeats=repeats or DEFAULT_REPEATS[place.type],
+            minutes=minutes,
+            compiled=("regional" if regional else "whole") if compile or regional else None,
+            compile_mode=compile_mode,
+            channels_last=channels_last,
+        ),
+    )
+    finished = _run(measured)
+    rows = measured.rows()
+    settings = {"model": model, **measured.settings_for_report(), "finished": finished}
+    path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
+    document = report.report(report.command_line(), place, settings, rows)
+    report.write_json(document, path)
+    console = Console()
+    _print(document, console)
+    console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}")
+    if not finished:
+        raise typer.Exit(130)
+
+
+def _bad(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"--{option}")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEFAULT_REPEATS:
+        raise _bad("device", f"{name!r}; expected cpu, cuda or cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise _bad("device", f"{name!r}; expected cpu: torch {torch.__version__} finds no GPU here")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise _bad("device", f"{name!r}; expected an index under {torch.cuda.device_count()}, the number of GPUs here")
+    return device
+
+
+def _run(measured: UNetBench) -> bool:
+    """Run under a progress bar; False where Ctrl-C ended it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # On stderr, so that the tables can be piped. One refresh a second: the CPU is what is being measured.
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as progress:
+        task = progress.add_task("starting", total=measured.work())
+        begun = False
+
+        def notify(what: str) -> None:
+            nonlocal begun
+            progress.update(task, advance=1 if begun else 0, description=what, refresh=True)
+            begun = True
+
+        try:
+            measured.run(notify)
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _print(document: dict[str, Any], console: Any) -> None:
+    from atedm.report import print_table
+
+    settings, rows = document["settings"], document["rows"]
+    if not rows:
+        console.print("Nothing was measured.")
+        return
+    what = "{model}, {size}, batch {batch}, {dtype}, {memory_format}".format(**settings)
+    title = f"{what}: one UNet call, median of {settings['rounds']} rounds, on {document['device']}"
+    print_table(
+        [_shown(row) for row in rows if "error" not in row],
+        {
+            **{"name": "", "seconds": "seconds", "range": "range", "speedup": "speed-up", "tflops": "TFLOPs"},
+            "memory": "peak GB",
+        },
+        title,
+        console,
+    )
+    stages = [_shown_stages(row) for row in rows if row.get("stage_ranking_seconds") is not None]
+    if stages:
+        columns = {
+            **{"name": "", "attention": "attn", "ranking": "G-WPR", "selection": "masks", "source_map": "source"},
+            **{"gather": "prune", "recovery": "recover", "overhead": "sum", "iterations": "iter."},
+        }
+        print_table(stages, columns, "Stages, ms a call (sum: all but attention)", console)
+    for row in rows:
+        if "error" in row:
+            console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow")
+        elif row["derived"]:
+            console.print(
+                f"{row['name']}: {row['light_steps']} of {row['steps']} steps light; a run of {row['steps']} calls "
+                f"takes {row['run_seconds']:.2f} s (computed from the two phases)",
+                style="dim",
+            )
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    memory = row.get("peak_memory_bytes")
+    return {
+        "name": row["name"],
+        "seconds": f"{row['seconds']:.3f}",
+        "range": f"{row['seconds_low']:.3f}–{row['seconds_high']:.3f}" if "seconds_low" in row else None,
+        "speedup": None if row["speedup"] is None else f"{row['speedup']:.3f}×",
+        "tflops": f"{row['tflops']:.3f}",
+        "memory": None if memory is None else f"{memory / 1e9:.2f}",
+    }
+
+
+def _shown_stages(row: dict[str, Any]) -> dict[str, Any]:
+    from atedm.bench.unet import STAGES
+
+    seconds = {stage: row[f"stage_{stage}_seconds"] for stage in STAGES}
+    iterations = row.get("page_rank_iterations")
+    return {
+        "name": row["name"],
+        **{stage: f"{1e3 * value:.1f}" for stage, value in seconds.items()},
+        "overhead": f"{1e3 * (sum(seconds.values()) - seconds['attention']):.1f}",
+        "iterations": None if iterations is None else f"{iterations:.1f}",
+    }
