@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,13 +94,17 @@ def check_output(folder: Path, json: Path | None) -> Path:
 
 
 def check_installed() -> None:
-    """Everything that pictures need beyond the plug-in itself."""
+    """Everything that pictures need beyond the plug-in itself; keeps transformers quiet."""
     import importlib.util
 
     missing = [name for name in ("transformers", "matplotlib", "PIL") if importlib.util.find_spec(name) is None]
     if missing:
         typer.echo(f"Error: {', '.join(missing)} not installed; pip install 'atedm-kernels[generate]'", err=True)
         raise typer.Exit(1)
+    from transformers.utils import logging
+
+    # Its advice on image processors that are not used here would hide our own lines.
+    logging.set_verbosity_error()
 
 
 def check_settings(settings: dict[str, Any], pipe: StableDiffusionXLPipeline | None = None) -> None:
@@ -188,9 +193,12 @@ def _load(model: str, dtype: str, variant: str | None, device: torch.device) -> 
         name = StableDiffusionXLPipeline.load_config(source).get("_class_name")
         if not str(name).startswith("StableDiffusionXL"):
             raise bad("model", f"{model} is a {name}; expected a Stable Diffusion XL pipeline")
-        pipe = StableDiffusionXLPipeline.from_pretrained(
-            source, torch_dtype=getattr(torch, DTYPES[dtype]), variant=variant, use_safetensors=True
-        )
+        with warnings.catch_warnings():
+            # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                source, torch_dtype=getattr(torch, DTYPES[dtype]), variant=variant, use_safetensors=True
+            )
     except (OSError, ValueError, TypeError) as error:
         # The first sentence says what is missing; what follows are pages of advice on the hub.
         raise bad("model", f"{model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
