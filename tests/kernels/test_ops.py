@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,6 +229,19 @@ def test_forced_backend_that_cannot_serve(device, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with atedm_kernels.backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             atedm_kernels.gather_tokens(t["x"], t["index"])
+
+
+def test_import_needs_no_triton():
+    """A machine without triton still has the references."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, atedm_kernels
+print(atedm_kernels.gather_tokens(torch.ones(1, 2, 3), torch.tensor([[1]])).tolist())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(atedm_kernels.__file__).parents[1]), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.strip() == "[[[1.0, 1.0, 1.0]]]", done.stderr[-2000:]
 
 
 class LargestTensor(TorchDispatchMode):

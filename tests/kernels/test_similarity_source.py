@@ -85,6 +85,7 @@ def test_nan_rows_stay_inside(backend, device):
     q, k, lse = oracle.attention_inputs((1, 2, 70, 70, 32), torch.float32, device)
     q[:, 0, 3] = float("nan")
     lse[:, 1, 7] = float("nan")
+    lse[:, :, 20:40] = float("-inf")  # infinite similarity to every kept token
     index = kept_tokens(1, 70, 10, device)
     with atedm_kernels.backend(backend):
         source = atedm_kernels.similarity_source(q, k, lse, index)

@@ -26,6 +26,7 @@ from atedm_kernels.ops.triton_tiles import (
 )
 
 _LOW_BITS = tl.constexpr(0x7FFFFFFF)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -113,8 +114,8 @@ def _similarity_kernel(
         # barrier keeps the compiler from joining the two reads.
         tl.debug_barrier()
         kept = load_index(index, slot, filled, tokens).to(tl.int32)
-        # A kept token is most similar to itself; NaN and slots past the end are the least similar.
-        similarity = tl.where(similarity == similarity, similarity, -1.0)
+        # A kept token is most similar to itself, whatever the logsumexp; NaN and slots past the end are least similar.
+        similarity = tl.where(similarity == similarity, tl.minimum(similarity, _LARGEST), -1.0)
         similarity = tl.where(kept[None, :] == rows[:, None], float("inf"), similarity)
         similarity = tl.where(filled[None, :], similarity, -1.0)
         tile_best = tl.max(similarity, 1)

@@ -112,7 +112,7 @@ def tile_for(q: Tensor) -> Tile:
     head_dim = q.shape[3]
     if is_float32(q):
         return Tile(32, 32, 4, 1)
-    return Tile(64, 32, 4, 1) if head_dim > 128 else Tile(64, 64, 4, 1)
+    return Tile(64, 32, 8, 1) if head_dim > 128 else Tile(64, 64, 4, 1)
 
 
 def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, out: Tensor, scale: float) -> Launch:
