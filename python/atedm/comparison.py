@@ -32,7 +32,7 @@ COLUMNS = {
     "name": "UNet",
     "unet_seconds": "seconds, all calls",
     "seconds_per_call": "seconds a call",
-    "tflops": "TFLOPs a call",
+    "tflops": "TFLOPs a call, 1 image",
     "speedup": "speed-up",
     "psnr_db": "PSNR against full, dB",
 }
