@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import atedm
-import atedm_kernels  # noqa: F401: registers the ops that are counted
+import atedm_kernels  # noqa: F401 (registers the ops that are counted)
 from atedm.models import meta_unet, unet_inputs
 
 # The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.

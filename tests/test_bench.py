@@ -1,0 +1,211 @@
+"""``atedm bench unet``: every variant of a small UNet with SDXL's structure, and the shape of what is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import atedm
+from atedm.bench import unet as bench
+from atedm.bench.measure import op_seconds_of, peak_memory_of, seconds_of
+from atedm.bench.random_unet import LOGIT_STD, calibrate_attention, random_unet, sharing_weights
+from atedm.models import SDXL_UNET, unet_inputs
+
+CPU = torch.device("cpu")
+
+SMALL = {
+    **SDXL_UNET,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 128),
+    "attention_head_dim": (1, 2, 4),
+    "transformer_layers_per_block": (1, 2, 2),
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tensors are tiny here, and threads that wait for each other take long on a machine with other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _settings(**changes) -> bench.Settings:
+    return bench.Settings(
+        **{"device": CPU, "dtype": torch.float32, "width": 128, "height": 128, "repeats": 2, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[bench.UNetBench, list[str]]:
+    notified: list[str] = []
+    run = bench.UNetBench(SMALL, _settings())
+    run.run(notified.append)
+    return run, notified
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return random_unet(SMALL, dtype=torch.float32, device=CPU)
+
+
+def test_every_variant_has_a_row(measured):
+    run, notified = measured
+    rows = {row["name"]: row for row in run.rows()}
+    assert list(rows) == [bench.FULL, bench.OURS, bench.LIGHT, bench.PAPER, bench.TOMESD, bench.AVERAGE]
+    assert rows[bench.FULL]["speedup"] == 1
+    assert len(notified) == run.work()
+    for name, row in rows.items():
+        assert not any(isinstance(value, (list, dict)) for value in row.values())
+        assert row["seconds"] > 0
+        assert row["speedup"] == pytest.approx(rows[bench.FULL]["seconds"] / row["seconds"])
+        if name == bench.AVERAGE:
+            continue
+        assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
+        assert row["repeats"] == 2
+        # At least the weights.
+        assert row["peak_memory_bytes"] > 4 * run.facts["parameters"]
+
+
+def test_rows_of_ours_say_where_the_time_goes(measured):
+    rows = {row["name"]: row for row in measured[0].rows()}
+    for name, blocks in ((bench.OURS, 7), (bench.LIGHT, 3), (bench.PAPER, 7)):
+        row = rows[name]
+        stages = [row[f"stage_{stage}_seconds"] for stage in bench.STAGES]
+        assert all(seconds > 0 for seconds in stages)
+        assert row["pruned_blocks"] == blocks
+        assert (row["tokens_level_2"], row["kept_tokens_level_2"]) == (64, 24)
+        assert (row["tokens_level_3"], row["kept_tokens_level_3"]) == (16, 6)
+        # Not uniform maps, on which the ranking would end at once.
+        assert row["page_rank_iterations"] > 1
+    assert "stage_ranking_seconds" not in rows[bench.FULL]
+
+
+def test_flops_and_phases(measured):
+    rows = {row["name"]: row for row in measured[0].rows()}
+    assert rows[bench.OURS]["tflops"] < rows[bench.PAPER]["tflops"] < rows[bench.FULL]["tflops"]
+    assert rows[bench.TOMESD]["tflops"] == pytest.approx(rows[bench.OURS]["tflops"], rel=0.02)
+    assert rows[bench.OURS]["scoring_tflops"] > 0
+    average = rows[bench.AVERAGE]
+    assert average["derived"]
+    expected = (15 * rows[bench.LIGHT]["seconds"] + 35 * rows[bench.OURS]["seconds"]) / 50
+    assert average["seconds"] == pytest.approx(expected)
+    assert average["run_seconds"] == pytest.approx(50 * expected)
+
+
+def test_interrupted_run_keeps_what_it_has():
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64))
+
+    def interrupt(what: str) -> None:
+        if what.startswith(f"{bench.PAPER}: round 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(interrupt)
+    assert [row["name"] for row in run.rows()] == [bench.FULL, bench.OURS, bench.LIGHT, bench.AVERAGE]
+    assert json.dumps(run.settings_for_report())
+
+
+def test_no_round_begins_without_time(measured):
+    run = measured[0]
+    assert not run._has_time(elapsed=60 * run.settings.minutes)
+    assert run._has_time(elapsed=0.0)
+
+
+def test_a_missing_peer_is_said_not_raised(monkeypatch):
+    def missing(self, *args):
+        raise RuntimeError("tomesd is not installed")
+
+    monkeypatch.setattr(bench.UNetFlops, "nearest_merge_ratio", missing)
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64))
+    run._build(lambda what: None)
+    assert bench.TOMESD not in [variant.name for variant in run.variants]
+    assert run.rows() == [{"name": bench.TOMESD, "error": "tomesd is not installed"}]
+
+
+def test_calibration_reaches_the_spread(unet):
+    positional, kwargs = unet_inputs(unet, width=128, height=128)
+    spread = calibrate_attention(unet, lambda: unet(*positional, **kwargs))
+    assert spread == pytest.approx([LOGIT_STD] * 14, rel=0.02)
+    assert unet(*positional, **kwargs)[0].isfinite().all()
+
+
+def test_shared_weights_are_the_same_memory(unet):
+    copy = sharing_weights(unet)
+    for ours, theirs in zip(copy.parameters(), unet.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+        assert ours.stride() == theirs.stride()
+    atedm.apply(copy, schedule=None)
+    positional, kwargs = unet_inputs(unet, width=128, height=128)
+    assert not atedm.pruned_blocks(unet)
+    with torch.no_grad():
+        assert not torch.equal(copy(*positional, **kwargs)[0], unet(*positional, **kwargs)[0])
+        atedm.remove(copy)
+        assert torch.equal(copy(*positional, **kwargs)[0], unet(*positional, **kwargs)[0])
+
+
+def test_random_weights_repeat():
+    first, second = (random_unet(SMALL, dtype=torch.bfloat16, device=CPU, seed=3) for _ in range(2))
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_measuring_a_call():
+    q = torch.randn(1, 2, 64, 16)
+
+    def call() -> torch.Tensor:
+        return torch.ops.atedm.attention_with_logsumexp(q, q, q)[0]
+
+    assert seconds_of(call, CPU) > 0
+    assert set(op_seconds_of(call, CPU)) == {"attention_with_logsumexp"}
+    assert op_seconds_of(lambda: q + 1, CPU) == {}
+    megabytes = 64
+    assert peak_memory_of(lambda: torch.ones(megabytes, 1 << 18), CPU) > megabytes << 20
+
+
+def _run(*arguments: str):
+    from atedm.cli import app
+
+    return CliRunner().invoke(app, ["bench", "unet", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_command_writes_its_report(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel.from_config(SMALL).save_config(tmp_path)
+    path = tmp_path / "deep" / "bench.json"
+    options = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--repeats", "1")
+    run = _run("--model", str(tmp_path), *options, "--json", str(path))
+    assert run.exit_code == 0, run.output
+    document = json.loads(path.read_text())
+    assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
+    assert document["settings"]["logit_std"] == pytest.approx(LOGIT_STD, rel=0.05)
+    assert document["settings"]["finished"]
+    assert len(document["rows"]) == 6
+    for name in ("full", "ours", "tomesd", "G-WPR"):
+        assert name in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--dtype", "int8"), "--dtype"),
+        (("--device", "abacus"), "--device"),
+        (("--ratio", "0"), "--ratio"),
+        (("--size", "1001"), "--size"),
+        (("--minutes", "0"), "--minutes"),
+        (("--compile-mode", "fastest"), "--compile-mode"),
+        (("--model", "no-such-model"), "--model"),
+    ],
+)
+def test_errors_name_the_option(arguments, option):
+    run = _run("--device", "cpu", *arguments)
+    assert run.exit_code == 2
+    assert option in run.output
