@@ -171,6 +171,21 @@ def test_out_of_memory_is_a_message(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("full", "pruned", "expected"),
+    [((1.0, 0.9), (2.0, 1.9), "too small"), ((9.0, 0.9), (1.0, 0.9), "Do not trust"), ((2.0, 1.9), (1.0, 0.9), "")],
+)
+def test_report_says_what_the_times_are_worth(tmp_path, capsys, full, pruned, expected):
+    rows = [
+        {"name": name, "seconds_per_call": mean, "fastest_call_seconds": fastest, "speedup": full[0] / mean}
+        for name, (mean, fastest) in (("full", full), ("pruned", pruned))
+    ]
+    found = comparison.Comparison(rows)
+    comparison.write_report(found, torch.device("cpu"), {}, tmp_path / "x.json", "title", "too small")
+    printed = capsys.readouterr().out
+    assert [text for text in ("too small", "Do not trust") if text in printed] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--prompt", " "], "--prompt"),

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Enough to meet both phases of the schedule once, so that neither is timed cold.
 WARM_UP_STEPS = 2
 
+# A mean call this much slower than the fastest one was disturbed; the phases of the schedule differ by far less.
+DISTURBED = 2.0
+
 COLUMNS = {
     "name": "UNet",
     "unet_seconds": "seconds, all calls",
@@ -261,6 +264,7 @@ def _row(
         "batch": run.batch,
         "unet_seconds": sum(run.call_seconds),
         "seconds_per_call": sum(run.call_seconds) / calls,
+        "fastest_call_seconds": min(run.call_seconds),
         "tflops": tflops,
         "tflops_per_image": tflops * run.batch * calls,
         "speedup": None,
@@ -290,6 +294,10 @@ def describe(request: Request, settings: dict[str, Any], **more: Any) -> dict[st
     return {**more, **asdict(request), **pruning, "warm_up_steps": WARM_UP_STEPS}
 
 
+def _is_disturbed(row: dict[str, Any]) -> bool:
+    return row["seconds_per_call"] > DISTURBED * row["fastest_call_seconds"]
+
+
 def write_report(
     comparison: Comparison, device: torch.device, settings: dict[str, Any], path: Path, title: str, why_slower: str
 ) -> None:
@@ -302,7 +310,13 @@ def write_report(
     console = Console()
     report.print_table(comparison.rows, COLUMNS, title, console)
     speedup = comparison.rows[-1]["speedup"]
-    if speedup is not None and speedup <= 1:
+    disturbed = [row["name"] for row in comparison.rows if _is_disturbed(row)]
+    if disturbed:
+        console.print(
+            f"Do not trust these times: calls of the {' and the '.join(disturbed)} UNet took more than {DISTURBED:g} "
+            "times the fastest one on average, so something else is using this machine."
+        )
+    elif speedup is not None and speedup <= 1:
         console.print(why_slower)
     for file in [*comparison.files, path]:
         console.print(f"  {file}", highlight=False, soft_wrap=True)
