@@ -48,8 +48,8 @@ class Settings:
     Attributes:
         device, dtype: of weights and activations. width, height: of the image in pixels. batch: images in a call.
         tokens: of the text. ratio: part of the tokens that ours drops. steps: of the run that DSAP's average is for.
-        repeats: rounds. minutes: no round begins that would end later than this after :meth:`UNetBench.run` began
-            (one round is always made).
+        repeats: rounds. minutes: for the rounds and what follows them, building and warming up not counted; no round
+            begins that this does not suffice for (one round is always made).
         compiled: also measure each variant compiled, ``"whole"`` by ``torch.compile`` or ``"regional"`` of the
             transformer layers only, as diffusers' ``compile_repeated_blocks`` does it (minutes faster).
         compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
@@ -103,12 +103,12 @@ class UNetBench:
         Raises:
             ValueError, TypeError: settings that do not fit the UNet.
         """
-        start = time.monotonic()
         with torch.no_grad():
             self._build(notify)
             for variant in list(self.variants):
                 notify(f"{variant.name}: warming up")
                 self._warm_up(variant)
+            start = time.monotonic()
             while self.rounds < self.settings.repeats and self._has_time(time.monotonic() - start):
                 self._round(notify)
             for variant in self.variants:

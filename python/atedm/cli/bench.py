@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,7 @@ def unet(
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
     batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="Begin no round that would end later than this.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="For the rounds, after building and compiling.")] = 8.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
     ] = False,
@@ -47,6 +48,8 @@ def unet(
 
     An interrupted run (Ctrl-C) prints and writes what it has.
     """
+    # Read when torch is loaded: its profiler otherwise writes across the progress bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
     from rich.console import Console
 
