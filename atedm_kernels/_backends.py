@@ -76,7 +76,7 @@ def _why_not(
     return None
 
 
-def forced_backend() -> tuple[str | None, str]:
+def _forced_backend() -> tuple[str | None, str]:
     """The backend forced for this thread or process, or None, and what forces it.
 
     Raises:
@@ -92,10 +92,15 @@ def forced_backend() -> tuple[str | None, str]:
 def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and why it is that one.
 
+    An op that torch itself has a kernel for lists ``"torch"`` among its ``implementations``; only a forced reference
+    takes its place.
+
     Raises:
         ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names none.
     """
-    forced, source = forced_backend()
+    forced, source = _forced_backend()
+    if "torch" in implementations and forced != "reference":
+        return "torch", "torch's own kernel returns everything that is wanted"
     if forced is not None:
         reason = _why_not(forced, op, implementations, device, dtype)
         if reason is not None:

@@ -45,6 +45,7 @@ def test_a_crash_is_reported(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(atedm_kernels, "gather_tokens", crash)
-    result = CliRunner().invoke(app, ["doctor"])
+    # A wide terminal, so that no cell is wrapped.
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 1
-    assert "no such kernel" in result.output and "did not run" in result.output
+    assert "no such kernel" in result.output and "did not run" in result.output and "ok" in result.output

@@ -167,7 +167,10 @@ def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) ->
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
     _uninstall(unet)
-    _install(unet, blocks, PruningState(settings, scheduler, pipeline))
+    schedule = settings.schedule
+    # A compiled UNet is traced with this phase; one that depends on the step is told at each call.
+    light = schedule is not None and schedule.constant_phase is True
+    _install(unet, blocks, PruningState(settings, scheduler, pipeline, light=light))
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 

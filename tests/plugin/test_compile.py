@@ -15,6 +15,13 @@ def test_a_pruned_unet_is_one_graph(unet, inputs, placement):
     torch._dynamo.reset()
 
 
+def test_a_constant_light_phase_is_compiled_as_such(unet, inputs):
+    atedm.apply(unet, schedule=atedm.DSAP(1.0))
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")(**inputs).sample  # before any eager call
+    torch.testing.assert_close(compiled, unet(**inputs).sample, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_a_schedule_that_cannot_be_followed_is_refused(unet, inputs):
     atedm.apply(unet)
     with pytest.raises(Exception, match="expected schedule=None, or regional compilation"):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels._backends import forced_backend
+from atedm_kernels._backends import choose
 from atedm_kernels._checks import check_query_key, check_scale, check_shape, check_tensor, score_dtype, softmax_scale
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.attention_with_logsumexp.fused import fused_attention
 from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
+
+_BACKENDS = ("torch", "reference")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -19,8 +21,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
 def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     _check(q, k, v, scale)
     scale = softmax_scale(q, scale)
-    # The fused kernels are torch's own: every backend but a forced reference runs them.
-    fused = None if forced_backend()[0] == "reference" else fused_attention(q, k, v, scale)
+    backend, _ = choose("attention_with_logsumexp", _BACKENDS, q.device, q.dtype)
+    fused = fused_attention(q, k, v, scale) if backend == "torch" else None
     out, lse = attention_with_logsumexp_reference(q, k, v, scale) if fused is None else fused
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(score_dtype(q)).contiguous()
 
@@ -36,7 +38,7 @@ _op = define_op(
     "attention_with_logsumexp(Tensor q, Tensor k, Tensor v, float? scale=None) -> (Tensor, Tensor)",
     _implementation,
     _fake,
-    ("triton", "native", "reference"),
+    _BACKENDS,
 )
 
 

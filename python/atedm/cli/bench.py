@@ -32,7 +32,7 @@ def unet(
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
     batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="For the rounds, after building and compiling.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="For the whole run; at least one round is made.")] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
     ] = False,

@@ -37,7 +37,8 @@ def doctor(
     for device, dtype in cases:
         outcomes = {}
         try:
-            outcomes = {check.op: check for check in check_ops(device, dtype)}
+            for check in check_ops(device, dtype):
+                outcomes[check.op] = check
         except Exception as error:  # a crash is a finding, to be reported with what was found before it
             console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
         for op, implementations in IMPLEMENTATIONS.items():
@@ -77,12 +78,6 @@ def doctor(
 
 
 def _serving(op, implementations, device, dtype, choose) -> tuple[str, str]:
-    if op == "attention_with_logsumexp":
-        from atedm_kernels._backends import forced_backend
-
-        if forced_backend()[0] == "reference":
-            return "reference", f"forced by {forced_backend()[1]}"
-        return "torch", "torch's own fused attention returns the logsumexp"
     try:
         return choose(op, implementations, device, dtype)
     except ValueError as error:
