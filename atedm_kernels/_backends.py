@@ -54,12 +54,10 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _why_not(
-    name: str, op: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype
-) -> str | None:
+def _why_not(name: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot serve the call, or None where it can."""
     if name not in implementations:
-        return f"{op} has no {name} implementation in this build"
+        return f"no {name} implementation in this build"
     if name == "reference":
         return None
     if dtype not in KERNEL_DTYPES:
@@ -102,7 +100,7 @@ def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtyp
     if "torch" in implementations and forced != "reference":
         return "torch", "torch's own kernel returns everything that is wanted"
     if forced is not None:
-        reason = _why_not(forced, op, implementations, device, dtype)
+        reason = _why_not(forced, implementations, device, dtype)
         if reason is not None:
             raise ValueError(f"backend {forced!r}, forced by {source}, cannot serve {op}: {reason}")
         return forced, f"forced by {source}"
@@ -110,7 +108,7 @@ def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtyp
     order = ("triton", "reference") if device.type == "cuda" else ("native", "reference")
     passed_over = []
     for name in order:
-        reason = _why_not(name, op, implementations, device, dtype)
+        reason = _why_not(name, implementations, device, dtype)
         if reason is None:
             return name, "; ".join(passed_over) or f"the default for {device.type} tensors"
         passed_over.append(reason)
