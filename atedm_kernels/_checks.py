@@ -18,6 +18,13 @@ FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
 
+def check_tensors(**tensors: object) -> None:
+    """For the public functions: the dispatcher's own message for what is no tensor names a position, not a name."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and os.environ.get("ATEDM_CHECK") == "1")
 
@@ -61,7 +68,7 @@ def check_query_key(q: Tensor, k: Tensor) -> None:
 def check_attention_map(q: Tensor, k: Tensor, lse: Tensor) -> None:
     """``q``, ``k`` and ``lse`` together define the attention map."""
     check_query_key(q, k)
-    check_tensor("lse", lse, "B H M", (torch.float32, torch.float64), q.device)
+    check_tensor("lse", lse, "B H M", (score_dtype(q),), q.device)
     check_shape("lse", lse, tuple(q.shape[:3]), "batch, heads and queries of q")
 
 
@@ -87,6 +94,10 @@ def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> No
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {upper - 1} ({meaning})")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
     bound = f"at least {low}" if high is None else f"{low} to {high}"
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -96,12 +107,16 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_scale(scale: float | None) -> None:
+    if scale is not None and not _is_number(scale):
+        raise TypeError(f"scale is {scale!r}; expected a finite number, or None for 1/sqrt(head dim)")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; expected a finite number, or None for 1/sqrt(head dim)")
 
 
 def check_iteration(max_iterations: int, tolerance: float) -> None:
     check_integer("max_iterations", max_iterations, 1)
+    if not _is_number(tolerance):
+        raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
 

@@ -27,8 +27,11 @@ def define_op(schema: str, implementation: Callable, fake: Callable, backends: t
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    # Inference only: nothing is recorded for a backward pass, not even inside a reference, which would otherwise keep
+    # every block of the map alive.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, torch.no_grad()(implementation), key)
     torch.library.register_fake(f"atedm::{name}", fake, lib=_library)
     IMPLEMENTATIONS[name] = backends
     return getattr(torch.ops.atedm, name).default

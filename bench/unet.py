@@ -299,6 +299,8 @@ class UNetBench:
                 "derived": True,
                 "tflops": mean("tflops"),
                 "scoring_tflops": mean("scoring_tflops"),
+                **{key: mean(key) for key in _in_both(light, rest) if key.startswith("stage_")},
+                **{key: max(light[key], rest[key]) for key in _in_both(light, rest) if key == "peak_memory_bytes"},
                 **{key: rest[key] for key in ("ratio", "placement", "compiled")},
                 "phase": "average",
             }
@@ -320,6 +322,11 @@ class UNetBench:
             "backends": {op: choose(op, served, s.device, s.dtype)[0] for op, served in IMPLEMENTATIONS.items()},
             **self.facts,
         }
+
+
+def _in_both(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Keys that both rows have a value for; an interrupted run lacks what comes last."""
+    return [key for key, value in first.items() if value is not None and second.get(key) is not None]
 
 
 def _ranking_facts(recording: Recording) -> dict[str, Any]:

@@ -57,13 +57,20 @@ def _attention_blocks(unet: UNet2DConditionModel) -> Iterator[AttentionBlock]:
             yield AttentionBlock(f"up_blocks.{i}.attentions.{j}", module, levels - i, j == len(attentions) - 1)
 
 
+def runs_its_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs the forward of its class, which a tool that was undone may have left on the instance."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return forward is None or own
+
+
 def why_not_prunable(module: nn.Module) -> str | None:
     """Why an attention block cannot be pruned, or None where it can."""
     if not isinstance(module, Transformer2DModel):
         return f"it is a {type(module).__name__}; expected a Transformer2DModel"
     if not module.is_input_continuous:
         return "its input is not a feature map"
-    if "forward" in module.__dict__:
+    if not runs_its_own_forward(module):
         return "its forward has been replaced by another tool; apply atedm first, or undo the other"
     for i, layer in enumerate(module.transformer_blocks):
         if not isinstance(layer, BasicTransformerBlock):
@@ -73,7 +80,7 @@ def why_not_prunable(module: nn.Module) -> str | None:
 
 def why_not_rankable(layer: nn.Module) -> str | None:
     """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
-    if "forward" in layer.__dict__:
+    if not runs_its_own_forward(layer):
         return "the forward of its first layer has been replaced by another tool"
     if layer.norm_type != "layer_norm" or layer.pos_embed is not None:
         return (

@@ -57,7 +57,8 @@ class Options:
         else:
             _check_ratio("ratio", self.ratio)
         if self.levels is not None:
-            if isinstance(self.levels, (str, bytes)) or not all(isinstance(n, int) for n in self.levels):
+            is_list = isinstance(self.levels, (tuple, list, set, frozenset, range))
+            if not is_list or not all(isinstance(n, int) and not isinstance(n, bool) for n in self.levels):
                 raise TypeError(f"levels is {self.levels!r}; expected level numbers, such as (3,)")
             object.__setattr__(self, "levels", tuple(self.levels))
         if self.schedule is not None and not isinstance(self.schedule, DSAP):
@@ -71,6 +72,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)):
+            raise TypeError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +27,9 @@ Pipeline = TypeVar("Pipeline")
 class _StepFollower:
     """Forward pre-hook of the UNet: tells its blocks which phase of the schedule a call is in."""
 
-    def __init__(self, state: PruningState) -> None:
+    def __init__(self, state: PruningState, patches: list[PrunedForward]) -> None:
         self.state = state
+        self.patches = patches
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state, schedule = self.state, self.state.options.schedule
@@ -35,17 +37,17 @@ class _StepFollower:
         if torch.compiler.is_compiling():
             if constant is None:
                 raise RuntimeError(
-                    "schedule is DSAP and the whole UNet is being compiled, so the denoising step cannot be followed; "
-                    "expected schedule=None, or regional compilation (unet.compile_repeated_blocks())"
+                    "schedule is DSAP and the whole UNet is one graph, in which the denoising step cannot be followed; "
+                    "expected schedule=None, regional compilation (unet.compile_repeated_blocks()), or fullgraph=False"
                 )
             return
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-        scheduler = state.scheduler
-        if state.pipeline is not None and state.pipeline() is not None:
+        pipeline = None if state.pipeline is None else state.pipeline()
+        if pipeline is not None:
             # Asked anew at each call: pipe.scheduler may have been exchanged.
-            scheduler = state.pipeline().scheduler
+            state.scheduler = pipeline.scheduler
         wanted = constant is None or bool(state.recordings)
-        found = denoising_step(scheduler, timestep) if wanted and timestep is not None else None
+        found = denoising_step(state.scheduler, timestep) if wanted and timestep is not None else None
         state.call += 1
         state.step = None if found is None else found[0]
         if constant is not None:
@@ -70,28 +72,48 @@ def _unet_of(target: object) -> UNet2DConditionModel:
     return unet
 
 
+def _follower(unet: nn.Module) -> _StepFollower | None:
+    """The hook that holds all there is to know about what was applied; None where nothing was."""
+    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, _StepFollower)), None)
+
+
 def _patches(unet: nn.Module) -> list[PrunedForward]:
-    forwards = (module.__dict__.get("forward") for module in unet.modules())
-    return [forward for forward in forwards if isinstance(forward, PrunedForward)]
+    follower = _follower(unet)
+    return [] if follower is None else follower.patches
 
 
 def _state_of(unet: nn.Module) -> PruningState | None:
-    patches = _patches(unet)
-    return patches[0].state if patches else None
+    follower = _follower(unet)
+    return None if follower is None else follower.state
 
 
 def _uninstall(unet: nn.Module) -> None:
-    for patch in _patches(unet):
-        del patch.module.forward
+    """Raises before anything is changed, where a forward of ours cannot be found any more."""
+    patches = _patches(unet)
+    for patch in patches:
+        if patch not in (patch.module.__dict__.get("forward"), patch.module.__dict__.get("_old_forward")):
+            raise RuntimeError(
+                f"the forward of {patch.name} has been replaced since atedm.apply; expected atedm's: undo that first"
+            )
+    for patch in patches:
+        module = patch.module
+        if module.__dict__.get("forward") is not patch:
+            # An accelerate hook came after us and keeps what it wraps under this name.
+            module._old_forward = patch.previous or type(module).forward.__get__(module)
+        elif patch.previous is None:
+            del module.forward
+        else:
+            module.forward = patch.previous
     for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, _StepFollower)]:
         del unet._forward_pre_hooks[key]
         unet._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _install(unet: nn.Module, blocks: list[AttentionBlock], state: PruningState) -> None:
-    for block in blocks:
-        block.module.forward = PrunedForward(block.name, block.module, block.level, block.whole_when_light, state)
-    unet.register_forward_pre_hook(_StepFollower(state), with_kwargs=True)
+    patches = [PrunedForward(block.name, block.module, block.level, block.whole_when_light, state) for block in blocks]
+    for patch in patches:
+        patch.module.forward = patch
+    unet.register_forward_pre_hook(_StepFollower(state, patches), with_kwargs=True)
 
 
 def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
@@ -103,10 +125,12 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
         ("levels", options.levels),
         ("ratio", options.ratio if isinstance(options.ratio, dict) else ()),
     ):
-        unknown = sorted(set(levels or ()) - set(available))
+        unknown = sorted(set(levels or ()) - set(available), key=str)
         if unknown:
-            raise ValueError(f"{name} names level {unknown[0]}; expected levels with attention: {available}")
+            raise ValueError(f"{name} names level {unknown[0]!r}; expected levels with attention: {available}")
     chosen = [block for block in blocks if options.levels is None or block.level in options.levels]
+    if isinstance(options.ratio, dict):
+        chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
     for block in chosen:
         reason = why_not_prunable(block.module) if not _is_ours(block.module) else None
         if reason is not None:
@@ -116,7 +140,8 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
         chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
     if not chosen:
         raise ValueError(
-            f"no attention block is left to prune with levels={options.levels} and placement={options.placement!r}; "
+            f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels} and "
+            f"placement={options.placement!r}; "
             f"expected some of the levels {available} with"
             + (" more than one layer" if options.placement == "paper" else " attention")
         )
@@ -161,16 +186,28 @@ def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) ->
             cannot be pruned; the message says which.
     """
     unet = _unet_of(pipe)
+    known = [f.name for f in fields(Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"apply got {unknown[0]!r}; expected some of {', '.join(known)}, scheduler")
+    if scheduler is not None and not hasattr(scheduler, "timesteps"):
+        raise TypeError(f"scheduler is {scheduler!r}; expected a diffusers scheduler, which has timesteps")
     settings = Options(**options)
     blocks = _blocks_to_prune(unet, settings)
     pipeline = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
+    earlier = _state_of(unet)
     _uninstall(unet)
     schedule = settings.schedule
     # A compiled UNet is traced with this phase; one that depends on the step is told at each call.
     light = schedule is not None and schedule.constant_phase is True
-    _install(unet, blocks, PruningState(settings, scheduler, pipeline, light=light))
+    state = PruningState(settings, scheduler, pipeline, light=light)
+    if pipeline is not None:
+        state.scheduler = pipe.scheduler
+    if earlier is not None:  # an open recording goes on
+        state.recordings, state.call = earlier.recordings, earlier.call
+    _install(unet, blocks, state)
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 
@@ -180,6 +217,7 @@ def remove(pipe: Pipeline) -> Pipeline:
 
     Raises:
         TypeError: ``pipe`` is neither a pipeline with a ``UNet2DConditionModel`` nor such a UNet.
+        RuntimeError: another tool has wrapped a pruned block since; nothing is changed.
     """
     _uninstall(_unet_of(pipe))
     return pipe
@@ -222,4 +260,5 @@ def record(pipe: object) -> Iterator[Recording]:
     try:
         yield recording
     finally:
-        state.recordings = [other for other in state.recordings if other is not recording]
+        # In place: applying again inside the block has handed the list on.
+        state.recordings[:] = [other for other in state.recordings if other is not recording]

@@ -29,9 +29,9 @@ class PruningState:
 
     Attributes:
         light: whether the current UNet call is in DSAP's light phase.
-        pipeline: weak reference to the pipeline whose scheduler counts the steps, or to None. A copy of the UNet
-            does not take it along: it belongs to no pipeline.
-        scheduler: the scheduler that counts them, where it was given instead of a pipeline.
+        pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
+            along, but the scheduler, which is copied with a copied pipeline.
+        scheduler: the one that counts them: given instead of a pipeline, or last seen on it.
     """
 
     options: Options
@@ -58,6 +58,8 @@ class PrunedForward:
         # Looked up here, because torch.compile cannot look them up on diffusers' classes while it traces.
         self.forward = type(module).forward
         self.output = type(module)._get_output_for_continuous_inputs
+        # What another tool left on the instance; it goes back when pruning is removed.
+        self.previous = module.__dict__.get("forward")
         self.layer_forward = type(module.transformer_blocks[0]).forward
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +154,11 @@ class _CompactTransformer:
     def _rank(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> tuple[Tensor, Tensor | None]:
         options = self._patch.state.options
         if callable(options.ranking):
-            return options.ranking(q, k, lse), None
+            scores = options.ranking(q, k, lse)
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (q.shape[0], q.shape[2]):
+                raise ValueError(f"ranking returned {shape}; expected scores [{q.shape[0]}, heads, {q.shape[2]}]")
+            return scores, None
         return kernels.weighted_page_rank(
             q, k, lse, scale=scale, max_iterations=options.max_iterations, tolerance=options.tolerance
         )

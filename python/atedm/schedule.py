@@ -23,12 +23,14 @@ class DSAP:
         fraction: 0 (always prune everywhere) to 1 (always light).
 
     Raises:
-        ValueError: ``fraction`` outside 0 to 1.
+        ValueError: ``fraction`` outside 0 to 1. TypeError: no number.
     """
 
     fraction: float = 0.3
 
     def __post_init__(self) -> None:
+        if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)):
+            raise TypeError(f"fraction is {self.fraction!r}; expected a number from 0 to 1")
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction}; expected 0 to 1, the part of the steps pruned lightly")
 
@@ -46,7 +48,11 @@ class DSAP:
         return step < self.light_steps(total)
 
     def is_light_at(self, timestep: float) -> bool:
-        """The same by the timestep's value, from ``TRAIN_TIMESTEPS`` (noise) down to 0, without a scheduler."""
+        """The same by the timestep's value, from ``TRAIN_TIMESTEPS`` (noise) down to 0, without a scheduler.
+
+        Exact for evenly spaced timesteps up to the scheduler's offset (a step more or less); schedules that space
+        them by noise level (Karras, exponential) can be several steps off.
+        """
         return 1.0 - timestep / TRAIN_TIMESTEPS < self.fraction
 
 

@@ -159,6 +159,12 @@ def test_no_random_numbers_are_drawn(unet, inputs):
         ({"ratio": "half"}, TypeError, "ratio is 'half'"),
         ({"ratio": {3: 2.0}}, ValueError, r"ratio\[3\] is 2.0"),
         ({"ratio": {9: 0.5}}, ValueError, "ratio names level 9"),
+        ({"ratio": {"2": 0.5}}, ValueError, "ratio names level '2'"),
+        ({"ratio": {2: 0.5}, "levels": (3,)}, ValueError, "no attention block is left"),
+        ({"ratio": {}}, ValueError, "no attention block is left"),
+        ({"levels": 3}, TypeError, "levels is 3"),
+        ({"tolerance": None}, TypeError, "tolerance is None"),
+        ({"scheduler": 3}, TypeError, "scheduler is 3"),
         ({"levels": (1,)}, ValueError, r"levels names level 1; expected levels with attention: \[2, 3\]"),
         ({"levels": ()}, ValueError, "no attention block is left"),
         ({"levels": "23"}, TypeError, "levels is '23'"),
@@ -170,7 +176,7 @@ def test_no_random_numbers_are_drawn(unet, inputs):
         ({"keep_multiple": 0}, ValueError, "keep_multiple is 0"),
         ({"max_iterations": 0}, ValueError, "max_iterations is 0"),
         ({"tolerance": -1.0}, ValueError, "tolerance is -1.0"),
-        ({"ration": 0.5}, TypeError, "ration"),
+        ({"ration": 0.5}, TypeError, "apply got 'ration'; expected some of ratio"),
     ],
 )
 def test_wrong_options_are_named(unet, options, error, message):
@@ -225,9 +231,68 @@ def test_unsupported_modules_are_named(unet, inputs):
 
 def test_a_forward_replaced_by_another_tool_is_refused(unet):
     block = unet.mid_block.attentions[0]
-    block.forward = block.forward
+    block.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="forward has been replaced"):
         atedm.apply(unet)
+
+
+def test_a_tool_that_was_undone_is_no_obstacle(unet, inputs):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    full = unet(**inputs).sample
+    block = unet.mid_block.attentions[0]
+    add_hook_to_module(block, AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(ValueError, match="forward has been replaced"):
+        atedm.apply(unet)
+    remove_hook_from_module(block)
+    left_behind = block.forward
+    atedm.apply(unet, schedule=None)
+    assert not torch.equal(unet(**inputs).sample, full)
+    atedm.remove(unet)
+    assert block.forward == left_behind
+    assert torch.equal(unet(**inputs).sample, full)
+
+
+def test_removal_reaches_under_an_accelerate_hook(unet, inputs):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    full = unet(**inputs).sample
+    atedm.apply(unet, schedule=None)
+    block = unet.mid_block.attentions[0]
+    add_hook_to_module(block, AlignDevicesHook(execution_device="cpu"))
+    atedm.remove(unet)
+    remove_hook_from_module(block)
+    assert torch.equal(unet(**inputs).sample, full)
+
+
+def test_removal_refuses_what_it_cannot_undo(unet, inputs):
+    atedm.apply(unet, schedule=None)
+    pruned = unet(**inputs).sample
+    block = unet.mid_block.attentions[0]
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"forward of mid_block\.attentions\.0 has been replaced"):
+        atedm.remove(unet)
+    assert torch.equal(unet(**inputs).sample, pruned)
+    block.forward = ours
+    atedm.remove(unet)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5), (1, 1, 96), (2, 96)])
+def test_a_ranking_of_the_wrong_shape_is_refused(unet, inputs, shape):
+    atedm.apply(unet, schedule=None, levels=(2,), ranking=lambda q, k, lse: torch.rand(shape))
+    with pytest.raises(ValueError, match="ranking returned"):
+        unet(**inputs)
+
+
+def test_a_recording_survives_applying_again(unet, inputs):
+    atedm.apply(unet, schedule=None)
+    with atedm.record(unet) as recording:
+        atedm.apply(unet, ratio=0.5, schedule=None)
+        unet(**inputs)
+    assert len(recording.ranked) == 11
+    unet(**inputs)
+    assert len(recording.ranked) == 11
 
 
 @pytest.mark.parametrize("extra", [{"attention_mask": torch.ones(2, 96)}, {"cross_attention_kwargs": {"ip_masks": 1}}])

@@ -160,3 +160,12 @@ def test_a_copy_of_the_unet_does_not_take_the_pipeline_along(unet, small):
     pipe = atedm.apply(pipeline(unet, diffusers.EulerDiscreteScheduler()))
     twin = copy.deepcopy(pipe.unet)
     assert phases(types.SimpleNamespace(unet=twin), small, [999, 1]) == [True, False]
+
+
+def test_a_copied_pipeline_follows_its_own_scheduler(unet, small):
+    import copy
+
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    twin = copy.deepcopy(atedm.apply(pipeline(unet, scheduler, steps=4)))
+    twin.scheduler.set_timesteps(20)  # by value, one more of these would be light
+    assert phases(twin, small, twin.scheduler.timesteps) == [True] * 6 + [False] * 14

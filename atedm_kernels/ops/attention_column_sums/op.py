@@ -8,6 +8,7 @@ from atedm_kernels._checks import (
     check_scale,
     check_shape,
     check_tensor,
+    check_tensors,
     score_dtype,
     softmax_scale,
 )
@@ -71,4 +72,8 @@ def attention_column_sums(
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.
     """
+    check_tensors(q=q, k=k, lse=lse)
+    if weights is not None:
+        check_tensors(weights=weights)
+    check_scale(scale)
     return _op(q, k, lse, weights, scale)

@@ -3,7 +3,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from atedm_kernels._backends import choose
-from atedm_kernels._checks import check_query_key, check_scale, check_shape, check_tensor, score_dtype, softmax_scale
+from atedm_kernels._checks import (
+    check_query_key,
+    check_scale,
+    check_shape,
+    check_tensor,
+    check_tensors,
+    score_dtype,
+    softmax_scale,
+)
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.attention_with_logsumexp.fused import fused_attention
 from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
@@ -61,4 +69,6 @@ def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.
     """
+    check_tensors(q=q, k=k, v=v)
+    check_scale(scale)
     return _op(q, k, v, scale)

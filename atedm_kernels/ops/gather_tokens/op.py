@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from atedm_kernels._backends import choose
-from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
+from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor, check_tensors
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 
@@ -52,4 +52,5 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or an index out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such an index is clamped). TypeError: a dtype that is not served.
     """
+    check_tensors(x=x, index=index)
     return _op(x, index)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from atedm_kernels._backends import choose
-from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_shape, check_tensor
+from atedm_kernels._checks import (
+    FLOAT_DTYPES,
+    check_index,
+    check_index_values,
+    check_shape,
+    check_tensor,
+    check_tensors,
+)
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.recover_feature_map.reference import recover_feature_map_reference
 
@@ -22,7 +29,8 @@ def _check(x: Tensor, source: Tensor, residual: Tensor) -> None:
 
 def empty_output(x: Tensor, residual: Tensor) -> Tensor:
     """Uninitialised output in the memory format of ``residual`` and the dtype that adding the two gives."""
-    channels_last = residual.is_contiguous(memory_format=torch.channels_last) and not residual.is_contiguous()
+    # By the strides, so that a slice of a channels-last map counts as one too.
+    channels_last = residual.stride(1) == 1 and residual.shape[1] > 1 and not residual.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return torch.empty_like(residual, dtype=dtype, memory_format=memory_format)
@@ -66,4 +74,5 @@ def recover_feature_map(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such a source is clamped). TypeError: a dtype that is not served.
     """
+    check_tensors(x=x, source=source, residual=residual)
     return _op(x, source, residual)

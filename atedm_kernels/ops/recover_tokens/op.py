@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
+from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor, check_tensors
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.gather_tokens.op import BACKENDS, gather_rows
 
@@ -42,4 +42,5 @@ def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such a source is clamped). TypeError: a dtype that is not served.
     """
+    check_tensors(x=x, source=source)
     return _op(x, source)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from atedm_kernels._backends import choose
-from atedm_kernels._checks import check_integer, check_tensor, values_are_checked
+from atedm_kernels._checks import check_integer, check_tensor, check_tensors, values_are_checked
 from atedm_kernels._library import define_op
 from atedm_kernels.ops.select_tokens.reference import select_tokens_reference
 
@@ -16,6 +16,10 @@ REDUCTIONS = ("rms", "mean")
 def _check(scores: Tensor, keep: int, reduction: str) -> None:
     check_tensor("scores", scores, "B H N", (torch.float32, torch.float64))
     check_integer("keep", keep, 1, scores.shape[2])
+    _check_reduction(reduction)
+
+
+def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
 
@@ -62,5 +66,7 @@ def select_tokens(scores: Tensor, keep: int, *, reduction: str = "rms") -> Tenso
     Raises:
         ValueError: a shape, ``keep``, ``reduction`` or NaN. TypeError: a dtype that is not served.
     """
+    check_tensors(scores=scores)
     check_integer("keep", keep, 1)
+    _check_reduction(reduction)
     return _op(scores, keep, reduction)

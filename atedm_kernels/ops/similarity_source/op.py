@@ -10,6 +10,7 @@ from atedm_kernels._checks import (
     check_index_values,
     check_scale,
     check_self_attention,
+    check_tensors,
     softmax_scale,
 )
 from atedm_kernels._library import define_op
@@ -71,4 +72,6 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
         ValueError: an argument that does not fit, or an index out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such an index is clamped). TypeError: a dtype that is not served.
     """
+    check_tensors(q=q, k=k, lse=lse, index=index)
+    check_scale(scale)
     return _op(q, k, lse, index, scale)

@@ -23,8 +23,9 @@ def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor
             similarity = 0.0
             for _, _, log_block in log_map_blocks(q[b, :, rows], keys, lse[b, :, rows], scale):
                 similarity = similarity + log_block.exp_().sum(dim=0)
+            similarity = similarity.masked_fill(similarity.isnan(), -1.0)
             best = similarity.amax(dim=-1, keepdim=True)
             # argmax promises no order among ties; the lowest slot does.
-            source[b, rows] = torch.where(similarity == best, slots, keep).amin(dim=-1).clamp(max=keep - 1)
+            source[b, rows] = torch.where(similarity == best, slots, keep).amin(dim=-1)
         source[b, index[b]] = slots
     return source

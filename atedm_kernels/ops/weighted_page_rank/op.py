@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels._checks import check_self_attention
+from atedm_kernels._checks import check_iteration, check_scale, check_self_attention, check_tensors
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
 from atedm_kernels.ops.weighted_page_rank.reference import weighted_page_rank_reference
 
@@ -43,4 +43,7 @@ def weighted_page_rank(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
+    check_tensors(q=q, k=k, lse=lse)
+    check_scale(scale)
+    check_iteration(max_iterations, tolerance)
     return _op(q, k, lse, scale, max_iterations, tolerance)

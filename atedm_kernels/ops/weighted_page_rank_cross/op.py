@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from atedm_kernels._checks import check_iteration, check_scale, check_tensors
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
 from atedm_kernels.ops.weighted_page_rank_cross.reference import weighted_page_rank_cross_reference
 
@@ -47,4 +48,7 @@ def weighted_page_rank_cross(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
+    check_tensors(q=q, k=k, lse=lse)
+    check_scale(scale)
+    check_iteration(max_iterations, tolerance)
     return _op(q, k, lse, scale, max_iterations, tolerance)
