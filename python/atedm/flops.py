@@ -183,12 +183,12 @@ class UNetFlops:
         """FLOPs of a call patched by tomesd at ``ratio``, see :func:`apply_tomesd`; its matching is ``scoring``."""
 
         def count() -> Flops:
-            import tomesd
-
             # tomesd leaves attributes behind on what it patched, so it gets a UNet of its own.
             if self._merged_unet is None:
                 self._merged_unet = meta_unet(self.config)
             apply_tomesd(self._merged_unet, ratio)
+            import tomesd
+
             try:
                 with _counting_matching() as matching:
                     total = count_flops(lambda: self._call(self._merged_unet))

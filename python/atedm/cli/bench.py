@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atedm.cli.extras import require
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,7 @@ def unet(
     """
     # Read when torch is loaded: its profiler otherwise writes across the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    require("bench", "tomesd", "psutil")
     import torch
     from rich.console import Console
 

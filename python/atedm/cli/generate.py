@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atedm.cli.extras import require
+
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -95,12 +97,7 @@ def check_output(folder: Path, json: Path | None) -> Path:
 
 def check_installed() -> None:
     """Everything that pictures need beyond the plug-in itself; keeps transformers quiet."""
-    import importlib.util
-
-    missing = [name for name in ("transformers", "matplotlib", "PIL") if importlib.util.find_spec(name) is None]
-    if missing:
-        typer.echo(f"Error: {', '.join(missing)} not installed; pip install 'atedm-kernels[generate]'", err=True)
-        raise typer.Exit(1)
+    require("generate", "transformers", "matplotlib", "pillow")
     from transformers.utils import logging
 
     # Its advice on image processors that are not used here would hide our own lines.
