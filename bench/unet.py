@@ -7,6 +7,7 @@ median over the rounds, so that a machine that slows down slows all of them.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -239,15 +240,13 @@ class UNetBench:
 
     def _inspect(self, variant: Variant) -> None:
         device = self.settings.device
+        # One call for both: what recording copies is a few kilobytes.
+        records = variant.is_ours and not variant.compiled
+        with atedm.record(variant.unet) if records else contextlib.nullcontext() as recording:
+            variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
         if not variant.is_ours:
-            variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
             return
-        if variant.compiled:
-            variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
-        else:
-            # One call for both: what recording copies is a few kilobytes.
-            with atedm.record(variant.unet) as recording:
-                variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
+        if recording is not None:
             variant.fields.update(_ranking_facts(recording))
         ops = op_seconds_of(variant.call, device)
         for stage, names in STAGES.items():

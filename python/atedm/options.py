@@ -10,11 +10,11 @@ from torch import Tensor
 
 from atedm.schedule import DSAP
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
+from atedm_kernels.ops.select_tokens.op import REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
 RANKINGS = ("self", "cross")
 RECOVERIES = ("similarity", "zeros", "bicubic")
-REDUCTIONS = ("rms", "mean")
 
 # The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
 DEFAULT_RATIO = 0.63

@@ -65,7 +65,7 @@ def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: i
         return page_rank.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
     if op == "page_rank_cross":
         k = meta(2, 77, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
-        scores, state = page_rank_cross.initial_scores(q)
+        scores, state = page_rank.initial_scores(q)
         return page_rank_cross.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
     index = meta(2, tokens * 3 // 8, dtype=torch.int64)
     out = meta(2, tokens, dtype=torch.int64)

@@ -6,6 +6,8 @@ so nothing is decided on the host and the whole iteration can be captured in a C
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -108,11 +110,24 @@ def iteration_launches(
     ]
 
 
+def iterate(
+    iteration: Callable[..., list[Launch]],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    max_iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Start the launches of ``iteration`` ``max_iterations`` times; returns what the public ops return."""
+    scores, state = initial_scores(q)
+    launches = iteration(q, k, lse.contiguous(), scores, state, scale, tolerance)
+    run_all(launches * max_iterations, q.device)
+    return scores, state[0]
+
+
 def weighted_page_rank_triton(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """``s ← Aᵀ s`` to its fixed point; shapes as the public op."""
-    scores, state = initial_scores(q)
-    launches = iteration_launches(q, k, lse.contiguous(), scores, state, scale, tolerance)
-    run_all(launches * max_iterations, q.device)
-    return scores, state[0]
+    return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)

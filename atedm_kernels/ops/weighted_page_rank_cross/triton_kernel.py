@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atedm_kernels._launch import Launch, cdiv, run_all
+from atedm_kernels._launch import Launch, cdiv
 from atedm_kernels.ops.attention_column_sums.triton_kernel import (
     Tile,
     column_sums_launch,
@@ -23,7 +23,7 @@ from atedm_kernels.ops.triton_tiles import (
     streamed_products,
     tile_constants,
 )
-from atedm_kernels.ops.weighted_page_rank.triton_kernel import initial_scores, normalise_launch, sum_parts
+from atedm_kernels.ops.weighted_page_rank.triton_kernel import iterate, normalise_launch, sum_parts
 from atedm_kernels.ops.weighted_page_rank_cross.reference import ENTROPY_FLOOR
 
 
@@ -161,7 +161,4 @@ def weighted_page_rank_cross_triton(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as the public op."""
-    scores, state = initial_scores(q)
-    launches = iteration_launches(q, k, lse.contiguous(), scores, state, scale, tolerance)
-    run_all(launches * max_iterations, q.device)
-    return scores, state[0]
+    return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)
