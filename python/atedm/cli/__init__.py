@@ -2,7 +2,7 @@
 
 import typer
 
-from atedm.cli import bench, demo, doctor, flops, generate
+from atedm.cli import bench, demo, doctor, flops, generate, quality
 
 app = typer.Typer(
     name="atedm",
@@ -15,6 +15,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("flops")(flops.flops)
 app.add_typer(bench.app, name="bench")
+app.command("quality")(quality.quality)
 app.command("doctor")(doctor.doctor)
 
 

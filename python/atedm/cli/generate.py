@@ -55,12 +55,12 @@ def generate(
         **{"ranking": ranking, "recovery": recovery},
     }
     check_settings(settings)
-    width, height = _parse_size(size)
+    width, height = parse_size(size)
     place = parse_device(device)
     with failing_clearly():
         from atedm import comparison
 
-        pipe = _load(model, dtype, variant, place)
+        pipe = load_pipeline(model, dtype, variant, place)
         check_settings(settings, pipe)
         request = comparison.Request(prompt, negative_prompt, steps, guidance, seed, width, height)
         found = comparison.compare(pipe, request, settings, output, with_full=compare)
@@ -163,7 +163,7 @@ def _parse_levels(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     from atedm.models import image_size
 
     try:
@@ -172,7 +172,7 @@ def _parse_size(text: str) -> tuple[int, int]:
         raise bad("size", str(error)) from None
 
 
-def _load(model: str, dtype: str, variant: str | None, device: torch.device) -> StableDiffusionXLPipeline:
+def load_pipeline(model: str, dtype: str, variant: str | None, device: torch.device) -> StableDiffusionXLPipeline:
     """The pipeline on ``device``; usage error where ``model`` is none, or not one of SDXL."""
     import torch
     from diffusers import StableDiffusionXLPipeline

@@ -1,0 +1,134 @@
+"""``python -m atedm.bench.quality.checker_training``: trains the checker on renders and reports its own accuracy."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from atedm import report
+from atedm.bench.quality.checker import SIZE, STRIDE, WEIGHTS, Checker, detect, prepare, save_checker
+from atedm.bench.quality.judge import judge
+from atedm.bench.scenes import COLORS, SHAPES, Scene, render
+from atedm.bench.scenes.split import scenes
+
+# Seeds: training, and the held-out renders that its accuracy is measured on.
+_TRAINING, _TEST = 11, 12
+
+# Sizes of the renders; the checker sees them all at its own size.
+_RENDERED = (64, 96, 128)
+
+
+def held_out_renders(count: int, size: int) -> tuple[list[Scene], Tensor]:
+    """``count`` held-out scenes and their pictures, uint8 ``[count, 3, size, size]``."""
+    found = list(itertools.islice(scenes(np.random.default_rng(_TEST), test=True), count))
+    pixels = np.stack([render(scene, size)[0] for scene in found])
+    return found, torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _disturb(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blur, noise and small shifts of colour, so that the checker reads imperfect pictures too."""
+    if rng.random() < 0.5:
+        small = int(rng.integers(32, SIZE))
+        pictures = F.interpolate(pictures, (small, small), mode="bilinear", antialias=True, align_corners=False)
+        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
+    shift = torch.from_numpy(rng.standard_normal((len(pictures), 3, 1, 1), np.float32))
+    return pictures + noise * 0.12 * rng.random() + 0.05 * shift
+
+
+def _targets(found: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """Heat ``[B, n, n]``; shape and colour index ``[B, n, n]``, -1 away from objects."""
+    cells = SIZE // STRIDE
+    centre = (np.arange(cells) + 0.5) / cells
+    heat = np.zeros((len(found), cells, cells), np.float32)
+    shapes, colors = (np.full(heat.shape, -1) for _ in range(2))
+    for b, scene in enumerate(found):
+        for item in scene.objects:
+            square = (centre[None, :] - item.x) ** 2 + (centre[:, None] - item.y) ** 2
+            bump = np.exp(-square * cells**2 / 2)
+            heat[b] = np.maximum(heat[b], bump)
+            shapes[b][bump > 0.3] = SHAPES.index(item.shape)
+            colors[b][bump > 0.3] = list(COLORS).index(item.color)
+    return torch.from_numpy(heat), torch.from_numpy(shapes), torch.from_numpy(colors)
+
+
+def _loss(logits: Tensor, heat: Tensor, shapes: Tensor, colors: Tensor) -> Tensor:
+    read_shapes, read_colors = logits[:, 1:].split((len(SHAPES), len(COLORS)), dim=1)
+    centres = F.binary_cross_entropy_with_logits(logits[:, 0], heat, pos_weight=torch.tensor(4.0))
+    kinds = [
+        F.cross_entropy(read, wanted, ignore_index=-1)
+        for read, wanted in ((read_shapes, shapes), (read_colors, colors))
+    ]
+    return 10 * centres + sum(kinds)
+
+
+def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
+    """Train from nothing; seeded."""
+    torch.manual_seed(0)
+    model = Checker().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    rng = np.random.default_rng(_TRAINING)
+    source = scenes(rng, test=False)
+    for step in track(range(steps), "checker"):
+        found = list(itertools.islice(source, batch))
+        size = _RENDERED[step % len(_RENDERED)]
+        pixels = torch.from_numpy(np.stack([render(scene, size)[0] for scene in found])).permute(0, 3, 1, 2)
+        loss = _loss(model(_disturb(prepare(pixels), rng)), *_targets(found))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(step, float(loss.detach()), flush=True)
+    return model.eval().requires_grad_(False)
+
+
+def accuracy(model: Checker, count: int, size: int) -> dict[str, float]:
+    """On held-out renders: the parts of the scenes in which everything is seen right, and of single facts."""
+    found, pixels = held_out_renders(count, size)
+    verdicts = [
+        judge(scene, seen)
+        for start in range(0, count, 64)
+        for scene, seen in zip(found[start : start + 64], detect(model, pixels[start : start + 64]), strict=True)
+    ]
+    asked, relations = sum(v.asked for v in verdicts), sum(v.relations_asked for v in verdicts)
+    return {
+        "scenes_right": sum(v.right for v in verdicts) / count,
+        "scenes_right_without_extra": sum(v.right and not v.extra for v in verdicts) / count,
+        "objects_right": sum(v.objects for v in verdicts) / asked,
+        "relations_right": sum(v.relations for v in verdicts) / relations,
+    }
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    batch: Annotated[int, typer.Option(min=1)] = 48,
+    test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Where the weights go; figures beside them.")] = WEIGHTS,
+) -> None:
+    """Train the checker on renders, measure it on held-out ones, and write its weights."""
+    save_checker(train(steps, batch), out)
+    from atedm.bench.quality.checker import load_checker
+
+    model = load_checker(out)
+    rows = [
+        {"name": f"renders of {size} pixels", "size": size, **accuracy(model, test, size)} for size in (64, 128, 256)
+    ]
+    settings = {"steps": steps, "batch": batch, "renders": test}
+    command = f"python -m atedm.bench.quality.checker_training --steps {steps} --batch {batch} --test {test}"
+    report.write_json(report.report(command, "cpu", settings, rows), out.with_suffix(".json"))
+    columns = {"name": "held-out", "scenes_right": "scenes", "scenes_right_without_extra": "nothing extra"}
+    report.print_table(rows, {**columns, "objects_right": "objects", "relations_right": "relations"}, "checker")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,114 @@
+"""How the power iteration behaves on real maps: when it converges, and how soon the kept set stops changing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atedm
+from atedm.bench.quality.images import Case, Sampling
+from atedm.bench.quality.rankings import RunningBlock
+from atedm.options import kept_tokens
+
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
+
+# Kept sets are compared after these many iterations with the set after LIMIT.
+ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 15)
+LIMIT = 60
+
+
+@dataclass
+class _Seen:
+    """Of one block and step: iterations to each tolerance, one number a head; Jaccard per iteration, one a row."""
+
+    tokens: int = 0
+    iterations: dict[float, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    jaccard: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _kept(scores: Tensor, keep: int) -> Tensor:
+    """Mask ``[B, N]`` of the kept tokens; heads joined by the root mean square."""
+    joined = scores.square().mean(1)
+    return torch.zeros_like(joined, dtype=torch.bool).scatter_(1, joined.topk(keep, dim=1).indices, True)
+
+
+def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tensor:
+    """Iterate in float64 on the stored map; returns the converged scores."""
+    scale = q.shape[3] ** -0.5
+    attention = torch.exp(q.double() @ k.double().transpose(2, 3) * scale - lse.double()[..., None])
+    scores = torch.full(q.shape[:3], 1 / q.shape[2], dtype=torch.float64, device=q.device)
+    reached = {tolerance: torch.full(q.shape[:2], LIMIT) for tolerance in TOLERANCES}
+    masks = {}
+    for iteration in range(1, LIMIT + 1):
+        before = scores
+        scores = (scores[:, :, None] @ attention)[:, :, 0]
+        scores = scores / scores.sum(2, keepdim=True)
+        change = (scores - before).abs().sum(2).cpu()
+        for tolerance, found in reached.items():
+            found[(change < tolerance) & (found == LIMIT)] = iteration
+        if iteration in ITERATIONS:
+            masks[iteration] = _kept(scores, keep)
+    last = _kept(scores, keep)
+    seen.tokens = q.shape[2]
+    for tolerance, found in reached.items():
+        seen.iterations[tolerance].append(found.flatten())
+    for iteration, mask in masks.items():
+        both, either = (mask & last).sum(1), (mask | last).sum(1)
+        seen.jaccard[iteration].append((both / either).cpu())
+    return scores.float()
+
+
+def _row(name: str, seen: Sequence[_Seen]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "tokens": max(s.tokens for s in seen)}
+    for tolerance in TOLERANCES:
+        found = torch.cat([x for s in seen for x in s.iterations[tolerance]]).double()
+        row[f"iterations_to_{tolerance:g}"] = float(found.mean())
+        row[f"iterations_to_{tolerance:g}_max"] = int(found.max())
+    for iteration in ITERATIONS:
+        found = torch.cat([x for s in seen for x in s.jaccard[iteration]]).double()
+        row[f"jaccard_{iteration}"] = float(found.mean())
+        row[f"jaccard_{iteration}_min"] = float(found.min())
+    return row
+
+
+def study(pipe: Any, cases: Sequence[Case], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:
+    """Make the pictures of ``cases``, pruned at ``ratio``, and watch every ranking.
+
+    Returns:
+        Flat rows: one a block (its ``step`` is None), then one a block and step. ``iterations_to_T``: mean over heads
+        until the scores change by less than ``T`` (60: never); ``jaccard_n``: mean over pictures of the overlap
+        between the set kept after n iterations and after 60; ``_max`` and ``_min`` are the worst.
+    """
+    seen: dict[tuple[str, int], _Seen] = defaultdict(_Seen)
+    step = 0
+
+    def advance(*_: Any) -> dict[str, Any]:
+        nonlocal step
+        step += 1
+        return _[-1]
+
+    with RunningBlock(pipe.unet) as running:
+
+        def ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+            return _observe(q, k, lse, kept_tokens(q.shape[2], ratio), seen[running.name, step])
+
+        # Every block at every step: DSAP would hide some.
+        with atedm.applied(pipe, ratio=ratio, ranking=ranking, schedule=None):
+            pipe(
+                prompt=[case.prompt for case in cases],
+                generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                width=sampling.width,
+                height=sampling.height,
+                output_type="latent",
+                callback_on_step_end=advance,
+            )
+    names = list(dict.fromkeys(name for name, _ in seen))
+    rows = [{**_row(name, [s for (block, _), s in seen.items() if block == name]), "step": None} for name in names]
+    return rows + [{**_row(name, [found]), "step": at} for (name, at), found in seen.items()]

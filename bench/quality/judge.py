@@ -1,0 +1,52 @@
+"""Is what was asked in the picture? Rules over what the checker sees."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atedm.bench.quality.checker import Found
+from atedm.bench.scenes import Scene
+from atedm.bench.scenes.scene import holds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``objects``: the asked ones that are there, in shape and colour. ``relations``: those that hold.
+
+    ``extra``: objects that nobody asked for.
+    """
+
+    asked: int
+    objects: int
+    relations_asked: int
+    relations: int
+    extra: int
+
+    @property
+    def right(self) -> bool:
+        """Every asked object is there and every asked relation holds."""
+        return self.objects == self.asked and self.relations == self.relations_asked
+
+
+def judge(scene: Scene, found: Sequence[Found]) -> Verdict:
+    """Compare what was asked, ``scene``, with what is there. Positions matter only for the relations asked.
+
+    Objects that look alike are given the roles that fit the relations best.
+    """
+    candidates = [
+        [n for n, seen in enumerate(found) if (seen.shape, seen.color) == (item.shape, item.color)] or [None]
+        for item in scene.objects
+    ]
+    best = (0, 0)
+    for chosen in itertools.product(*candidates):
+        there = [None if n is None else found[n] for n in chosen]
+        relations = sum(
+            there[r.subject] is not None
+            and there[r.object] is not None
+            and holds(r.name, (there[r.subject].x, there[r.subject].y), (there[r.object].x, there[r.object].y))
+            for r in scene.relations
+        )
+        best = max(best, (sum(item is not None for item in there), relations))
+    return Verdict(len(scene.objects), best[0], len(scene.relations), best[1], max(0, len(found) - best[0]))

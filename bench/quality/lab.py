@@ -1,0 +1,104 @@
+"""A run of the quality lab: pictures of every setting, then figures from the pictures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from atedm.bench.quality import metrics
+from atedm.bench.quality.checker import Checker, detect, load_checker
+from atedm.bench.quality.checker_training import held_out_renders
+from atedm.bench.quality.images import Case, load_pictures, picture_paths, unet_seconds
+from atedm.bench.quality.judge import Verdict, judge
+from atedm.bench.quality.settings import Setting
+from atedm.bench.scenes import caption
+from atedm.bench.scenes.split import scenes
+
+# Seed of the held-out captions; renders that the Fréchet distance compares with.
+_CAPTIONS = 21
+REFERENCES = 2000
+
+
+def scene_cases(count: int, seed: int = 0) -> list[Case]:
+    """Held-out captions, the first ``count`` of one endless list; case n starts from noise seed ``seed + n``."""
+    rng = np.random.default_rng(_CAPTIONS)
+    found = itertools.islice(scenes(rng, test=True), count)
+    return [Case(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
+
+
+class SceneFigures:
+    """Figures of pictures of scenes: the checker's verdicts and distances."""
+
+    def __init__(self, cases: Sequence[Case], size: int, checker: Checker | None = None) -> None:
+        self.cases = cases
+        self.checker = checker or load_checker()
+        self.distance = metrics.FeatureDistance(self.checker, held_out_renders(REFERENCES, size)[1])
+
+    def verdicts(self, pixels: Tensor) -> list[Verdict]:
+        """One a picture, in the order of the cases."""
+        found = [seen for batch in pixels.split(metrics.BATCH) for seen in detect(self.checker, batch)]
+        return [judge(case.scene, seen) for case, seen in zip(self.cases, found, strict=True)]
+
+    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> dict[str, Any]:
+        """The figures of one setting's pictures; ``full``: the full model's of the same seeds."""
+        pixels = load_pictures(paths)
+        verdicts = self.verdicts(pixels)
+        right = sum(v.right for v in verdicts)
+        low, high = metrics.share_interval(right, len(verdicts))
+        distance, nearest, farthest = self.distance(pixels)
+        row: dict[str, Any] = {
+            "accuracy": right / len(verdicts),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "objects": sum(v.objects for v in verdicts) / sum(v.asked for v in verdicts),
+            "extra_objects": sum(v.extra for v in verdicts) / len(verdicts),
+            "frechet_distance": distance,
+            "frechet_distance_low": nearest,
+            "frechet_distance_high": farthest,
+        }
+        if paths is not full:
+            pairs = list(zip(pixels.split(metrics.BATCH), load_pictures(full).split(metrics.BATCH), strict=True))
+            row |= metrics.mean_of("psnr_db", np.concatenate([metrics.psnr(a, b) for a, b in pairs]))
+            row |= metrics.mean_of("ssim", np.concatenate([metrics.ssim(a, b) for a, b in pairs]))
+            found = [metrics.perceptual_distance(self.checker, a, b) for a, b in pairs]
+            row |= metrics.mean_of("perceptual_distance", np.concatenate(found))
+        return row
+
+
+def rows_of(
+    settings: Sequence[Setting],
+    root: Path,
+    count: int,
+    figures: Callable[[Sequence[Path], Sequence[Path]], dict[str, Any]],
+    on_setting: Callable[[str], None] = lambda name: None,
+) -> list[dict[str, Any]]:
+    """One flat row a setting; the first setting must be the full model."""
+    if not settings or settings[0].kind != "full":
+        raise ValueError("settings do not begin with the full model; expected it first: the others are compared to it")
+    full = picture_paths(root, settings[0], count)
+    rows = []
+    for setting in settings:
+        on_setting(setting.name)
+        paths = full if setting.kind == "full" else picture_paths(root, setting, count)
+        rows.append(
+            {
+                "name": setting.name,
+                "kind": setting.kind,
+                "group": setting.group,
+                "budget": setting.budget,
+                "ratio": setting.ratio,
+                "images": count,
+                "gflops": setting.flops / 1e9,
+                "gflops_scoring": setting.scoring_flops / 1e9,
+                "flops_part": setting.flops / settings[0].flops,
+                "unet_seconds": unet_seconds(root, setting),
+                **figures(paths, full),
+                "note": setting.note,
+            }
+        )
+    return rows

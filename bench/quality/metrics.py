@@ -1,0 +1,108 @@
+"""Figures of picture quality; where a well-kept library has one, it is that one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from atedm.bench.quality.checker import FEATURES, Checker, prepare
+
+BATCH = 64
+
+# Draws of the bootstrap that intervals of means come from.
+_BOOTSTRAP = 1000
+_FRECHET_BOOTSTRAP = 100
+
+
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's)."""
+    interval = binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a mean, by a seeded bootstrap."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(1)
+    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
+    """``name``: the mean, ``name_low`` and ``name_high``: its 95 % interval."""
+    low, high = mean_interval(values)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
+    """dB, one a picture; uint8 ``[B, 3, H, W]``. 99 where two pictures are equal, so that means stay finite."""
+    found = peak_signal_noise_ratio(
+        pixels.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+    )
+    return found.clamp(max=99.0).numpy()
+
+
+def ssim(pixels: Tensor, reference: Tensor) -> np.ndarray:
+    """Structural similarity, one a picture; uint8 ``[B, 3, H, W]``."""
+    found = structural_similarity_index_measure(pixels.float(), reference.float(), data_range=255.0, reduction="none")
+    return found.double().numpy()
+
+
+@torch.no_grad()
+def perceptual_distance(model: Checker, pixels: Tensor, reference: Tensor) -> np.ndarray:
+    """LPIPS on the checker's features (Zhang et al. 2018, equation 1, without learned weights), one a picture.
+
+    At every stage and place the feature vectors are scaled to unit length; the squared distances are averaged over
+    places and summed over stages. 0 for equal pictures.
+    """
+    total = torch.zeros(len(pixels), dtype=torch.float64)
+    for a, b in zip(model.stages(prepare(pixels)), model.stages(prepare(reference)), strict=True):
+        a, b = (x / (x.norm(dim=1, keepdim=True) + 1e-8) for x in (a, b))
+        total += (a - b).square().sum(1).mean((1, 2)).double()
+    return total.numpy()
+
+
+class _AsTheyAre(torch.nn.Module):
+    """The metric's feature extractor: it is given features already."""
+
+    num_features = FEATURES
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class FeatureDistance:
+    """Fréchet distance between the checker's features of generated pictures and of reference ones.
+
+    ``reference``: uint8 ``[N, 3, H, W]``. Features: the last stage, averaged over places, ``FEATURES`` numbers.
+    """
+
+    def __init__(self, model: Checker, reference: Tensor) -> None:
+        self.model = model
+        self.metric = FrechetInceptionDistance(feature=_AsTheyAre(), reset_real_features=False)
+        self.metric.update(self._features(reference), real=True)
+
+    @torch.no_grad()
+    def _features(self, pixels: Tensor) -> Tensor:
+        found = [self.model.stages(prepare(batch))[-1].mean((2, 3)) for batch in pixels.split(BATCH)]
+        return torch.cat(found).double()
+
+    def _distance(self, features: Tensor) -> float:
+        self.metric.reset()
+        self.metric.update(features, real=False)
+        return float(self.metric.compute())
+
+    def __call__(self, pixels: Tensor) -> tuple[float, float, float]:
+        """The distance and its 95 % interval, by a seeded bootstrap over the generated pictures.
+
+        A resampled set repeats pictures, which raises the distance: the interval is reflected about the estimate.
+        """
+        features = self._features(pixels)
+        value = self._distance(features)
+        rng = np.random.default_rng(0)
+        draws = rng.integers(len(features), size=(_FRECHET_BOOTSTRAP, len(features)))
+        low, high = np.quantile([self._distance(features[torch.from_numpy(draw)]) for draw in draws], (0.025, 0.975))
+        return value, max(0.0, 2 * value - float(high)), 2 * value - float(low)

@@ -1,0 +1,111 @@
+"""Figures of a real checkpoint's pictures: FID against real ones, CLIP score against the prompts (torchmetrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from atedm.bench.quality import metrics
+from atedm.bench.quality.checker import FEATURES, load_checker, prepare
+from atedm.bench.quality.images import Case
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Pictures of any size are brought to this one for the Inception network, as FID's definition has it.
+_FID_SIZE = 299
+_BATCH = 16
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"prompts: {path} holds no prompt; expected one a line")
+    return found
+
+
+def reference_paths(folder: Path) -> list[Path]:
+    """The pictures of ``folder`` and the folders in it.
+
+    Raises:
+        ValueError: there are fewer than two: no distance can be computed.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if len(found) < 2:
+        raise ValueError(f"references: {folder} holds {len(found)} pictures; expected at least 2")
+    return found
+
+
+class _CheckerFeatures(torch.nn.Module):
+    num_features = FEATURES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = load_checker()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.stages(prepare(pixels))[-1].mean((2, 3))
+
+
+def _square(path: Path) -> Tensor:
+    """uint8 ``[1, 3, 299, 299]``."""
+    with Image.open(path) as picture:
+        resized = picture.convert("RGB").resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
+
+
+class ReferenceFigures:
+    """``fid`` and ``clip_score``, and PSNR and SSIM to the full model's pictures.
+
+    Args:
+        features: ``"inception"`` (downloads its weights once) or ``"checker"`` (offline, for tests: not an FID).
+        clip_model: hub id or folder of the CLIP model.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], references: Path, features: str, clip_model: str, device: torch.device
+    ) -> None:
+        self.cases = cases
+        self.device = device
+        extractor: Any = 2048 if features == "inception" else _CheckerFeatures()
+        self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
+        self.clip = CLIPScore(model_name_or_path=clip_model).to(device)
+        paths = reference_paths(references)
+        for start in range(0, len(paths), _BATCH):
+            batch = torch.cat([_square(path) for path in paths[start : start + _BATCH]])
+            self.fid.update(batch.to(device), real=True)
+
+    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> dict[str, Any]:
+        self.fid.reset()
+        scores, psnr, ssim = [], [], []
+        for n, path in enumerate(paths):
+            picture = _pixels(path)
+            self.fid.update(_square(path).to(self.device), real=False)
+            self.clip.reset()
+            self.clip.update(picture.to(self.device), [self.cases[n].prompt])
+            scores.append(float(self.clip.compute()))
+            if paths is not full:
+                other = _pixels(full[n])
+                psnr.append(metrics.psnr(picture, other))
+                ssim.append(metrics.ssim(picture, other))
+        row = {"fid": float(self.fid.compute()), **metrics.mean_of("clip_score", np.array(scores))}
+        if psnr:
+            row |= metrics.mean_of("psnr_db", np.concatenate(psnr))
+            row |= metrics.mean_of("ssim", np.concatenate(ssim))
+        return row
+
+
+def _pixels(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None]

@@ -1,0 +1,271 @@
+"""``atedm quality`` from its options to its files: the embedded model's scenes, or a real checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from atedm import report
+from atedm.bench.quality import plots
+from atedm.bench.quality.claims import check_claims
+from atedm.bench.quality.convergence import study
+from atedm.bench.quality.images import Case, Sampling
+from atedm.bench.quality.lab import SceneFigures, scene_cases
+from atedm.bench.quality.reference import ReferenceFigures, read_prompts
+from atedm.bench.quality.run import Run
+from atedm.bench.quality.settings import MAIN, Setting, all_settings
+from atedm.flops import UNetFlops
+from atedm.models import LATENT_SCALE
+
+QUICK_IMAGES, QUICK_STEPS = 16, 10
+
+# Pictures whose power iterations are watched.
+_WATCHED = 8
+
+# Columns and rows of the contact sheets.
+_SHEET_PICTURES = 8
+SHEETS = {
+    "sheet-budgets": ("full", "ours c", "tomesd c", "random c", "ours a", "tomesd a", "random a"),
+    "sheet-ablations": ("full", "ours c", "recovery: zeros", "recovery: bicubic", "ranking: cross-attention"),
+}
+
+COLUMNS = {
+    "name": "setting",
+    "flops_part": "FLOPs",
+    "accuracy": "accuracy",
+    "frechet_distance": "Fréchet",
+    "fid": "FID",
+    "clip_score": "CLIP",
+    "psnr_db": "PSNR",
+    "ssim": "SSIM",
+    "perceptual_distance": "perceptual",
+    "unet_seconds": "UNet s",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, see its help; None where the default depends on the device or the model."""
+
+    quick: bool = False
+    images: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int | None = None
+    settings: str | None = None
+    seed: int = 0
+    out: Path | None = None
+    json: Path | None = None
+    convergence: bool = True
+    model: str | None = None
+    prompts: Path | None = None
+    references: Path | None = None
+    dtype: str | None = None
+    clip_model: str = ""
+    fid_features: str = "inception"
+
+
+def own_device(device: torch.device) -> torch.device:
+    """``device``, or this process's own GPU where several processes share the work."""
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device if state.num_processes > 1 else device
+
+
+def resolved(request: Request, device: torch.device) -> Request:
+    """``request`` with every default filled in."""
+    real, gpu = request.model is not None, device.type == "cuda"
+    defaults = {
+        "images": None if real else QUICK_IMAGES if request.quick else 1000 if gpu else 256,
+        "steps": QUICK_STEPS if request.quick else 50 if real or gpu else 25,
+        "guidance": 7.0 if real else 5.0,
+        "batch": 1 if real else 16 if request.quick else 32,
+        "dtype": "bf16" if real else "fp32",
+        "out": Path("outputs") / ("quality-quick" if request.quick else "quality"),
+    }
+    request = dataclasses.replace(
+        request, **{key: value for key, value in defaults.items() if getattr(request, key) is None}
+    )
+    return dataclasses.replace(request, json=request.json or request.out / "quality.json")
+
+
+def choose(settings: Sequence[Setting], wanted: str | None) -> list[Setting]:
+    """The settings that ``wanted`` names, by name or group, with the full model first.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    if wanted is None:
+        return list(settings)
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    for word in words:
+        if not any(word in (setting.name, setting.group) for setting in settings):
+            names = ", ".join([*dict.fromkeys(s.group for s in settings), *(repr(s.name) for s in settings)])
+            raise ValueError(f"settings names {word!r}; expected some of {names}")
+    return [s for s in settings if s.kind == "full" or s.name in words or s.group in words]
+
+
+def _counted(pipe: Any, width: int, height: int) -> UNetFlops:
+    # The counter takes pixels of an autoencoder with SDXL's scale.
+    sides = [side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height)]
+    tokens = pipe.tokenizer_2.model_max_length
+    return UNetFlops(dict(pipe.unet.config), width=sides[0], height=sides[1], tokens=tokens)
+
+
+def run_embedded(request: Request, device: torch.device) -> None:
+    """The lab on the embedded model."""
+    from atedm.embedded import embedded_pipeline
+
+    pipe = embedded_pipeline().to(device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[request.dtype]
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(part, dtype)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    cases = scene_cases(request.images, request.seed)
+    sampling = Sampling(request.steps, request.guidance, side, side, request.batch)
+    _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases, side))
+
+
+def run_checkpoint(request: Request, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
+    """The lab on a real checkpoint: FID and CLIP score."""
+    prompts = read_prompts(request.prompts)[: request.images]
+    if request.quick:
+        prompts = prompts[:QUICK_IMAGES]
+    cases = [Case(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
+    sampling = Sampling(request.steps, request.guidance, *size, request.batch)
+
+    def figures() -> ReferenceFigures:
+        return ReferenceFigures(cases, request.references, request.fid_features, request.clip_model, device)
+
+    _run(request, device, pipe, request.model, cases, sampling, figures)
+
+
+def _run(
+    request: Request,
+    device: torch.device,
+    pipe: Any,
+    model: str,
+    cases: Sequence[Case],
+    sampling: Sampling,
+    make_figures: Callable[[], Any],
+) -> None:
+    main = PartialState().is_main_process
+    console = Console(stderr=True, quiet=not main)
+    counter = _counted(pipe, sampling.width, sampling.height)
+    side = min(sampling.width, sampling.height) // (2 * pipe.vae_scale_factor)
+    square = sampling.width == sampling.height and side % 2 == 0
+    with console.status("counting FLOPs"):
+        settings = choose(all_settings(counter, sampling.steps, side * side if square else None), request.settings)
+    run = Run(pipe, model, settings, cases, sampling, request.out)
+    if main:
+        run.check_root()
+    PartialState().wait_for_everyone()
+    columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not main) as progress:
+        total = progress.add_task("pictures", total=len(cases) * len(settings))
+        processes = PartialState().num_processes
+
+        def on_picture(name: str, count: int) -> None:
+            progress.update(total, description=name, advance=count * processes)
+
+        run.make(on_picture)
+        if not main:
+            return
+        watched = []
+        if request.convergence and request.model is None:
+            progress.add_task("the power iteration", total=None)
+            budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
+            ratio = budget.ratio if budget is not None else 0.63
+            watched = study(pipe, cases[:_WATCHED], ratio, sampling)
+        measured = progress.add_task("figures", total=len(settings))
+        rows = run.rows(
+            make_figures(), lambda name: progress.update(measured, description=f"figures: {name}", advance=1)
+        )
+    _write(request, device, run, rows, watched)
+
+
+def _write(
+    request: Request, device: torch.device, run: Run, rows: list[dict[str, Any]], watched: list[dict[str, Any]]
+) -> None:
+    claims = check_claims(rows)
+    described = {"model": run.model, **dataclasses.asdict(run.sampling), "images": len(run.cases), "seed": request.seed}
+    described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
+    command = report.command_line()
+    report.write_json(report.report(command, device, described, rows), request.json)
+    claims_path = request.json.with_name(request.json.stem + "-claims.json")
+    report.write_json(report.report(command, device, described, claims), claims_path)
+    written = [request.json, claims_path]
+    plots.plot_trade_off(rows, request.out / "trade-off.png")
+    written.append(request.out / "trade-off.png")
+    chosen = range(min(_SHEET_PICTURES, len(run.cases)))
+    for name, wanted in SHEETS.items():
+        shown = [s for w in wanted for s in run.settings if s.name == w]
+        if len(shown) > 1:
+            plots.contact_sheet(shown, run.cases, chosen, run.root, request.out / f"{name}.png")
+            written.append(request.out / f"{name}.png")
+    if watched:
+        path = request.json.with_name(request.json.stem + "-convergence.json")
+        report.write_json(report.report(command, device, described, watched), path)
+        plots.plot_convergence(watched, request.out / "convergence.png")
+        written += [path, request.out / "convergence.png"]
+    _print(rows, claims, watched, described, device)
+    Console().print("Written: " + ", ".join(map(str, written)))
+
+
+def _print(
+    rows: list[dict[str, Any]],
+    claims: list[dict[str, Any]],
+    watched: list[dict[str, Any]],
+    described: dict[str, Any],
+    device: torch.device,
+) -> None:
+    columns = {key: heading for key, heading in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    title = "{model}: {images} pictures, {steps} steps, guidance {guidance:g}, {dtype}".format(**described)
+    report.print_table([_shown(row) for row in rows], columns, f"{title}, on {report.device_name(device)}")
+    if claims:
+        report.print_table(
+            [{**row, "measures": f"{row['for']} for, {row['against']} against"} for row in claims],
+            {"name": "claim", "better": "this", "worse": "against", "measures": "measures", "verdict": "verdict"},
+            "What the paper claims, on this model",
+        )
+    if watched:
+        report.print_table(
+            [row for row in watched if row["step"] is None],
+            {
+                **{"name": "block", "tokens": "tokens", "iterations_to_0.01": "its. to 1e-2"},
+                **{
+                    "iterations_to_0.001": "to 1e-3",
+                    "jaccard_2": "overlap after 2",
+                    "jaccard_3": "3",
+                    "jaccard_5": "5",
+                },
+            },
+            "The power iteration on this model's maps",
+        )
+    for row in rows:
+        if row["note"]:
+            Console().print(f"{row['name']}: {row['note']}", style="dim")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    shown = dict(row, flops_part=f"{row['flops_part']:.0%}")
+    if "accuracy" in row:
+        shown["accuracy"] = "{accuracy:.1%} ({accuracy_low:.1%}–{accuracy_high:.1%})".format(**row)
+    for key, digits in (
+        ("psnr_db", 2),
+        ("ssim", 3),
+        ("perceptual_distance", 4),
+        ("frechet_distance", 3),
+        ("clip_score", 2),
+    ):
+        if key in row and f"{key}_low" in row:
+            half = (row[f"{key}_high"] - row[f"{key}_low"]) / 2
+            shown[key] = f"{row[key]:.{digits}f} ± {half:.{digits}f}"
+    return shown

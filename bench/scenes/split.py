@@ -1,0 +1,32 @@
+"""Which scenes are for training and which are held out: a tenth of all contents, never seen in training."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from atedm.bench.scenes.scene import Scene, sample_scene
+
+_PARTS = 10
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether ``scene``'s content (shapes, colours, their relations or place, background colour) is held out.
+
+    A function of the content alone, so that no wording and no other positions of it are trained on either.
+    """
+    things = [f"{item.color} {item.shape}" for item in scene.objects]
+    if not scene.relations:
+        things.sort()
+    said = [relation.name for relation in scene.relations] or [scene.place or ""]
+    return zlib.crc32("/".join([*things, *said, scene.background.color]).encode()) % _PARTS == 0
+
+
+def scenes(rng: np.random.Generator, *, test: bool) -> Iterator[Scene]:
+    """Endless scenes, either for training or (``test``) held out."""
+    while True:
+        scene = sample_scene(rng)
+        if held_out(scene) == test:
+            yield scene

@@ -1,0 +1,42 @@
+"""The trained parts as one half-precision pipeline folder: what the package ships."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
+
+from atedm.bench.training.config import Config
+from atedm.bench.training.loop import Counter
+from atedm.bench.training.models import sampling_scheduler
+
+
+def export(config: Config, folder: Path, target: Path) -> Counter:
+    """Write the pipeline with the newest moving average to ``target``; returns how far its training has come.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
+    """
+    from atedm.bench.training.unet import load_average
+
+    model, counter = load_average(config, folder)
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=model.encoders.first,
+        text_encoder_2=model.encoders.second,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=model.unet,
+        scheduler=sampling_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(part, torch.float16)
+    if target.exists():
+        shutil.rmtree(target)
+    pipe.save_pretrained(target, safe_serialization=True)
+    return counter

@@ -1,0 +1,132 @@
+"""One training stage: steps, a progress bar, a log, checkpoints to resume from; accelerate does the rest."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG = "log.jsonl"
+_CHECKPOINT = "checkpoint"
+_NOTE_SECONDS = 20.0
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of the stage that works in ``folder``."""
+    for name in (_CHECKPOINT, _CHECKPOINT + "-before"):
+        if folder.joinpath(name, "done").is_file():
+            return folder / name
+    return None
+
+
+class Counter:
+    """How far a stage has come; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.images = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Stage:
+    """Runs ``step`` until a number of images is reached, from the last checkpoint in ``folder`` if there is one.
+
+    Args:
+        folder: of this stage's checkpoint and log.
+        step: does one optimiser step, given the counter before it; returns the images seen (over all processes)
+            and figures for the log.
+        checkpoint_seconds: between two checkpoints.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, name: str, checkpoint_seconds: float = 300.0) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.name = name
+        self.checkpoint_seconds = checkpoint_seconds
+        self.counter = Counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.register_for_checkpointing(self.counter)
+
+    def resume(self) -> None:
+        """Load the last whole checkpoint, if any."""
+        found = newest_checkpoint(self.folder)
+        if found is not None:
+            self.accelerator.load_state(str(found))
+
+    def save(self) -> None:
+        """Write a checkpoint; the one before it stays until the new one is whole."""
+        new, old = self.folder / _CHECKPOINT, self.folder / (_CHECKPOINT + "-before")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and new.is_dir():
+            if old.is_dir():
+                _delete(old)
+            new.rename(old)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(new))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            new.joinpath("done").touch()
+
+    def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, float]]]) -> None:
+        main, counter = self.accelerator.is_main_process, self.counter
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        saved = noted = time.perf_counter()
+        sums: dict[str, float] = {}
+        count = 0
+        with Progress(*columns, disable=not main) as progress:
+            task = progress.add_task(self.name, total=images, completed=counter.images, note="")
+            while counter.images < images:
+                started = time.perf_counter()
+                seen, figures = step(counter)
+                now = time.perf_counter()
+                counter.step += 1
+                counter.images += seen
+                counter.seconds += now - started
+                count += 1
+                for key, value in figures.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                progress.update(task, completed=counter.images)
+                if main and now - noted > _NOTE_SECONDS:
+                    row = {"step": counter.step, "images": counter.images, "seconds": round(counter.seconds, 1)}
+                    row |= {key: round(value / count, 5) for key, value in sums.items()}
+                    with self.folder.joinpath(LOG).open("a") as log:
+                        log.write(json.dumps(row) + "\n")
+                    progress.update(task, note=" ".join(f"{k} {v}" for k, v in row.items() if k in sums))
+                    noted, count = now, 0
+                    sums.clear()
+                if self._together(now - saved > self.checkpoint_seconds):
+                    self.save()
+                    saved = time.perf_counter()
+        self.save()
+
+    def _together(self, flag: bool) -> bool:
+        """The main process decides for all: their clocks differ."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        from accelerate.utils import broadcast_object_list
+
+        return bool(broadcast_object_list([flag])[0])
+
+
+def _delete(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)

@@ -1,0 +1,79 @@
+"""Stage 1: the autoencoder, on crops of pictures of several sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atedm.bench.scenes import render
+from atedm.bench.scenes.scene import Scene
+from atedm.bench.training.config import Config
+from atedm.bench.training.data import draw, generator, pictures
+from atedm.bench.training.loop import Counter, Stage
+from atedm.bench.training.models import build_vae
+
+_STAGE = 2
+
+
+class _Autoencoder(nn.Module):
+    """Reconstruction and divergence in one call, so that data-parallel training sees one forward."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return self.vae.decode(posterior.sample()).sample, divergence
+
+
+def _crops(found: list[Scene], rng: np.random.Generator, size: int, crop: int) -> Tensor:
+    out = []
+    for scene in found:
+        x, y = (int(rng.integers(size - crop + 1)) for _ in range(2))
+        out.append(render(scene, size)[0][y : y + crop, x : x + crop])
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vae(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Train and save to ``folder/vae``, with the scaling factor that gives its latents unit variance."""
+    recipe = config.vae
+    stage = Stage(accelerator, folder / "vae-training", "autoencoder")
+    model = _Autoencoder(build_vae(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps + 1)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    stage.resume()
+
+    def step(counter: Counter) -> tuple[int, dict[str, float]]:
+        rng = generator(config.seed, _STAGE, counter.step, accelerator.process_index)
+        found, _ = draw(rng, recipe.batch // accelerator.num_processes)
+        size = recipe.sizes[counter.step % len(recipe.sizes)]
+        pixels = _crops(found, rng, size, recipe.crop)
+        decoded, divergence = model(pixels)
+        error = F.l1_loss(decoded.float(), pixels) + F.mse_loss(decoded.float(), pixels)
+        accelerator.backward(error + recipe.kl_weight * divergence.float())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        return recipe.batch, {"error": float(error.detach()), "divergence": float(divergence.detach())}
+
+    stage.run(recipe.steps * recipe.batch, step)
+    if accelerator.is_main_process:
+        vae = accelerator.unwrap_model(model).vae.eval()
+        vae.register_to_config(scaling_factor=1 / _latent_std(vae, config))
+        vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def _latent_std(vae: AutoencoderKL, config: Config) -> float:
+    found, _ = draw(generator(config.seed, _STAGE, 2**30), 64)
+    return float(vae.encode(pictures(found, 2 * config.vae.crop)).latent_dist.mean.std())

@@ -1,0 +1,120 @@
+"""``atedm quality``: what pruning costs in picture quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atedm.cli.extras import require
+
+if TYPE_CHECKING:
+    from atedm.bench.quality.session import Request
+
+_PACKAGES = ("transformers", "accelerate", "matplotlib", "pillow", "scipy", "torchmetrics", "tomesd")
+
+
+def quality(
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: few pictures, few steps.")] = False,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="Pictures a setting. Default: 256, on a GPU 1000; every prompt.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Euler steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 5; with --model 7.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at a time. Default: 32; with --model 1.")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="Names or groups (budget, ablation, cheaper), by comma. Default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture's noise; the n-th has seed + n.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures, plots and tables; an earlier run there goes on.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the rows. Default: quality.json in the folder.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
+    convergence: Annotated[
+        bool, typer.Option(help="Also study the power iteration on the model's maps (embedded model).")
+    ] = True,
+    model: Annotated[
+        str | None, typer.Option(help="An SDXL checkpoint: folder or hub id. Default: the embedded model.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With --model: a text file, one prompt a line.")] = None,
+    references: Annotated[Path | None, typer.Option(help="With --model: a folder of real pictures, for FID.")] = None,
+    size: Annotated[str, typer.Option(help="With --model: pixels, 1024 or WIDTHxHEIGHT.")] = "1024",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: fp32; with --model bf16.")] = None,
+    variant: Annotated[str | None, typer.Option(help="With --model: variant of the files, such as fp16.")] = None,
+    clip_model: Annotated[
+        str, typer.Option(help="With --model: the CLIP of the CLIP score, a hub id or a folder.")
+    ] = "openai/clip-vit-base-patch16",
+    fid_features: Annotated[
+        str, typer.Option(help="With --model: features of the Fréchet distance: inception, or checker (offline).")
+    ] = "inception",
+) -> None:
+    """Make the same pictures with the full UNet, ours, tomesd and random pruning, and measure what is lost.
+
+    Without --model: the embedded model and its scenes, offline; a checker counts the pictures that show what was
+    asked. With --model, --prompts and --references: any SDXL checkpoint, FID and CLIP score.
+
+    Ctrl-C at any time: the same command goes on where it stopped. Start it with `accelerate launch -m atedm` to
+    share the work between several GPUs.
+    """
+    require("quality", *_PACKAGES)
+    from atedm.bench.quality import session
+
+    request = session.Request(
+        quick=quick,
+        images=images,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        settings=settings,
+        seed=seed,
+        out=out,
+        json=json,
+        convergence=convergence,
+        model=model,
+        prompts=prompts,
+        references=references,
+        dtype=dtype,
+        clip_model=clip_model,
+        fid_features=fid_features,
+    )
+    _check(request)
+    from atedm.cli.generate import check_output, failing_clearly, load_pipeline, parse_device, parse_size
+
+    place = session.own_device(parse_device(device))
+    request = session.resolved(request, place)
+    check_output(request.out, request.json)
+    with failing_clearly():
+        try:
+            if request.model is None:
+                session.run_embedded(request, place)
+            else:
+                pipe = load_pipeline(request.model, request.dtype, variant, place)
+                session.run_checkpoint(request, place, pipe, parse_size(size))
+        except ValueError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(f"Interrupted; the same command goes on from the pictures in {request.out}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _check(request: Request) -> None:
+    from atedm.cli.generate import DTYPES, bad
+
+    if request.dtype not in (None, *DTYPES):
+        raise bad("dtype", f"{request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    if request.model is None:
+        for name in ("prompts", "references"):
+            if getattr(request, name) is not None:
+                raise bad(name, "is for real checkpoints; expected --model as well")
+        return
+    if request.prompts is None or not request.prompts.is_file():
+        raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt a line")
+    if request.references is None or not request.references.is_dir():
+        raise bad("references", f"is {request.references}; expected a folder of pictures")
+    if request.fid_features not in ("inception", "checker"):
+        raise bad("fid-features", f"{request.fid_features!r}; expected inception or checker")

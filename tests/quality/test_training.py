@@ -1,0 +1,107 @@
+"""The training of the embedded model, at a size that takes seconds: all stages, a resumed run, the export."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from atedm.bench.training import config as recipe
+from atedm.bench.training import loop
+from atedm.bench.training.export import export
+from atedm.bench.training.text import train_text
+from atedm.bench.training.unet import load_average, train_unet
+from atedm.bench.training.vae import train_vae
+
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+def shortened(config, images):
+    """``config`` stopped after ``images`` images of its first phase."""
+    first = dataclasses.replace(config.unet.phases[0], images=images)
+    return dataclasses.replace(config, unet=dataclasses.replace(config.unet, phases=(first,)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    config = recipe.load(TINY)
+    for stage in (train_vae, train_text, train_unet):
+        torch.manual_seed(0)
+        stage(config, folder, Accelerator(cpu=True, mixed_precision="no"))
+    return config, folder
+
+
+def test_export_is_a_half_precision_pipeline_that_follows_its_prompt(trained, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    config, folder = trained
+    counter = export(config, folder, tmp_path / "pipe")
+    assert (counter.step, counter.images) == (4, 16)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        files = list((tmp_path / "pipe" / part).glob("*.safetensors"))
+        assert files
+        assert {t.dtype for t in load_file(files[0]).values() if t.is_floating_point()} == {torch.float16}
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(prompt):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt, num_inference_steps=3, generator=generator, guidance_scale=5.0, output_type="latent").images
+
+    first = latents("a red circle")
+    assert first.shape == (1, 4, 16, 16)
+    assert first.isfinite().all()
+    assert torch.equal(first, latents("a red circle"))
+    assert not torch.equal(first, latents("a blue star"))
+
+
+def test_vae_scaling_factor_gives_unit_variance(trained):
+    config, folder = trained
+    saved = json.loads((folder / "vae" / "config.json").read_text())
+    assert saved["scaling_factor"] != 0.18215  # diffusers' default
+    assert saved["scaling_factor"] > 0
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path):
+    import shutil
+
+    config, folder = trained
+    whole, _ = load_average(config, folder)
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    torch.manual_seed(0)
+    train_unet(shortened(config, 8), tmp_path, Accelerator(cpu=True, mixed_precision="no"))
+    torch.manual_seed(1)  # a resumed run is a new process
+    train_unet(config, tmp_path, Accelerator(cpu=True, mixed_precision="no"))
+    resumed, counter = load_average(config, tmp_path)
+    assert counter.images == 16
+    for name, parameter in whole.state_dict().items():
+        # The learning rate warms up anew.
+        torch.testing.assert_close(resumed.state_dict()[name], parameter, rtol=0, atol=5e-3, msg=name)
+
+
+def test_the_log_tells_steps_images_and_loss(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "_NOTE_SECONDS", 0.0)
+    config, _ = trained
+    train_vae(config, tmp_path, Accelerator(cpu=True, mixed_precision="no"))
+    rows = [json.loads(line) for line in (tmp_path / "vae-training" / loop.LOG).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["images"] for row in rows] == [4, 8, 12]
+    assert all(row["error"] > 0 for row in rows)
+
+
+def test_recipe_names_what_is_wrong(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TINY.read_text().replace("  ema_decay: 0.9\n", ""))
+    with pytest.raises(ValueError, match="ema_decay"):
+        recipe.load(path)
+
+
+def test_the_committed_recipe_is_well_formed():
+    config = recipe.load()
+    assert config.unet.sample_size == 64
+    assert config.unet.depth[2] >= 4
