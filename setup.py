@@ -3,11 +3,18 @@ measurements in ``bench/`` are installed as ``atedm.bench``, so that ``atedm ben
 
 from setuptools import find_packages, setup
 
+BENCH = ["atedm.bench", *(f"atedm.bench.{name}" for name in find_packages("bench"))]
+
 setup(
     packages=[
         *find_packages(".", include=["atedm_kernels*"]),
         *find_packages("python", include=["atedm*"]),
-        "atedm.bench",
+        *BENCH,
     ],
     package_dir={"atedm_kernels": "atedm_kernels", "atedm": "python/atedm", "atedm.bench": "bench"},
+    package_data={
+        "atedm.embedded": ["README.md", "words.txt", "weights/**"],
+        # Recipes and small networks; what was measured (bench/results) stays in the repository.
+        **{name: ["*.yaml", "*.safetensors"] for name in BENCH},
+    },
 )

@@ -42,6 +42,26 @@ def test_the_command_line_is_quick_to_ask_for_help():
     assert "torch" not in run("import atedm.cli, sys; print(*sys.modules)").split()
 
 
+def kept_in(folder, *patterns):
+    return {path.relative_to(folder) for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+
+
+def test_the_wheel_holds_the_model_and_the_measurements(tmp_path):
+    # What a wheel is packed from, without packing it.
+    command = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib"]
+    subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, capture_output=True, check=True)
+    built = tmp_path / "lib" / "atedm"
+
+    model = ROOT / "python" / "atedm" / "embedded"
+    assert kept_in(built / "embedded", "*") == kept_in(model, "*.py", "README.md", "words.txt", "weights/**/*")
+    weights = {path.parent.name for path in built.glob("embedded/weights/*/*.safetensors")}
+    assert weights == {"text_encoder", "text_encoder_2", "unet", "vae"}
+
+    bench = kept_in(ROOT / "bench", "*.py", "*.yaml", "*.safetensors")
+    assert {path.parts[0] for path in bench if len(path.parts) > 1} >= {"quality", "scenes", "training"}
+    assert kept_in(built / "bench", "*") == bench
+
+
 @pytest.mark.parametrize("package", sorted(PUBLIC))
 def test_public_names(package):
     module = __import__(package)

@@ -87,8 +87,6 @@ def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
-            print(step, float(loss.detach()), flush=True)
     return model.eval().requires_grad_(False)
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from atedm.bench.quality.metrics import paired_difference
 from atedm.bench.quality.settings import BUDGETS, MAIN
 
 # Figures that are compared, and whether more is better.
-MEASURES = {"accuracy": True, "frechet_distance": False, "psnr_db": True, "ssim": True, "perceptual_distance": False}
-REAL_MEASURES = {"clip_score": True, "fid": False, "psnr_db": True, "ssim": True}
+MEASURES = {
+    "accuracy": True,
+    "frechet_distance": False,
+    "clip_score": True,
+    "psnr_db": True,
+    "ssim": True,
+    "perceptual_distance": False,
+}
 
 
 @dataclass(frozen=True)
@@ -34,39 +43,47 @@ CLAIMS = (
 )
 
 
-def _compare(better: dict[str, Any], worse: dict[str, Any], measure: str, more: bool) -> int:
-    """1 where ``better`` is ahead, -1 where it is behind, 0 where the intervals overlap."""
-    a, b = better[measure], worse[measure]
-    ahead = 1 if (a > b) == more else -1
-    if f"{measure}_low" in better and f"{measure}_low" in worse:
-        apart = (
-            better[f"{measure}_low"] > worse[f"{measure}_high"] or better[f"{measure}_high"] < worse[f"{measure}_low"]
-        )
-        return ahead if apart else 0
-    return 0 if a == b else ahead
+def _apart(low: float, high: float) -> int:
+    """1 or -1: the side of 0 that an interval lies on; 0 where it holds 0."""
+    return 1 if low > 0 else -1 if high < 0 else 0
 
 
-def check_claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def check_claims(
+    rows: Sequence[dict[str, Any]], samples: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[dict[str, Any]]:
     """Flat rows, one a claim and pair of settings that were both run.
 
-    ``verdict``: "holds" where most of the measures that tell the two apart are for it, "does not hold" where most
-    are against it, "undecided" otherwise. A measure with intervals tells two settings apart where they do not overlap.
+    A measure tells two settings apart where the 95 % interval of their difference excludes 0: paired by picture where
+    ``samples`` (setting → measure → one number a picture) has it, else by the rows' own intervals, which must not
+    overlap. ``verdict``: "holds" where more measures are for the claim than against it, "does not hold" where fewer
+    are, "undecided" otherwise.
     """
     by_name = {row["name"]: row for row in rows}
     found = []
     for claim in CLAIMS:
         for better, worse in claim.pairs:
-            if better not in by_name or worse not in by_name:
-                continue
-            a, b = by_name[better], by_name[worse]
-            row: dict[str, Any] = {"name": claim.text, "better": better, "worse": worse}
-            signs = []
-            for measure, more in {**MEASURES, **REAL_MEASURES}.items():
-                if measure in a and measure in b:
+            if better in by_name and worse in by_name:
+                row: dict[str, Any] = {"name": claim.text, "better": better, "worse": worse}
+                signs = []
+                for measure, more in MEASURES.items():
+                    a, b = by_name[better], by_name[worse]
+                    if measure not in a or measure not in b:
+                        continue
                     row |= {measure: a[measure], f"{measure}_of_worse": b[measure]}
-                    signs.append(_compare(a, b, measure, more))
-            total = sum(signs)
-            row["for"], row["against"] = signs.count(1), signs.count(-1)
-            row["verdict"] = "holds" if total > 0 else "does not hold" if total < 0 else "undecided"
-            found.append(row)
+                    if measure in samples.get(better, {}) and measure in samples.get(worse, {}):
+                        difference = paired_difference(samples[better][measure], samples[worse][measure])
+                        keys = ("difference", "difference_low", "difference_high")
+                        row |= {f"{measure}_{key}": value for key, value in zip(keys, difference, strict=True)}
+                        sign = _apart(*difference[1:])
+                    elif f"{measure}_low" in a:
+                        sign = _apart(
+                            a[f"{measure}_low"] - b[f"{measure}_high"], a[f"{measure}_high"] - b[f"{measure}_low"]
+                        )
+                    else:
+                        continue  # without an interval nothing can be said
+                    signs.append(sign if more else -sign)
+                row["for"], row["against"] = signs.count(1), signs.count(-1)
+                total = sum(signs)
+                row["verdict"] = "holds" if total > 0 else "does not hold" if total < 0 else "undecided"
+                found.append(row)
     return found

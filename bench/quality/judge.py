@@ -36,11 +36,14 @@ def judge(scene: Scene, found: Sequence[Found]) -> Verdict:
     Objects that look alike are given the roles that fit the relations best.
     """
     candidates = [
-        [n for n, seen in enumerate(found) if (seen.shape, seen.color) == (item.shape, item.color)] or [None]
+        [n for n, seen in enumerate(found) if (seen.shape, seen.color) == (item.shape, item.color)] + [None]
         for item in scene.objects
     ]
     best = (0, 0)
     for chosen in itertools.product(*candidates):
+        used = [n for n in chosen if n is not None]
+        if len(set(used)) < len(used):
+            continue
         there = [None if n is None else found[n] for n in chosen]
         relations = sum(
             there[r.subject] is not None

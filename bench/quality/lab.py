@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from atedm.bench.quality.settings import Setting
 from atedm.bench.scenes import caption
 from atedm.bench.scenes.split import scenes
 
-# Seed of the held-out captions; renders that the Fréchet distance compares with.
+# Seed of the held-out captions.
 _CAPTIONS = 21
-REFERENCES = 2000
+
+# Held-out renders that the Fréchet distance compares with: so many a picture made, and at least and at most these.
+_REFERENCES_A_PICTURE = 8
+REFERENCES = (128, 2000)
 
 
 def scene_cases(count: int, seed: int = 0) -> list[Case]:
@@ -31,28 +35,37 @@ def scene_cases(count: int, seed: int = 0) -> list[Case]:
     return [Case(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Of one setting. ``row``: flat, for the table; ``samples``: of some of its figures, one number a picture."""
+
+    row: dict[str, Any]
+    samples: dict[str, np.ndarray]
+
+
 class SceneFigures:
     """Figures of pictures of scenes: the checker's verdicts and distances."""
 
     def __init__(self, cases: Sequence[Case], size: int, checker: Checker | None = None) -> None:
         self.cases = cases
         self.checker = checker or load_checker()
-        self.distance = metrics.FeatureDistance(self.checker, held_out_renders(REFERENCES, size)[1])
+        references = min(max(_REFERENCES_A_PICTURE * len(cases), REFERENCES[0]), REFERENCES[1])
+        self.distance = metrics.FeatureDistance(self.checker, held_out_renders(references, size)[1])
 
     def verdicts(self, pixels: Tensor) -> list[Verdict]:
         """One a picture, in the order of the cases."""
         found = [seen for batch in pixels.split(metrics.BATCH) for seen in detect(self.checker, batch)]
         return [judge(case.scene, seen) for case, seen in zip(self.cases, found, strict=True)]
 
-    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> dict[str, Any]:
+    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> Figures:
         """The figures of one setting's pictures; ``full``: the full model's of the same seeds."""
         pixels = load_pictures(paths)
         verdicts = self.verdicts(pixels)
-        right = sum(v.right for v in verdicts)
-        low, high = metrics.share_interval(right, len(verdicts))
+        samples = {"accuracy": np.array([float(v.right) for v in verdicts])}
+        low, high = metrics.share_interval(sum(v.right for v in verdicts), len(verdicts))
         distance, nearest, farthest = self.distance(pixels)
         row: dict[str, Any] = {
-            "accuracy": right / len(verdicts),
+            "accuracy": float(samples["accuracy"].mean()),
             "accuracy_low": low,
             "accuracy_high": high,
             "objects": sum(v.objects for v in verdicts) / sum(v.asked for v in verdicts),
@@ -63,28 +76,38 @@ class SceneFigures:
         }
         if paths is not full:
             pairs = list(zip(pixels.split(metrics.BATCH), load_pictures(full).split(metrics.BATCH), strict=True))
-            row |= metrics.mean_of("psnr_db", np.concatenate([metrics.psnr(a, b) for a, b in pairs]))
-            row |= metrics.mean_of("ssim", np.concatenate([metrics.ssim(a, b) for a, b in pairs]))
-            found = [metrics.perceptual_distance(self.checker, a, b) for a, b in pairs]
-            row |= metrics.mean_of("perceptual_distance", np.concatenate(found))
-        return row
+            compared = {
+                "psnr_db": [metrics.psnr(a, b) for a, b in pairs],
+                "ssim": [metrics.ssim(a, b) for a, b in pairs],
+                "perceptual_distance": [metrics.perceptual_distance(self.checker, a, b) for a, b in pairs],
+            }
+            for name, found in compared.items():
+                samples[name] = np.concatenate(found)
+                row |= metrics.mean_of(name, samples[name])
+        return Figures(row, samples)
 
 
 def rows_of(
     settings: Sequence[Setting],
     root: Path,
     count: int,
-    figures: Callable[[Sequence[Path], Sequence[Path]], dict[str, Any]],
+    figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
     on_setting: Callable[[str], None] = lambda name: None,
-) -> list[dict[str, Any]]:
-    """One flat row a setting; the first setting must be the full model."""
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """One flat row a setting, and by a setting's name the samples behind its row.
+
+    Raises:
+        ValueError: the first setting is not the full model.
+    """
     if not settings or settings[0].kind != "full":
         raise ValueError("settings do not begin with the full model; expected it first: the others are compared to it")
     full = picture_paths(root, settings[0], count)
-    rows = []
+    rows, samples = [], {}
     for setting in settings:
         on_setting(setting.name)
         paths = full if setting.kind == "full" else picture_paths(root, setting, count)
+        found = figures(paths, full)
+        samples[setting.name] = found.samples
         rows.append(
             {
                 "name": setting.name,
@@ -97,8 +120,8 @@ def rows_of(
                 "gflops_scoring": setting.scoring_flops / 1e9,
                 "flops_part": setting.flops / settings[0].flops,
                 "unet_seconds": unet_seconds(root, setting),
-                **figures(paths, full),
+                **found.row,
                 "note": setting.note,
             }
         )
-    return rows
+    return rows, samples

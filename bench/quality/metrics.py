@@ -37,6 +37,14 @@ def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ``a − b`` and its 95 % interval; the two hold a figure of the same pictures in the same order.
+
+    Pictures of one prompt and seed have much in common, so this tells settings apart that their own intervals do not.
+    """
+    return (float((a - b).mean()), *mean_interval(a - b))
+
+
 def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
     """dB, one a picture; uint8 ``[B, 3, H, W]``. 99 where two pictures are equal, so that means stay finite."""
     found = peak_signal_noise_ratio(
@@ -82,7 +90,8 @@ class FeatureDistance:
 
     def __init__(self, model: Checker, reference: Tensor) -> None:
         self.model = model
-        self.metric = FrechetInceptionDistance(feature=_AsTheyAre(), reset_real_features=False)
+        # Where several processes share a run, one of them measures: it must not wait for the others.
+        self.metric = FrechetInceptionDistance(feature=_AsTheyAre(), reset_real_features=False, sync_on_compute=False)
         self.metric.update(self._features(reference), real=True)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import FEATURES, load_checker, prepare
 from atedm.bench.quality.images import Case
+from atedm.bench.quality.lab import Figures
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Pictures of any size are brought to this one for the Inception network, as FID's definition has it.
 _FID_SIZE = 299
 _BATCH = 16
+# Where several processes share a run, one of them measures: it must not wait for the others.
+_ALONE = {"sync_on_compute": False}
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -58,6 +62,31 @@ class _CheckerFeatures(torch.nn.Module):
         return self.model.stages(prepare(pixels))[-1].mean((2, 3))
 
 
+class _Clip(torch.nn.Module):
+    """A CLIP model whose features are tensors: since transformers 5 they come as a field of an output object."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return _tensor(self.model.get_image_features(pixels))
+
+    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return _tensor(self.model.get_text_features(ids, mask))
+
+
+def _tensor(features: Any) -> Tensor:
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def _load_clip(name: str) -> tuple[torch.nn.Module, Any]:
+    from transformers import CLIPModel, CLIPProcessor
+
+    return _Clip(CLIPModel.from_pretrained(name).eval()), CLIPProcessor.from_pretrained(name)
+
+
 def _square(path: Path) -> Tensor:
     """uint8 ``[1, 3, 299, 299]``."""
     with Image.open(path) as picture:
@@ -79,31 +108,32 @@ class ReferenceFigures:
         self.cases = cases
         self.device = device
         extractor: Any = 2048 if features == "inception" else _CheckerFeatures()
-        self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
-        self.clip = CLIPScore(model_name_or_path=clip_model).to(device)
+        self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False, **_ALONE).to(device)
+        # By a function: torchmetrics takes only some names, and no folders.
+        self.clip = CLIPScore(model_name_or_path=functools.partial(_load_clip, clip_model), **_ALONE).to(device)
         paths = reference_paths(references)
         for start in range(0, len(paths), _BATCH):
             batch = torch.cat([_square(path) for path in paths[start : start + _BATCH]])
             self.fid.update(batch.to(device), real=True)
 
-    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> dict[str, Any]:
+    def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> Figures:
         self.fid.reset()
-        scores, psnr, ssim = [], [], []
+        found: dict[str, list[float]] = {"clip_score": [], "psnr_db": [], "ssim": []}
         for n, path in enumerate(paths):
             picture = _pixels(path)
             self.fid.update(_square(path).to(self.device), real=False)
             self.clip.reset()
             self.clip.update(picture.to(self.device), [self.cases[n].prompt])
-            scores.append(float(self.clip.compute()))
+            found["clip_score"].append(float(self.clip.compute()))
             if paths is not full:
                 other = _pixels(full[n])
-                psnr.append(metrics.psnr(picture, other))
-                ssim.append(metrics.ssim(picture, other))
-        row = {"fid": float(self.fid.compute()), **metrics.mean_of("clip_score", np.array(scores))}
-        if psnr:
-            row |= metrics.mean_of("psnr_db", np.concatenate(psnr))
-            row |= metrics.mean_of("ssim", np.concatenate(ssim))
-        return row
+                found["psnr_db"].append(metrics.psnr(picture, other).item())
+                found["ssim"].append(metrics.ssim(picture, other).item())
+        samples = {name: np.array(values) for name, values in found.items() if values}
+        row = {"fid": float(self.fid.compute())}
+        for name, values in samples.items():
+            row |= metrics.mean_of(name, values)
+        return Figures(row, samples)
 
 
 def _pixels(path: Path) -> Tensor:

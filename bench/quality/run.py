@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
 from atedm.bench.quality.images import Case, Sampling, make_pictures
-from atedm.bench.quality.lab import rows_of
+from atedm.bench.quality.lab import Figures, rows_of
 from atedm.bench.quality.settings import Setting
 from atedm.report import write_json
 
@@ -85,7 +86,8 @@ class Run:
 
     def rows(
         self,
-        figures: Callable[[Sequence[Path], Sequence[Path]], dict[str, Any]],
+        figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
         on_setting: Callable[[str], None] = lambda name: None,
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+        """See :func:`atedm.bench.quality.lab.rows_of`."""
         return rows_of(self.settings, self.root, len(self.cases), figures, on_setting)

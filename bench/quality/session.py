@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from atedm.bench.quality.images import Case, Sampling
 from atedm.bench.quality.lab import SceneFigures, scene_cases
 from atedm.bench.quality.reference import ReferenceFigures, read_prompts
 from atedm.bench.quality.run import Run
-from atedm.bench.quality.settings import MAIN, Setting, all_settings
+from atedm.bench.quality.settings import MAIN, Plan
 from atedm.flops import UNetFlops
 from atedm.models import LATENT_SCALE
 
@@ -96,27 +98,17 @@ def resolved(request: Request, device: torch.device) -> Request:
     return dataclasses.replace(request, json=request.json or request.out / "quality.json")
 
 
-def choose(settings: Sequence[Setting], wanted: str | None) -> list[Setting]:
-    """The settings that ``wanted`` names, by name or group, with the full model first.
-
-    Raises:
-        ValueError: a name that is none.
-    """
-    if wanted is None:
-        return list(settings)
-    words = [word.strip() for word in wanted.split(",") if word.strip()]
-    for word in words:
-        if not any(word in (setting.name, setting.group) for setting in settings):
-            names = ", ".join([*dict.fromkeys(s.group for s in settings), *(repr(s.name) for s in settings)])
-            raise ValueError(f"settings names {word!r}; expected some of {names}")
-    return [s for s in settings if s.kind == "full" or s.name in words or s.group in words]
-
-
-def _counted(pipe: Any, width: int, height: int) -> UNetFlops:
-    # The counter takes pixels of an autoencoder with SDXL's scale.
+def flops_of(pipe: Any, width: int, height: int) -> UNetFlops:
+    """The counter for ``pipe``'s UNet at a size in pixels; the same one for equal questions, which keeps its counts."""
+    # It takes pixels of an autoencoder with SDXL's scale.
     sides = [side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height)]
-    tokens = pipe.tokenizer_2.model_max_length
-    return UNetFlops(dict(pipe.unet.config), width=sides[0], height=sides[1], tokens=tokens)
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    return _flops_of(json.dumps(config), *sides, pipe.tokenizer_2.model_max_length)
+
+
+@functools.cache
+def _flops_of(config: str, width: int, height: int, tokens: int) -> UNetFlops:
+    return UNetFlops(json.loads(config), width=width, height=height, tokens=tokens)
 
 
 def run_embedded(request: Request, device: torch.device) -> None:
@@ -158,11 +150,12 @@ def _run(
 ) -> None:
     main = PartialState().is_main_process
     console = Console(stderr=True, quiet=not main)
-    counter = _counted(pipe, sampling.width, sampling.height)
+    counter = flops_of(pipe, sampling.width, sampling.height)
     side = min(sampling.width, sampling.height) // (2 * pipe.vae_scale_factor)
     square = sampling.width == sampling.height and side % 2 == 0
     with console.status("counting FLOPs"):
-        settings = choose(all_settings(counter, sampling.steps, side * side if square else None), request.settings)
+        wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
+        settings = Plan(counter, sampling.steps, side * side if square else None).settings(wanted)
     run = Run(pipe, model, settings, cases, sampling, request.out)
     if main:
         run.check_root()
@@ -173,7 +166,9 @@ def _run(
         processes = PartialState().num_processes
 
         def on_picture(name: str, count: int) -> None:
-            progress.update(total, description=name, advance=count * processes)
+            # The other processes are about as far as this one.
+            made = progress.tasks[total].completed + count * processes
+            progress.update(total, description=name, completed=min(made, len(cases) * len(settings)))
 
         run.make(on_picture)
         if not main:
@@ -185,16 +180,20 @@ def _run(
             ratio = budget.ratio if budget is not None else 0.63
             watched = study(pipe, cases[:_WATCHED], ratio, sampling)
         measured = progress.add_task("figures", total=len(settings))
-        rows = run.rows(
+        rows, samples = run.rows(
             make_figures(), lambda name: progress.update(measured, description=f"figures: {name}", advance=1)
         )
-    _write(request, device, run, rows, watched)
+    _write(request, device, run, rows, check_claims(rows, samples), watched)
 
 
 def _write(
-    request: Request, device: torch.device, run: Run, rows: list[dict[str, Any]], watched: list[dict[str, Any]]
+    request: Request,
+    device: torch.device,
+    run: Run,
+    rows: list[dict[str, Any]],
+    claims: list[dict[str, Any]],
+    watched: list[dict[str, Any]],
 ) -> None:
-    claims = check_claims(rows)
     described = {"model": run.model, **dataclasses.asdict(run.sampling), "images": len(run.cases), "seed": request.seed}
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
     command = report.command_line()

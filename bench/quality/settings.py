@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +19,25 @@ from atedm.bench.quality.rankings import (
     RunningBlock,
     shared_between_halves,
 )
-from atedm.flops import MAX_RATIO, UNetFlops, apply_tomesd, solve_decreasing
+from atedm.flops import MAX_RATIO, Flops, UNetFlops, apply_tomesd, solve_decreasing
 
 # The paper's tables: TFLOPs of a call that prunes every block, of 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
 REUSED_STEPS = (2, 3, 5)
+
+# Options of atedm.apply.
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    "recovery: zeros": {"recovery": "zeros"},
+    "recovery: bicubic": {"recovery": "bicubic"},
+    "DSAP off, same ratio": {"schedule": None},
+    "DSAP off, same FLOPs": {"schedule": None},
+    "ranking: cross-attention": {"ranking": "cross"},
+    "heads: mean": {"reduction": "mean"},
+    "level 2 whole, same ratio": {"levels": (3,)},
+    "level 2 whole, same FLOPs": {"levels": (3,)},
+    "placement: paper": {"placement": "paper"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,22 +65,8 @@ class Setting:
     note: str = ""
 
 
-def _average(flops: UNetFlops, ratio: float, steps: int, options: dict[str, Any]) -> Any:
-    counted = {key: options[key] for key in ("levels", "placement") if key in options}
-    if options.get("schedule", True) is None:
-        return flops.pruned(ratio, **counted)
-    return flops.average(ratio, steps=steps, **counted)
-
-
-def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:
-    """The ratio whose FLOPs are nearest ``target``, and whether it gets there."""
-    if count(MAX_RATIO) > target:
-        return MAX_RATIO, False
-    return solve_decreasing(count, target, 0.0, MAX_RATIO), True
-
-
-def all_settings(flops: UNetFlops, steps: int, mapped_tokens: int | None = None) -> list[Setting]:
-    """Every setting, its ratio solved for on the UNet that ``flops`` counts.
+class Plan:
+    """Every setting of a run; each one's ratio is solved for when it is asked for, on the UNet that ``flops`` counts.
 
     A budget is a part of the full UNet's FLOPs and fixes ours as the paper does: by a call that prunes every block.
     tomesd and random pruning get the FLOPs of ours averaged over the ``steps`` steps, DSAP's light ones included, so
@@ -73,73 +74,89 @@ def all_settings(flops: UNetFlops, steps: int, mapped_tokens: int | None = None)
     "same FLOPs".
 
     Args:
-        mapped_tokens: tokens of level 2, which the pooled ranking pools.
+        pooled_tokens: tokens of level 2 where its maps are square with even sides: these can be ranked pooled.
     """
-    full = flops.full().unet
-    found = [Setting("full", "full", flops=full)]
-    ours: dict[str, Setting] = {}
-    for budget, part in BUDGETS.items():
-        ratio, reached = _ratio_for(part * full, lambda r: flops.pruned(r).unet)
-        mean = flops.average(ratio, steps=steps)
+
+    def __init__(self, flops: UNetFlops, steps: int, pooled_tokens: int | None = None) -> None:
+        self.flops = flops
+        self.steps = steps
+        self._ours = functools.cache(self._solve_ours)
+        self.builders: dict[str, tuple[str, Callable[[str], Setting]]] = {"full": ("budget", self._full)}
+        for kind, build in (("ours", self._budget), ("tomesd", self._tomesd), ("random", self._random)):
+            self.builders |= {f"{kind} {budget}": ("budget", build) for budget in BUDGETS}
+        self.builders |= dict.fromkeys(_ABLATIONS, ("ablation", self._ablation))
+        studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
+        studies["one ranking for both halves of guidance"] = "shared"
+        if pooled_tokens is not None:
+            studies["level 2 ranked on 2×2-pooled maps"] = f"pooled {pooled_tokens}"
+        self._studies = studies
+        self.builders |= dict.fromkeys(studies, ("cheaper", self._cheaper))
+
+    def settings(self, wanted: Sequence[str] | None = None) -> list[Setting]:
+        """Those that ``wanted`` names, by name or group; the full model first in any case. Default: all.
+
+        Raises:
+            ValueError: a name that is none.
+        """
+        groups = {group for group, _ in self.builders.values()}
+        for word in wanted or ():
+            if word not in self.builders and word not in groups:
+                expected = ", ".join([*sorted(groups), *map(repr, self.builders)])
+                raise ValueError(f"settings names {word!r}; expected some of {expected}")
+        return [
+            build(name)
+            for name, (group, build) in self.builders.items()
+            if wanted is None or name == "full" or name in wanted or group in wanted
+        ]
+
+    def _full(self, name: str) -> Setting:
+        return Setting(name, "full", flops=self.flops.full().unet)
+
+    def _solve_ours(self, budget: str) -> Setting:
+        target = BUDGETS[budget] * self.flops.full().unet
+        ratio, reached = _ratio_for(target, lambda r: self.flops.pruned(r).unet)
+        mean = self.flops.average(ratio, steps=self.steps)
         note = "" if reached else "the budget is out of reach: the largest ratio"
-        ours[budget] = Setting(f"ours {budget}", "ours", "budget", budget, ratio, mean.unet, mean.scoring, note=note)
-        found.append(ours[budget])
-    for budget, setting in ours.items():
-        ratio = flops.nearest_merge_ratio(setting.flops)
-        merged = flops.merged(ratio)
-        reached = abs(merged.unet / setting.flops - 1) < 0.02
-        note = "" if reached else "tomesd cannot come closer to ours' FLOPs"
-        found.append(
-            Setting(f"tomesd {budget}", "tomesd", "budget", budget, ratio, merged.unet, merged.scoring, note=note)
-        )
-    for budget, setting in ours.items():
-        found.append(Setting(f"random {budget}", "random", "budget", budget, setting.ratio, setting.flops))
-    return found + _ablations(flops, steps, ours[MAIN]) + _cheaper(ours[MAIN], mapped_tokens)
+        return Setting(f"ours {budget}", "ours", "budget", budget, ratio, mean.unet, mean.scoring, note=note)
+
+    def _budget(self, name: str) -> Setting:
+        return self._ours(name.split()[1])
+
+    def _tomesd(self, name: str) -> Setting:
+        ours = self._ours(name.split()[1])
+        ratio = self.flops.nearest_merge_ratio(ours.flops)
+        merged = self.flops.merged(ratio)
+        note = "" if abs(merged.unet / ours.flops - 1) < 0.02 else "tomesd cannot come closer to ours' FLOPs"
+        return Setting(name, "tomesd", "budget", ours.budget, ratio, merged.unet, merged.scoring, note=note)
+
+    def _random(self, name: str) -> Setting:
+        ours = self._ours(name.split()[1])
+        return Setting(name, "random", "budget", ours.budget, ours.ratio, ours.flops)
+
+    def _ablation(self, name: str) -> Setting:
+        options, main = _ABLATIONS[name], self._ours(MAIN)
+        ratio, note = main.ratio, ""
+        if name.endswith("same FLOPs"):
+            ratio, reached = _ratio_for(main.flops, lambda r: self._mean(r, options).unet)
+            note = "" if reached else "ours' FLOPs are out of reach: the largest ratio"
+        mean = self._mean(ratio, options)
+        return Setting(name, "ours", "ablation", MAIN, ratio, mean.unet, mean.scoring, options, note=note)
+
+    def _mean(self, ratio: float, options: dict[str, Any]) -> Flops:
+        counted = {key: options[key] for key in ("levels", "placement") if key in options}
+        if options.get("schedule", True) is None:
+            return self.flops.pruned(ratio, **counted)
+        return self.flops.average(ratio, steps=self.steps, **counted)
+
+    def _cheaper(self, name: str) -> Setting:
+        return dataclasses.replace(self._ours(MAIN), name=name, group="cheaper", study=self._studies[name])
 
 
-def _ablations(flops: UNetFlops, steps: int, main: Setting) -> list[Setting]:
-    found = []
-
-    def add(name: str, ratio: float = main.ratio, note: str = "", **options: Any) -> None:
-        mean = _average(flops, ratio, steps, options)
-        found.append(Setting(name, "ours", "ablation", main.budget, ratio, mean.unet, mean.scoring, options, note=note))
-
-    def same_flops(**options: Any) -> tuple[float, str]:
-        ratio, reached = _ratio_for(main.flops, lambda r: _average(flops, r, steps, options).unet)
-        return ratio, "" if reached else "ours' FLOPs are out of reach: the largest ratio"
-
-    add("recovery: zeros", recovery="zeros")
-    add("recovery: bicubic", recovery="bicubic")
-    add("DSAP off, same ratio", schedule=None)
-    ratio, note = same_flops(schedule=None)
-    add("DSAP off, same FLOPs", ratio, note, schedule=None)
-    add("ranking: cross-attention", ranking="cross")
-    add("heads: mean", reduction="mean")
-    add("level 2 whole, same ratio", levels=(3,))
-    ratio, note = same_flops(levels=(3,))
-    add("level 2 whole, same FLOPs", ratio, note, levels=(3,))
-    add("placement: paper", placement="paper")
-    return found
-
-
-def _cheaper(main: Setting, mapped_tokens: int | None) -> list[Setting]:
-    studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
-    studies["one ranking for both halves of guidance"] = "shared"
-    if mapped_tokens is not None:
-        studies["level 2 ranked on 2×2-pooled maps"] = "pooled"
-    return [
-        Setting(
-            name,
-            "ours",
-            "cheaper",
-            main.budget,
-            main.ratio,
-            main.flops,
-            main.scoring_flops,
-            study=study if study != "pooled" else f"pooled {mapped_tokens}",
-        )
-        for name, study in studies.items()
-    ]
+def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:
+    """The ratio whose FLOPs are nearest ``target``, and whether it gets there."""
+    if count(MAX_RATIO) > target:
+        return MAX_RATIO, False
+    return solve_decreasing(count, target, 0.0, MAX_RATIO), True
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,9 @@ def run(
     out: Out,
     stages: Annotated[list[StageName] | None, typer.Argument(help="Default: all, in their order.")] = None,
     config: Recipe = recipe.DEFAULT,
+    precision: Annotated[str, typer.Option(help="accelerate's mixed precision: bf16, fp16 or no.")] = "bf16",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes; for GPUs.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet: minutes a size, then faster.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads a process; 0: torch's own choice.")] = 0,
 ) -> None:
     """Train. Start it with `accelerate launch` to use several processes or GPUs."""
@@ -39,11 +43,15 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     settings = recipe.load(config)
-    work = {StageName.vae: train_vae, StageName.text: train_text, StageName.unet: train_unet}
+    work = {
+        StageName.vae: train_vae,
+        StageName.text: train_text,
+        StageName.unet: functools.partial(train_unet, compiled=compiled),
+    }
     for stage in stages or list(StageName):
-        accelerator = Accelerator(mixed_precision="bf16")
+        accelerator = Accelerator(mixed_precision=precision)
         torch.manual_seed(settings.seed)
-        work[stage](settings, out, accelerator)
+        work[stage](settings, out, accelerator, workers)
         accelerator.free_memory()
     accelerator.end_training()
 

@@ -54,7 +54,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Unet:
+class UnetRecipe:
     channels: tuple[int, int, int]
     depth: tuple[int, int, int]
     head_dim: int
@@ -63,6 +63,8 @@ class Unet:
     caption_dropout: float
     ema_decay: float
     matrix_learning_rate: float
+    uniform_timesteps: float
+    layout_weight: float
     phases: tuple[Phase, ...]
 
 
@@ -72,7 +74,7 @@ class Config:
     tokenizer: Tokenizer
     text: Text
     vae: Vae
-    unet: Unet
+    unet: UnetRecipe
 
 
 def _build(kind: type, name: str, values: Any) -> Any:
@@ -102,6 +104,6 @@ def load(path: Path = DEFAULT) -> Config:
             "tokenizer": _build(Tokenizer, "tokenizer", raw["tokenizer"]),
             "text": _build(Text, "text", raw["text"]),
             "vae": _build(Vae, "vae", raw["vae"]),
-            "unet": _build(Unet, "unet", unet),
+            "unet": _build(UnetRecipe, "unet", unet),
         },
     )

@@ -1,10 +1,14 @@
-"""Endless training batches: every process and every step has its own seed, so a resumed run sees new scenes."""
+"""Training batches: every process and every step has its own seed, so a resumed run sees what it would have seen."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from atedm.bench.scenes import Scene, caption, render
 from atedm.bench.scenes.split import scenes
@@ -22,10 +26,14 @@ def draw(rng: np.random.Generator, count: int) -> tuple[list[Scene], list[str]]:
     return found, [caption(scene, rng) for scene in found]
 
 
+def as_tensor(painted: list[np.ndarray]) -> Tensor:
+    """Pictures uint8 ``[H, W, 3]`` as one float32 ``[B, 3, H, W]`` in -1 … 1."""
+    return torch.from_numpy(np.stack(painted)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def pictures(found: list[Scene], size: int) -> Tensor:
     """float32 ``[B, 3, size, size]`` in -1 … 1."""
-    pixels = np.stack([render(scene, size)[0] for scene in found])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_tensor([render(scene, size)[0] for scene in found])
 
 
 def tokenize(tokenizer: object, captions: list[str]) -> Tensor:
@@ -38,3 +46,22 @@ def tokenize(tokenizer: object, captions: list[str]) -> Tensor:
         return_tensors="pt",
     )
     return found.input_ids
+
+
+class _Batches(Dataset):
+    def __init__(self, make: Callable[[np.random.Generator, int], Any], seed: tuple[int, ...], process: int) -> None:
+        self.make = make
+        self.seed = seed
+        self.process = process
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(generator(*self.seed, step, self.process), step)
+
+
+def batches(
+    make: Callable[[np.random.Generator, int], Any], seed: tuple[int, ...], process: int, first: int, workers: int
+) -> Iterator[Any]:
+    """``make(generator, step)`` for ``step`` from ``first`` on, in order, by ``workers`` processes (0: in this one)."""
+    steps = range(first, 2**31)
+    # Worker processes are for GPUs: beside a training on the CPU they would only take its cores.
+    return iter(DataLoader(_Batches(make, seed, process), batch_size=None, sampler=steps, num_workers=workers))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from atedm.bench.training.config import Config
@@ -39,4 +40,15 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
     if target.exists():
         shutil.rmtree(target)
     pipe.save_pretrained(target, safe_serialization=True)
+    _suit_older_releases(folder, target)
     return counter
+
+
+def _suit_older_releases(folder: Path, target: Path) -> None:
+    """Transformers before 5 wants a tokenizer's own files, and a prefix in the first encoder's names."""
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder / "tokenizer" / name, target / tokenizer / name)
+    file = target / "text_encoder" / "model.safetensors"
+    tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})

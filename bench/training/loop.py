@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG = "log.jsonl"
@@ -40,12 +42,10 @@ class Counter:
 
 
 class Stage:
-    """Runs ``step`` until a number of images is reached, from the last checkpoint in ``folder`` if there is one.
+    """Training up to a number of images, from the last checkpoint in ``folder`` if there is one.
 
     Args:
         folder: of this stage's checkpoint and log.
-        step: does one optimiser step, given the counter before it; returns the images seen (over all processes)
-            and figures for the log.
         checkpoint_seconds: between two checkpoints.
     """
 
@@ -70,7 +70,7 @@ class Stage:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and new.is_dir():
             if old.is_dir():
-                _delete(old)
+                shutil.rmtree(old)
             new.rename(old)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(new))
@@ -78,7 +78,12 @@ class Stage:
         if self.accelerator.is_main_process:
             new.joinpath("done").touch()
 
-    def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, float]]]) -> None:
+    def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, Any]]]) -> None:
+        """Call ``step`` until ``images`` are seen.
+
+        ``step`` does one optimiser step, given the counter before it; it returns the images seen, over all processes,
+        and figures for the log.
+        """
         main, counter = self.accelerator.is_main_process, self.counter
         columns = (
             TextColumn("{task.description}"),
@@ -89,7 +94,8 @@ class Stage:
             TimeRemainingColumn(),
         )
         saved = noted = time.perf_counter()
-        sums: dict[str, float] = {}
+        # Tensors stay where they are until they are written: reading one waits for the GPU.
+        sums: dict[str, Any] = {}
         count = 0
         with Progress(*columns, disable=not main) as progress:
             task = progress.add_task(self.name, total=images, completed=counter.images, note="")
@@ -106,7 +112,7 @@ class Stage:
                 progress.update(task, completed=counter.images)
                 if main and now - noted > _NOTE_SECONDS:
                     row = {"step": counter.step, "images": counter.images, "seconds": round(counter.seconds, 1)}
-                    row |= {key: round(value / count, 5) for key, value in sums.items()}
+                    row |= {key: round(float(value) / count, 5) for key, value in sums.items()}
                     with self.folder.joinpath(LOG).open("a") as log:
                         log.write(json.dumps(row) + "\n")
                     progress.update(task, note=" ".join(f"{k} {v}" for k, v in row.items() if k in sums))
@@ -121,12 +127,4 @@ class Stage:
         """The main process decides for all: their clocks differ."""
         if self.accelerator.num_processes == 1:
             return flag
-        from accelerate.utils import broadcast_object_list
-
         return bool(broadcast_object_list([flag])[0])
-
-
-def _delete(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from atedm.bench.scenes import COLORS, SHAPES, Scene
 from atedm.bench.scenes.scene import BACKGROUND_COLORS, PLACES, RELATIONS
 from atedm.bench.training.config import Config
-from atedm.bench.training.data import draw, generator, tokenize
+from atedm.bench.training.data import batches, draw, tokenize
 from atedm.bench.training.loop import Counter, Stage
 from atedm.bench.training.models import build_text_encoders, build_tokenizer
 
@@ -66,7 +67,7 @@ class _Reader(nn.Module):
     def forward(self, ids: Tensor) -> list[list[Tensor]]:
         states, pooled = self.encoders(ids)
         last = (ids == self.end).int().argmax(dim=1)
-        at_end = states[torch.arange(len(ids)), last]
+        at_end = states[torch.arange(len(ids), device=ids.device), last]
         return [list(read.split(self.classes, 1)) for read in (self.from_pooled(pooled), self.from_states(at_end))]
 
 
@@ -83,7 +84,7 @@ def _facts(scene: Scene, caption: str) -> list[int]:
     return [values.index(said[fact]) if fact in said else len(values) for fact, values in _FACTS.items()]
 
 
-def train_text(config: Config, folder: Path, accelerator: Accelerator) -> None:
+def train_text(config: Config, folder: Path, accelerator: Accelerator, workers: int = 0) -> None:
     """Train and save to ``folder/text_encoder``, ``folder/text_encoder_2`` and ``folder/tokenizer``."""
     recipe = config.text
     if accelerator.is_main_process:
@@ -98,11 +99,18 @@ def train_text(config: Config, folder: Path, accelerator: Accelerator) -> None:
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     stage.resume()
 
-    def step(counter: Counter) -> tuple[int, dict[str, float]]:
-        rng = generator(config.seed, _STAGE, counter.step, accelerator.process_index)
-        found, captions = draw(rng, recipe.batch // accelerator.num_processes)
+    count = recipe.batch // accelerator.num_processes
+
+    def make(rng: np.random.Generator, step: int) -> tuple[Tensor, Tensor]:
+        found, captions = draw(rng, count)
         facts = torch.tensor([_facts(*pair) for pair in zip(found, captions, strict=True)])
-        read = model(tokenize(tokenizer, captions))
+        return tokenize(tokenizer, captions), facts
+
+    source = batches(make, (config.seed, _STAGE), accelerator.process_index, stage.counter.step, workers)
+
+    def step(counter: Counter) -> tuple[int, dict[str, Tensor]]:
+        ids, facts = (x.to(accelerator.device) for x in next(source))
+        read = model(ids)
         loss = sum(
             F.cross_entropy(logits.float(), facts[:, n]) for heads in read for n, logits in enumerate(heads)
         ) / len(read)
@@ -112,7 +120,7 @@ def train_text(config: Config, folder: Path, accelerator: Accelerator) -> None:
         schedule.step()
         optimizer.zero_grad()
         right = torch.stack([logits.argmax(1) == facts[:, n] for n, logits in enumerate(read[0])])
-        return recipe.batch, {"loss": float(loss.detach()), "all_right": float(right.all(0).float().mean())}
+        return count * accelerator.num_processes, {"loss": loss.detach(), "all_right": right.all(0).float().mean()}
 
     stage.run(recipe.steps * recipe.batch, step)
     if accelerator.is_main_process:

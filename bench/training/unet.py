@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from atedm.bench.training.config import Config, Phase
-from atedm.bench.training.data import draw, generator, pictures, tokenize
+from atedm.bench.scenes import COLORS, SHAPES, Scene, render
+from atedm.bench.training.config import Config, Phase, UnetRecipe
+from atedm.bench.training.data import as_tensor, batches, draw, tokenize
 from atedm.bench.training.loop import Counter, Stage, newest_checkpoint
 from atedm.bench.training.models import build_unet, training_scheduler
 from atedm.bench.training.text import TextEncoders
 
 _STAGE = 4
 _FOLDER = "unet-training"
+# At the start of every phase.
 _WARM_UP_STEPS = 100
 
 # Up to this many latent elements a side, the backward of unfused attention is the faster one on a CPU.
@@ -29,33 +33,75 @@ _UNFUSED_UP_TO = 32
 
 
 class Denoiser(nn.Module):
-    """Captions and noisy latents to predictions: all that learns, in one module."""
+    """Captions and noisy latents to predictions: all that learns, in one module.
 
-    def __init__(self, unet: nn.Module, encoders: TextEncoders) -> None:
+    ``layout`` reads, from the features with which the decoder enters level 2, which shape and which colour covers each
+    token of the clean picture. It exists in training only. What the squared error tells the transformers about a shape
+    is little, and mixed with all else; the layout is known here, so they are told it (the idea of representation
+    alignment, REPA, with the scene in the place of another network's features).
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
         super().__init__()
         self.unet = unet
         self.encoders = encoders
+        self.layout = nn.Conv2d(unet.config.block_out_channels[-1], len(SHAPES) + len(COLORS) + 2, 1)
+        self._features: Tensor | None = None
+        unet.up_blocks[0].register_forward_hook(self._keep)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, said: Tensor, size: int) -> Tensor:
-        """``said`` float ``[B]``: 0 where the caption is dropped, as the pipeline drops it for guidance."""
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._features = output
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, said: Tensor, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The prediction, and the logits of shapes ``[B, S + 1, h, w]`` and of colours ``[B, C + 1, h, w]``.
+
+        ``said`` float ``[B]``: 0 where the caption is dropped, as the pipeline drops it for guidance.
+        """
         states, pooled = self.encoders(ids)
-        time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=noisy.dtype).expand(len(noisy), -1)
-        return self.unet(
+        time_ids = noisy.new_tensor([size, size, 0, 0, size, size]).expand(len(noisy), -1)
+        predicted = self.unet(
             noisy,
             timesteps,
             encoder_hidden_states=states * said[:, None, None],
             added_cond_kwargs={"text_embeds": pooled * said[:, None], "time_ids": time_ids},
         ).sample
+        shapes, colors = self.layout(self._features).split([len(SHAPES) + 1, len(COLORS) + 1], dim=1)
+        return predicted, shapes, colors
 
 
-def _phase_at(config: Config, images: int) -> tuple[Phase, float]:
-    """The phase that image number ``images`` belongs to, and how much of it is done, 0 … 1."""
-    before = 0
+def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
+    """``[S + C + 2, cells, cells]``: which part of each cell each shape covers, and none; then the colours so."""
+    shapes = [SHAPES.index(item.shape) for item in scene.objects] + [len(SHAPES)]
+    colors = [list(COLORS).index(item.color) for item in scene.objects] + [len(COLORS)]
+    side = len(owner) // cells
+    covered = np.zeros((len(SHAPES) + len(COLORS) + 2, cells, cells), np.float32)
+    for n, (shape, color) in enumerate(zip(shapes, colors, strict=True)):
+        # The last of each stands for the background, whose owner is -1.
+        part = (owner == (n if n < len(scene.objects) else -1)).reshape(cells, side, cells, side).mean((1, 3))
+        covered[shape] += part
+        covered[len(SHAPES) + 1 + color] += part
+    return covered
+
+
+def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tensor:
+    """``[count]`` in 0 … 1: logit-normal, where a picture takes shape, and now and then uniform."""
+    # One draw a stratum: the same mean as independent draws, with less noise in the loss.
+    spread = (torch.arange(count) + torch.rand(count, generator=random)) / count
+    normal = torch.special.expit(torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+    uniform = torch.rand(count, generator=random)
+    return torch.where(torch.rand(count, generator=random) < recipe.uniform_timesteps, uniform, normal)
+
+
+def _phase_at(config: Config, step: int) -> tuple[Phase, float, int]:
+    """The phase that a step belongs to, how much of it is done, 0 … 1, and its steps before this one."""
     for phase in config.unet.phases:
-        if images < before + phase.images:
-            return phase, (images - before) / phase.images
-        before += phase.images
-    return config.unet.phases[-1], 1.0
+        steps = -(-phase.images // phase.batch)
+        if step < steps:
+            return phase, step / steps, step
+        step -= steps
+    return config.unet.phases[-1], 1.0, step
 
 
 def _optimizers(model: Denoiser, config: Config) -> list[torch.optim.Optimizer]:
@@ -67,7 +113,8 @@ def _optimizers(model: Denoiser, config: Config) -> list[torch.optim.Optimizer]:
         inside = "transformer_blocks" in name or ".layers." in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        # Three steps instead of five: on two cores the orthogonalisation of these many small matrices is a fifth of it.
+        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_steps=3),
         torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -77,7 +124,11 @@ def _build(config: Config, folder: Path) -> Denoiser:
         CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
     )
-    return Denoiser(build_unet(config), encoders)
+    # Beside them where an exported pipeline is the starting point.
+    started = (folder / "unet").is_dir()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet") if started else build_unet(config)
+    # Exported weights are in half precision.
+    return Denoiser(unet, encoders).float()
 
 
 def _average(model: Denoiser, config: Config) -> EMAModel:
@@ -97,63 +148,83 @@ def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
     average, counter = _average(model, config), Counter()
     # Registered in this order below: accelerate numbers what it saves.
     for n, part in enumerate((counter, average)):
-        part.load_state_dict(torch.load(checkpoint / f"custom_checkpoint_{n}.pkl", weights_only=True))
+        part.load_state_dict(
+            torch.load(checkpoint / f"custom_checkpoint_{n}.pkl", map_location="cpu", weights_only=True)
+        )
     average.copy_to(model.parameters())
     return model.eval(), counter
 
 
-def train_unet(config: Config, folder: Path, accelerator: Accelerator) -> None:
+def train_unet(
+    config: Config, folder: Path, accelerator: Accelerator, workers: int = 0, compiled: bool = False
+) -> None:
     """Train from the encoders in ``folder``; the result, with its moving average, is the last checkpoint."""
     recipe = config.unet
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False).to(accelerator.device)
     stage = Stage(accelerator, folder / _FOLDER, "UNet")
     model = _build(config, folder)
+    if compiled:
+        # The graph of one UNet, without the splits that data-parallel training makes to hide its communication.
+        torch._dynamo.config.optimize_ddp = False
+        model.unet.compile(dynamic=False)
     average = _average(model, config)
     noise = training_scheduler()
     optimizers = _optimizers(model, config)
     factors = [recipe.matrix_learning_rate, 1.0]
     model, *optimizers = accelerator.prepare(model, *optimizers)
+    average.to(accelerator.device)
     accelerator.register_for_checkpointing(average)
     stage.resume()
-    phase_steps = {"phase": None, "steps": 0}
+    device = accelerator.device
 
-    def step(counter: Counter) -> tuple[int, dict[str, float]]:
-        phase, done = _phase_at(config, counter.images)
-        if phase_steps["phase"] is not phase:
-            phase_steps.update(phase=phase, steps=0)
-        phase_steps["steps"] += 1
+    def make(rng: np.random.Generator, step: int) -> tuple[Any, ...]:
+        phase, _, _ = _phase_at(config, step)
+        count = phase.batch // accelerator.num_processes
+        found, captions = draw(rng, count)
+        random = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        said = (torch.rand(count, generator=random) >= recipe.caption_dropout).float()
+        clean_noise = torch.randn(count, 4, phase.latent, phase.latent, generator=random)
+        timesteps = (_timesteps(recipe, count, random) * noise.config.num_train_timesteps).long()
+        size = phase.latent * config.vae.scale
+        painted = [render(scene, size) for scene in found]
+        layout = np.stack(
+            [_layout(scene, owner, phase.latent // 2) for scene, (_, owner) in zip(found, painted, strict=True)]
+        )
+        pixels = as_tensor([picture for picture, _ in painted])
+        return size, pixels, tokenize(tokenizer, captions), said, clean_noise, timesteps, torch.from_numpy(layout)
+
+    source = batches(make, (config.seed, _STAGE), accelerator.process_index, stage.counter.step, workers)
+
+    def step(counter: Counter) -> tuple[int, dict[str, Tensor | float]]:
+        phase, done, steps = _phase_at(config, counter.step)
         start, end = phase.learning_rate
-        rate = (start + (end - start) * done) * min(1.0, phase_steps["steps"] / _WARM_UP_STEPS)
+        rate = (start + (end - start) * done) * min(1.0, (steps + 1) / _WARM_UP_STEPS)
         for optimizer, factor in zip(optimizers, factors, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        count = phase.batch // accelerator.num_processes
-        seed = (config.seed, _STAGE, counter.step, accelerator.process_index)
-        rng = generator(*seed)
-        found, captions = draw(rng, count)
-        size = phase.latent * config.vae.scale
+        size, *tensors = next(source)
+        pixels, ids, said, clean_noise, timesteps, layout = (x.to(device) for x in tensors)
         with torch.no_grad(), accelerator.autocast():
-            latents = vae.encode(pictures(found, size)).latent_dist.mean.float() * vae.config.scaling_factor
-        random = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        clean_noise = torch.randn(latents.shape, generator=random)
-        # One draw a stratum: the same mean as uniform draws, with less noise in the loss.
-        spread = (torch.arange(count) + torch.rand(count, generator=random)) / count
-        timesteps = (spread * noise.config.num_train_timesteps).long()
-        said = (torch.rand(count, generator=random) >= recipe.caption_dropout).float()
+            latents = vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
         target = noise.get_velocity(latents, clean_noise, timesteps)
-        unfused = sdpa_kernel(SDPBackend.MATH) if phase.latent <= _UNFUSED_UP_TO else contextlib.nullcontext()
-        with unfused:
-            predicted = model(
-                noise.add_noise(latents, clean_noise, timesteps), timesteps, tokenize(tokenizer, captions), said, size
-            )
+        unfused = device.type == "cpu" and phase.latent <= _UNFUSED_UP_TO
+        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
+            predicted, *logits = model(noise.add_noise(latents, clean_noise, timesteps), timesteps, ids, said, size)
             loss = F.mse_loss(predicted.float(), target)
-            accelerator.backward(loss)
+            covered = layout.split([part.shape[1] for part in logits], dim=1)
+            reading = sum(F.cross_entropy(a.float(), b) for a, b in zip(logits, covered, strict=True))
+            accelerator.backward(loss + recipe.layout_weight * reading)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         average.step(model.parameters())
-        return phase.batch, {"loss": float(loss.detach()), "norm": float(norm), "lr": rate}
+        return len(latents) * accelerator.num_processes, {
+            "loss": loss.detach(),
+            "layout": reading.detach(),
+            "norm": norm,
+            "lr": rate,
+        }
 
     stage.run(sum(phase.images for phase in recipe.phases), step)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from atedm.bench.scenes import render
 from atedm.bench.scenes.scene import Scene
 from atedm.bench.training.config import Config
-from atedm.bench.training.data import draw, generator, pictures
+from atedm.bench.training.data import batches, draw, generator, pictures
 from atedm.bench.training.loop import Counter, Stage
 from atedm.bench.training.models import build_vae
 
@@ -42,7 +42,7 @@ def _crops(found: list[Scene], rng: np.random.Generator, size: int, crop: int) -
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_vae(config: Config, folder: Path, accelerator: Accelerator) -> None:
+def train_vae(config: Config, folder: Path, accelerator: Accelerator, workers: int = 0) -> None:
     """Train and save to ``folder/vae``, with the scaling factor that gives its latents unit variance."""
     recipe = config.vae
     stage = Stage(accelerator, folder / "vae-training", "autoencoder")
@@ -52,11 +52,16 @@ def train_vae(config: Config, folder: Path, accelerator: Accelerator) -> None:
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     stage.resume()
 
-    def step(counter: Counter) -> tuple[int, dict[str, float]]:
-        rng = generator(config.seed, _STAGE, counter.step, accelerator.process_index)
-        found, _ = draw(rng, recipe.batch // accelerator.num_processes)
-        size = recipe.sizes[counter.step % len(recipe.sizes)]
-        pixels = _crops(found, rng, size, recipe.crop)
+    count = recipe.batch // accelerator.num_processes
+
+    def make(rng: np.random.Generator, step: int) -> Tensor:
+        found, _ = draw(rng, count)
+        return _crops(found, rng, recipe.sizes[step % len(recipe.sizes)], recipe.crop)
+
+    source = batches(make, (config.seed, _STAGE), accelerator.process_index, stage.counter.step, workers)
+
+    def step(counter: Counter) -> tuple[int, dict[str, Tensor]]:
+        pixels = next(source).to(accelerator.device)
         decoded, divergence = model(pixels)
         error = F.l1_loss(decoded.float(), pixels) + F.mse_loss(decoded.float(), pixels)
         accelerator.backward(error + recipe.kl_weight * divergence.float())
@@ -64,11 +69,11 @@ def train_vae(config: Config, folder: Path, accelerator: Accelerator) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        return recipe.batch, {"error": float(error.detach()), "divergence": float(divergence.detach())}
+        return count * accelerator.num_processes, {"error": error.detach(), "divergence": divergence.detach()}
 
     stage.run(recipe.steps * recipe.batch, step)
     if accelerator.is_main_process:
-        vae = accelerator.unwrap_model(model).vae.eval()
+        vae = accelerator.unwrap_model(model).vae.eval().cpu()
         vae.register_to_config(scaling_factor=1 / _latent_std(vae, config))
         vae.save_pretrained(folder / "vae")
 

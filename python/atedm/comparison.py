@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import atedm
 from atedm import report
 from atedm.blocks import attention_blocks
+from atedm.models import LATENT_SCALE
 from atedm.options import Options, kept_tokens
 from atedm.recording import Recording
 
@@ -43,15 +44,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One image to be made. ``width``, ``height`` in pixels; ``guidance`` above 1 doubles the batch of a UNet call."""
+    """One image to be made. ``guidance`` above 1 doubles the batch of a UNet call.
+
+    ``width``, ``height``: in pixels; None is the pipeline's native side, see :func:`sized`.
+    """
 
     prompt: str
     negative_prompt: str | None = None
     steps: int = 50
     guidance: float = 5.0
     seed: int = 0
-    width: int = 512
-    height: int = 512
+    width: int | None = None
+    height: int | None = None
 
 
 @dataclass
@@ -104,10 +108,17 @@ class UNetTimer:
         self.seconds.append(self._now() - self._started)
 
 
+def sized(request: Request, pipe: StableDiffusionXLPipeline) -> Request:
+    """``request`` with the size that ``pipe`` was trained for wherever it names none."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return replace(request, width=request.width or side, height=request.height or side)
+
+
 def generate_image(
     pipe: StableDiffusionXLPipeline, request: Request, on_step: Callable[[], None] = lambda: None
 ) -> Generated:
     """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
+    request = sized(request, pipe)
     with UNetTimer(pipe.unet) as timer:
         image = _run(pipe, request, on_step).images[0]
     return Generated(image, timer.seconds, timer.batch)
@@ -174,6 +185,7 @@ def compare(
     """
     from atedm import pictures
 
+    request = sized(request, pipe)
     with atedm.applied(pipe, **settings):
         pruned_blocks = set(atedm.pruned_blocks(pipe))
     blocks = [(block.name, block.level, block.name in pruned_blocks) for block in attention_blocks(pipe.unet)]
@@ -238,7 +250,10 @@ def _flops(pipe: StableDiffusionXLPipeline, request: Request, settings: dict[str
     """Mean TFLOPs of a UNet call for one image, over the steps."""
     from atedm.flops import UNetFlops
 
-    counter = UNetFlops(dict(pipe.unet.config), width=request.width, height=request.height)
+    # The counter takes pixels of an autoencoder with SDXL's scale.
+    width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (request.width, request.height))
+    tokens = pipe.tokenizer_2.model_max_length
+    counter = UNetFlops(dict(pipe.unet.config), width=width, height=height, tokens=tokens)
     options = Options(**settings)
     schedule = atedm.DSAP(0) if options.schedule is None else options.schedule
     mean = counter.average(

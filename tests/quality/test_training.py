@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from atedm.bench.training import config as recipe
 from atedm.bench.training import loop
+from atedm.bench.training.data import draw, generator, pictures
 from atedm.bench.training.export import export
 from atedm.bench.training.text import train_text
 from atedm.bench.training.unet import load_average, train_unet
@@ -60,10 +62,12 @@ def test_export_is_a_half_precision_pipeline_that_follows_its_prompt(trained, tm
 
 
 def test_vae_scaling_factor_gives_unit_variance(trained):
-    config, folder = trained
-    saved = json.loads((folder / "vae" / "config.json").read_text())
-    assert saved["scaling_factor"] != 0.18215  # diffusers' default
-    assert saved["scaling_factor"] > 0
+    _, folder = trained
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    found, _ = draw(generator(123), 32)
+    with torch.no_grad():
+        latents = vae.encode(pictures(found, 64)).latent_dist.mean * vae.config.scaling_factor
+    assert float(latents.std()) == pytest.approx(1.0, rel=0.2)
 
 
 def test_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path):
@@ -103,5 +107,5 @@ def test_recipe_names_what_is_wrong(tmp_path):
 
 def test_the_committed_recipe_is_well_formed():
     config = recipe.load()
-    assert config.unet.sample_size == 64
+    assert config.unet.sample_size == config.unet.phases[-1].latent
     assert config.unet.depth[2] >= 4

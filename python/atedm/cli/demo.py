@@ -16,13 +16,15 @@ from atedm.cli.generate import (
     parse_device,
 )
 
+PROMPT = "a small red circle left of a large blue square on a green background"
+
 WHY_SLOWER = (
     "Not faster here: the embedded model is tiny, so the overhead of choosing tokens outweighs the layers it saves."
 )
 
 
 def demo(
-    prompt: Annotated[str, typer.Option(help="What the image shows.")] = "a red fox in the snow",
+    prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the starting noise.")] = 0,
     ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
@@ -40,11 +42,15 @@ def demo(
     check_settings(settings)
     with failing_clearly():
         from atedm import comparison
-        from atedm.embedded import WEIGHTS_NOTE, embedded_pipeline
+        from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
 
-        typer.echo(WEIGHTS_NOTE)
-        request = comparison.Request(prompt, steps=steps, guidance=guidance, seed=seed)
-        found = comparison.compare(embedded_pipeline().to(place), request, settings, output)
+        typer.echo(ABOUT)
+        unknown = unknown_words(prompt)
+        if unknown:
+            typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
+        pipe = embedded_pipeline().to(place)
+        request = comparison.sized(comparison.Request(prompt, steps=steps, guidance=guidance, seed=seed), pipe)
+        found = comparison.compare(pipe, request, settings, output)
         described = comparison.describe(request, settings, model="embedded", dtype="fp32")
         title = f"embedded model, {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)

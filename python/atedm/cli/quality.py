@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.extras import require
+from atedm.cli.generate import (
+    DTYPES,
+    bad,
+    check_installed,
+    check_output,
+    failing_clearly,
+    load_pipeline,
+    parse_device,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from atedm.bench.quality.session import Request
@@ -61,6 +71,7 @@ def quality(
     share the work between several GPUs.
     """
     require("quality", *_PACKAGES)
+    check_installed()
     from atedm.bench.quality import session
 
     request = session.Request(
@@ -82,8 +93,6 @@ def quality(
         fid_features=fid_features,
     )
     _check(request)
-    from atedm.cli.generate import check_output, failing_clearly, load_pipeline, parse_device, parse_size
-
     place = session.own_device(parse_device(device))
     request = session.resolved(request, place)
     check_output(request.out, request.json)
@@ -103,8 +112,6 @@ def quality(
 
 
 def _check(request: Request) -> None:
-    from atedm.cli.generate import DTYPES, bad
-
     if request.dtype not in (None, *DTYPES):
         raise bad("dtype", f"{request.dtype!r}; expected one of {', '.join(DTYPES)}")
     if request.model is None:

@@ -1,0 +1,5 @@
+"""``python -m atedm``: the command line, for launchers that start modules (``accelerate launch -m atedm …``)."""
+
+from atedm.cli import main
+
+main()

@@ -1,0 +1,99 @@
+"""The lab's figures against independent definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from atedm.bench.quality import metrics
+from atedm.bench.quality.checker import FEATURES, SIZE, Checker, load_checker, prepare, save_checker
+
+
+def pictures(count, size=64, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def checker():
+    torch.manual_seed(0)
+    return Checker().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (7, 20), (412, 500)])
+def test_share_interval_is_wilsons(right, count):
+    z = 1.959963984540054
+    p = right / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    low, high = metrics.share_interval(right, count)
+    assert low == pytest.approx(max(0, centre - half), abs=1e-9)
+    assert high == pytest.approx(min(1, centre + half), abs=1e-9)
+
+
+def test_mean_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        low, high = metrics.mean_interval(rng.normal(2.0, 1.0, 100))
+        hits += low <= 2.0 <= high
+    assert 88 <= hits <= 100
+
+
+def test_psnr_one_a_picture():
+    a, b = pictures(3), pictures(3, seed=1)
+    a[2] = b[2]
+    found = metrics.psnr(a, b)
+    for n in range(2):
+        square = (a[n].double() - b[n].double()).square().mean()
+        assert found[n] == pytest.approx(10 * math.log10(255**2 / square), rel=1e-6)
+    assert found[2] == 99.0
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
+    a = torch.nn.functional.interpolate(pictures(2, 8).float(), (64, 64), mode="bilinear").byte()
+    noise = torch.from_numpy(np.random.default_rng(1).normal(0, 1, a.shape))
+    levels = [metrics.ssim((a + s * noise).clamp(0, 255).byte(), a) for s in (0, 10, 40)]
+    assert np.allclose(levels[0], 1.0)
+    assert (levels[0] > levels[1]).all()
+    assert (levels[1] > levels[2]).all()
+
+
+def test_perceptual_distance_is_zero_for_equal_pictures_and_grows(checker):
+    a = pictures(2)
+    noise = torch.from_numpy(np.random.default_rng(1).normal(0, 1, a.shape))
+    found = [metrics.perceptual_distance(checker, (a + s * noise).clamp(0, 255).byte(), a) for s in (0, 5, 50)]
+    assert (found[0] == 0).all()
+    assert (found[0] < found[1]).all()
+    assert (found[1] < found[2]).all()
+
+
+def test_frechet_distance_is_the_formula(checker):
+    reference, made = pictures(200), pictures(150, seed=1) // 2
+    value, low, high = metrics.FeatureDistance(checker, reference)(made)
+    features = [checker.stages(prepare(x))[-1].mean((2, 3)).double().numpy() for x in (reference, made)]
+    means = [x.mean(0) for x in features]
+    covariances = [np.cov(x, rowvar=False) for x in features]
+    product = np.linalg.eigvals(covariances[0] @ covariances[1])
+    expected = (
+        ((means[0] - means[1]) ** 2).sum()
+        + sum(np.trace(c) for c in covariances)
+        - 2 * np.sqrt(product.astype(complex)).real.sum()
+    )
+    assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert 0 <= low <= high
+    assert features[0].shape[1] == FEATURES
+
+
+def test_frechet_distance_can_be_asked_again(checker):
+    distance = metrics.FeatureDistance(checker, pictures(100))
+    first = distance(pictures(80, seed=1))
+    distance(pictures(80, seed=2))
+    assert distance(pictures(80, seed=1)) == first
+
+
+def test_saved_checker_sees_the_same(checker, tmp_path):
+    save_checker(checker, tmp_path / "checker.safetensors")
+    loaded = load_checker(tmp_path / "checker.safetensors")
+    x = prepare(pictures(2, SIZE))
+    torch.testing.assert_close(loaded(x), checker(x), rtol=1e-2, atol=1e-2)
