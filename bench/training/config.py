@@ -63,6 +63,7 @@ class UnetRecipe:
     caption_dropout: float
     ema_decay: float
     matrix_learning_rate: float
+    timestep_mean: float
     uniform_timesteps: float
     layout_weight: float
     phases: tuple[Phase, ...]

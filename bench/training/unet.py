@@ -86,10 +86,10 @@ def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tensor:
-    """``[count]`` in 0 … 1: logit-normal, where a picture takes shape, and now and then uniform."""
+    """``[count]`` in 0 … 1: logit-normal around where a picture takes shape, and now and then uniform."""
     # One draw a stratum: the same mean as independent draws, with less noise in the loss.
     spread = (torch.arange(count) + torch.rand(count, generator=random)) / count
-    normal = torch.special.expit(torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+    normal = torch.special.expit(recipe.timestep_mean + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
     uniform = torch.rand(count, generator=random)
     return torch.where(torch.rand(count, generator=random) < recipe.uniform_timesteps, uniform, normal)
 

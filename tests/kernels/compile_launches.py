@@ -43,6 +43,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint32: "*u32",
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -73,8 +74,8 @@ def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: i
 
 
 def select_launches(reduction: str, tokens: int, heads: int, keep: int) -> list[Launch]:
-    out = meta(2, keep, dtype=torch.int64)
-    return [select.select_launch(meta(2, heads, tokens), meta(2, tokens, dtype=torch.int32), out, reduction)]
+    scores, out = meta(2, heads, tokens), meta(2, keep, dtype=torch.int64)
+    return [select.select_launch(scores, select.scratch(scores), out, reduction)]
 
 
 def gather_launches(dtype: str, channels: int) -> list[Launch]:
@@ -93,13 +94,13 @@ def smallest_launches() -> list[Launch]:
     """Every size 1: Triton turns arguments of 1 into constants, whose code differs."""
     q = meta(1, 1, 1, 8, dtype=torch.float16)
     lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
-    index, slots = meta(1, 1, dtype=torch.int64), meta(1, 1, dtype=torch.int32)
+    index = meta(1, 1, dtype=torch.int64)
     scores, state = page_rank.initial_scores(q)
     residual = meta(1, 1, 1, 1, dtype=torch.float16)
     return [
         *page_rank.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
         *page_rank_cross.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
-        select.select_launch(lse, slots, index, "rms"),
+        select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),
         feature_map.recover_launch(x, index, residual, residual),
@@ -116,7 +117,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
             name = f"{op}-{dtype}-d{head_dim}-n{tokens}"
             found[name] = lambda op=op, s=(dtype, head_dim, tokens, heads): attention_launches(op, *s)
     for reduction in ("rms", "mean"):
-        for tokens, heads, keep in ((4096, 10, 1536), (1024, 20, 384), (16384, 10, 6000), (77, 1, 1)):
+        for tokens, heads, keep in ((4096, 10, 1536), (1024, 20, 384), (8192, 10, 3000), (16384, 10, 6000), (77, 1, 1)):
             found[f"select-{reduction}-n{tokens}"] = lambda a=(reduction, tokens, heads, keep): select_launches(*a)
     for dtype in DTYPES:
         found[f"gather-{dtype}-c640"] = lambda dtype=dtype: gather_launches(dtype, 640)

@@ -66,7 +66,7 @@ def test_strided_scores(backend, device):
     assert torch.equal(select(backend, scores, 40), select(backend, scores.contiguous(), 40))
 
 
-@pytest.mark.parametrize("tokens", [20, 5000])
+@pytest.mark.parametrize("tokens", [20, 5000, 9000])
 def test_nan_counts_least(device, tokens):
     """The op rejects NaN where checking costs nothing; the kernel alone has to survive it."""
     from atedm_kernels.ops.select_tokens.reference import select_tokens_reference
@@ -87,7 +87,7 @@ def test_rows_of_millions_take_one_bit_a_step():
 
     for tokens, bits in (((1 << 21) - 1, 2), (1 << 21, 1)):
         scores = torch.empty(1, 1, tokens, device="meta")
-        importance = torch.empty(1, tokens, dtype=torch.int32, device="meta")
+        importance = torch.empty(1, tokens, dtype=torch.uint32, device="meta")
         out = torch.empty(1, 5, dtype=torch.int64, device="meta")
         constants = select_launch(scores, importance, out, "rms").constants
         assert constants["BITS"] == bits
