@@ -60,14 +60,12 @@ def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: i
     q, k = (meta(2, tokens, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2))
     lse = meta(2, heads, tokens)
     if op == "column_sums":
-        return [column_sums.column_sums_launch(q, k, lse, None, None, column_sums.empty_partial_sums(q, k), 0.125)]
+        return [column_sums.column_sums_launch(q, k, lse, column_sums.empty_partial_sums(q, k), 0.125)]
     if op == "page_rank":
-        scores, state = page_rank.initial_scores(q)
-        return page_rank.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
+        return page_rank.iteration_launches(q, k, lse, page_rank.initial_state(lse), 0.125, 1e-3)
     if op == "page_rank_cross":
         k = meta(2, 77, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
-        scores, state = page_rank.initial_scores(q)
-        return page_rank_cross.iteration_launches(q, k, lse, scores, state, 0.125, 1e-3)
+        return page_rank_cross.iteration_launches(q, k, lse, page_rank.initial_state(lse), 0.125, 1e-3)
     index = meta(2, tokens * 3 // 8, dtype=torch.int64)
     out = meta(2, tokens, dtype=torch.int64)
     return similarity.similarity_launches(q, k, lse, index, 0.125, out)
@@ -95,11 +93,11 @@ def smallest_launches() -> list[Launch]:
     q = meta(1, 1, 1, 8, dtype=torch.float16)
     lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
     index = meta(1, 1, dtype=torch.int64)
-    scores, state = page_rank.initial_scores(q)
+    state = page_rank.initial_state(lse)
     residual = meta(1, 1, 1, 1, dtype=torch.float16)
     return [
-        *page_rank.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
-        *page_rank_cross.iteration_launches(q, q, lse, scores, state, 0.5, 1e-3),
+        *page_rank.iteration_launches(q, q, lse, state, 0.5, 1e-3),
+        *page_rank_cross.iteration_launches(q, q, lse, state, 0.5, 1e-3),
         select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),

@@ -32,6 +32,7 @@ def _column_sums_kernel(
     k,
     lse,  # [pairs, queries]
     weights,  # [pairs, queries], or None for 1
+    bias,  # [pairs, queries]: log2 of the weights less the logsumexp in base 2, in place of both; or None
     done,  # [pairs] int32, or None: a head whose flag is set is left alone
     out,  # [splits, pairs, keys]
     scale_log2,
@@ -80,6 +81,8 @@ def _column_sums_kernel(
     lse += pair * queries
     if weights is not None:
         weights += pair * queries
+    if bias is not None:
+        bias += pair * queries
 
     sums = tl.zeros([BLOCK_N, PARTIAL_SUMS], tl.float32)
     for start in tl.range(begin, end, BLOCK_M):
@@ -104,9 +107,12 @@ def _column_sums_kernel(
         else:
             q_a, q_b = load_tile(q, local_rows, inside, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
             s = products(k_a, k_b, q_a, q_b, DIM_B)
-        # A row past the end has products 0 and logsumexp +inf: its weight is exp2(-inf) = 0, with no mask below.
-        lse_log2 = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2E
-        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+        # A row past the end has products 0 and bias -inf: its weight is exp2(-inf) = 0, with no mask below.
+        if bias is not None:
+            shift = tl.load(bias + rows, mask=inside, other=float("-inf"))
+        else:
+            shift = tl.load(lse + rows, mask=inside, other=float("inf")) * -LOG2E
+        p = tl.exp2(s * scale_log2 + shift[None, :])
         if weights is not None:
             p *= tl.load(weights + rows, mask=inside, other=0.0)[None, :]
         if PARTIAL_SUMS == BLOCK_M:
@@ -157,9 +163,20 @@ def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def column_sums_launch(
-    q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, done: Tensor | None, partial: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    scale: float,
+    *,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    done: Tensor | None = None,
 ) -> Launch:
-    """Sums over each part of the queries into ``partial`` ``[splits, B, H, N]``. ``lse``, ``weights``: contiguous."""
+    """Sums over each part of the queries into ``partial`` ``[splits, B, H, N]``; the others contiguous.
+
+    ``bias``, ``[B, H, M]`` float32, is ``log2(w_i) - lse_i / ln 2``: positive weights folded into the exponent.
+    """
     tile = tile_for(q)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
@@ -171,10 +188,11 @@ def column_sums_launch(
             **query_key_arguments(q, k),
             "lse": lse,
             "weights": weights,
+            "bias": bias,
             "done": done,
             "out": partial,
             "scale_log2": scale * LOG2E.value,
-            "factor": 1.0 / queries if weights is None else 1.0,
+            "factor": 1.0 / queries if weights is None and bias is None else 1.0,
             "pairs": batch * heads,
             "queries": queries,
             "keys": keys,
@@ -201,5 +219,5 @@ def attention_column_sums_triton(q: Tensor, k: Tensor, lse: Tensor, weights: Ten
     """``Σ_i w_i A_ij``; shapes as the public op."""
     partial = empty_partial_sums(q, k)
     weights = None if weights is None else weights.contiguous()
-    run_all([column_sums_launch(q, k, lse.contiguous(), weights, None, partial, scale)], q.device)
+    run_all([column_sums_launch(q, k, lse.contiguous(), partial, scale, weights=weights)], q.device)
     return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)

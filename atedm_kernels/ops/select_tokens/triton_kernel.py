@@ -31,7 +31,7 @@ def _ordered(x):
 
 @triton.jit
 def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.constexpr):
-    """Root mean square or mean over the heads. In float64 no square overflows or vanishes, and equal sums stay equal."""
+    """Root mean square or mean over the heads; in float64, where no square overflows or vanishes."""
     scores += tokens.to(tl.int64) * stride_n
     total = tl.zeros(tokens.shape, tl.float64)
     # Unrolled, so that the reads of several heads are under way at once.

@@ -1,7 +1,8 @@
-"""Which kept token refills each position: attention summed over the heads, tile by tile, and its running maximum.
+"""Which kept token refills each dropped one: attention summed over the heads, tile by tile, and its running maximum.
 
-A part of the kept tokens writes one int64 a query, the bits of the similarity above the complement of the slot. The
-largest of these is the most similar token with the lowest slot, whatever the order in which parts are compared.
+The dropped tokens are listed first, and only their rows of the map are computed. A part of the kept tokens writes one
+int64 a row, the bits of the similarity above the complement of the slot. The largest of these is the most similar token
+with the lowest slot, whatever the order in which parts are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +27,44 @@ from atedm_kernels.ops.triton_tiles import (
 )
 
 _LOW_BITS = tl.constexpr(0x7FFFFFFF)
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def _dropped_kernel(
+    index,  # [batch, slots]
+    dropped,  # [batch, tokens]: the dropped tokens, ascending, and then -1
+    out,  # [batch, tokens]: a kept token's slot, and 0
+    tokens,
+    slots,
+    BLOCK: tl.constexpr,
+):
+    """One row of ``index``: the tokens that it does not name."""
+    batch = tl.program_id(0).to(tl.int64)
+    index += batch * slots
+    dropped += batch * tokens
+    out += batch * tokens
+    local = tl.arange(0, BLOCK)
+    for start in range(0, tokens, BLOCK):
+        offsets = start + local
+        tl.store(out + offsets, tl.full([BLOCK], 0, tl.int64) + slots, mask=offsets < tokens)
+        tl.store(dropped + offsets, tl.full([BLOCK], -1, tl.int32), mask=offsets < tokens)
+    # Between the passes, because other threads wrote what a thread reads or replaces.
+    tl.debug_barrier()
+    for start in range(0, slots, BLOCK):
+        slot = start + local
+        kept = load_index(index, slot, slot < slots, tokens)
+        # Should the index name a token twice, the lower slot is taken, whatever the order.
+        tl.atomic_min(out + kept, slot.to(tl.int64), mask=slot < slots)
+    tl.debug_barrier()
+    before = tl.zeros([], tl.int32)
+    for start in range(0, tokens, BLOCK):
+        offsets = start + local
+        slot = tl.load(out + offsets, mask=offsets < tokens, other=0)
+        is_dropped = ((slot == slots) & (offsets < tokens)).to(tl.int32)
+        tl.store(dropped + before + tl.cumsum(is_dropped, 0) - 1, offsets, mask=is_dropped != 0)
+        # Zero until the search is through, which has rows for no more than ``tokens - slots``.
+        tl.store(out + offsets, tl.where(is_dropped != 0, 0, slot), mask=offsets < tokens)
+        before += tl.sum(is_dropped, 0)
 
 
 @triton.jit
@@ -35,10 +73,12 @@ def _similarity_kernel(
     k,
     lse,  # [batch, heads, tokens]
     index,  # [batch, slots]
-    out,  # [splits, batch, tokens] packed, or [batch, tokens] slots
+    dropped,  # [batch, tokens]
+    out,  # [splits, batch, tokens] packed, or [batch, tokens] slots; only dropped tokens are written
     scale_log2,
     batch_size,
     tokens,
+    count,  # of dropped tokens
     slots,
     slots_per_split,  # a multiple of BLOCK_N
     heads,
@@ -59,13 +99,15 @@ def _similarity_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(tokens, BLOCK_M)
+    row_tiles = tl.cdiv(count, BLOCK_M)
     program = tl.program_id(0)
     batch = (program // row_tiles % batch_size).to(tl.int64)
     split = program // row_tiles // batch_size
     local_rows = tl.arange(0, BLOCK_M)
-    rows = (program % row_tiles) * BLOCK_M + local_rows
-    inside = rows < tokens
+    place = (program % row_tiles) * BLOCK_M + local_rows
+    rows = tl.load(dropped + batch * tokens + place, mask=place < count, other=-1)
+    inside = rows >= 0
+    rows = tl.maximum(rows, 0)
     q += batch * aligned(q_stride_b, ALIGNMENT)
     k += batch * aligned(k_stride_b, ALIGNMENT)
     index += batch * slots
@@ -110,14 +152,8 @@ def _similarity_kernel(
             q_head += q_step
             k_head += k_step
             lse_head += tokens
-        # The index is read again: held in registers through the loop over the heads, it would make them spill. The
-        # barrier keeps the compiler from joining the two reads.
-        tl.debug_barrier()
-        kept = load_index(index, slot, filled, tokens).to(tl.int32)
-        # A kept token is most similar to itself, whatever the logsumexp; NaN and slots past the end are least similar.
-        similarity = tl.where(similarity == similarity, tl.minimum(similarity, _LARGEST), -1.0)
-        similarity = tl.where(kept[None, :] == rows[:, None], float("inf"), similarity)
-        similarity = tl.where(filled[None, :], similarity, -1.0)
+        # NaN and slots past the end are least similar.
+        similarity = tl.where((similarity == similarity) & filled[None, :], similarity, -1.0)
         tile_best = tl.max(similarity, 1)
         tile_slot = tl.min(tl.where(similarity == tile_best[:, None], slot[None, :], slots), 1)
         better = tile_best > best
@@ -134,15 +170,19 @@ def _similarity_kernel(
 
 
 @triton.jit
-def _join_kernel(parts, out, splits, length, BLOCK: tl.constexpr):
-    """Slots ``[length]`` from the packed parts ``[splits, length]``."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < length
-    best = tl.load(parts + offsets, mask=inside, other=0)
+def _join_kernel(parts, dropped, out, splits, batch_size, tokens, count, BLOCK: tl.constexpr):
+    """Slots of the dropped tokens from the packed parts ``[splits, batch, tokens]``."""
+    blocks = tl.cdiv(count, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(dropped + batch * tokens + place, mask=place < count, other=-1)
+    inside = rows >= 0
+    rows = batch * tokens + tl.maximum(rows, 0)
+    best = tl.load(parts + rows, mask=inside, other=0)
     for split in range(1, splits):
-        skip = tl.full([], length, tl.int64) * split
-        best = tl.maximum(best, tl.load(parts + skip + offsets, mask=inside, other=0))
-    tl.store(out + offsets, (best & _LOW_BITS) ^ _LOW_BITS, mask=inside)
+        skip = tl.full([], tokens, tl.int64) * batch_size * split
+        best = tl.maximum(best, tl.load(parts + skip + rows, mask=inside, other=0))
+    tl.store(out + rows, (best & _LOW_BITS) ^ _LOW_BITS, mask=inside)
 
 
 def tile_for(q: Tensor) -> Tile:
@@ -160,11 +200,14 @@ def tile_for(q: Tensor) -> Tile:
 _ENOUGH_PROGRAMS = 256
 _MOST_SPLITS = 16
 
+_LISTED_A_STEP = 4096
+_JOINED_A_PROGRAM = 256
+
 
 def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
     """Parts that the kept tokens are cut into, and the slots of a part (a multiple of the tile)."""
     tile = tile_for(q)
-    programs = q.shape[0] * cdiv(q.shape[2], tile.block_m)
+    programs = q.shape[0] * cdiv(q.shape[2] - index.shape[1], tile.block_m)
     tiles = cdiv(index.shape[1], tile.block_n)
     splits = max(1, min(cdiv(_ENOUGH_PROGRAMS, programs), _MOST_SPLITS, tiles))
     tiles_per_split = cdiv(tiles, splits)
@@ -173,23 +216,38 @@ def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
 
 def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float, out: Tensor) -> list[Launch]:
     """Slots into ``out`` ``[B, N]``; ``lse`` and ``index`` contiguous."""
-    tile = tile_for(q)
     batch, _, tokens, _ = q.shape
+    slots = index.shape[1]
+    dropped = torch.empty(batch, tokens, dtype=torch.int32, device=q.device)
+    listing = Launch(
+        _dropped_kernel,
+        grid=batch,
+        arguments={"index": index, "dropped": dropped, "out": out, "tokens": tokens, "slots": slots},
+        constants={"BLOCK": _LISTED_A_STEP},
+        num_warps=8,
+        num_stages=1,
+    )
+    count = tokens - slots
+    if count == 0:
+        return [listing]
+    tile = tile_for(q)
     splits, slots_per_split = slot_splits(q, index)
     packed = splits > 1
     parts = torch.empty(splits, batch, tokens, dtype=torch.int64, device=q.device) if packed else out
     search = Launch(
         _similarity_kernel,
-        grid=cdiv(tokens, tile.block_m) * batch * splits,
+        grid=cdiv(count, tile.block_m) * batch * splits,
         arguments={
             **query_key_arguments(q, k),
             "lse": lse,
             "index": index,
+            "dropped": dropped,
             "out": parts,
             "scale_log2": scale * LOG2E.value,
             "batch_size": batch,
             "tokens": tokens,
-            "slots": index.shape[1],
+            "count": count,
+            "slots": slots,
             "slots_per_split": slots_per_split,
         },
         constants={
@@ -202,15 +260,17 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         num_stages=tile.num_stages,
     )
     if not packed:
-        return [search]
-    length, block = batch * tokens, 256
+        return [listing, search]
     join = Launch(
         _join_kernel,
-        grid=cdiv(length, block),
-        arguments={"parts": parts, "out": out, "splits": splits, "length": length},
-        constants={"BLOCK": block},
+        grid=cdiv(count, _JOINED_A_PROGRAM) * batch,
+        arguments={
+            **{"parts": parts, "dropped": dropped, "out": out, "splits": splits},
+            **{"batch_size": batch, "tokens": tokens, "count": count},
+        },
+        constants={"BLOCK": _JOINED_A_PROGRAM},
     )
-    return [search, join]
+    return [listing, search, join]
 
 
 def similarity_source_triton(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:

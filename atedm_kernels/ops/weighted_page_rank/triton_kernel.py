@@ -1,12 +1,15 @@
 """PageRank of a self-attention map: the map is computed again in every iteration, never stored.
 
-The number of launches is fixed. A head that has converged sets a flag, and its programs leave at once from then on,
+The scores enter the next product as a bias of the exponent, which costs the loop over the map nothing. The number of
+launches is fixed. A head that has converged sets a flag, and its programs leave at once from then on,
 so nothing is decided on the host and the whole iteration can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from atedm_kernels._launch import Launch, run_all
 from atedm_kernels.ops.attention_column_sums.triton_kernel import column_sums_launch, empty_partial_sums
+from atedm_kernels.ops.triton_tiles import LOG2E
 
 _BLOCK = 1024
 
@@ -33,7 +37,9 @@ def sum_parts(parts, pair, offsets, mask, splits, pairs, length):
 @triton.jit
 def _normalise_kernel(
     parts,  # [splits, pairs, tokens]
+    lse,  # [pairs, tokens]
     scores,  # [pairs, tokens], read and replaced
+    bias,  # [pairs, tokens], replaced: log2 of the scores less the logsumexp in base 2
     iterations,  # [pairs] int32
     done,  # [pairs] int32
     tolerance,
@@ -46,7 +52,9 @@ def _normalise_kernel(
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done + pair) != 0:
         return
+    lse += pair * tokens
     scores += pair * tokens
+    bias += pair * tokens
     local = tl.arange(0, BLOCK)
 
     sums = tl.zeros([BLOCK], tl.float32)
@@ -67,22 +75,38 @@ def _normalise_kernel(
         # to read.
         tl.debug_barrier()
         tl.store(scores + offsets, new, mask=inside)
+        tl.store(bias + offsets, tl.log2(new) - tl.load(lse + offsets, mask=inside) * LOG2E, mask=inside)
 
     tl.store(iterations + pair, tl.load(iterations + pair) + 1)
     tl.store(done + pair, (tl.sum(change, 0) < tolerance).to(tl.int32))
 
 
-def normalise_launch(parts: Tensor, scores: Tensor, state: Tensor, tolerance: float) -> Launch:
-    """``parts`` ``[splits, B, H, N]``, ``scores`` ``[B, H, N]``, ``state`` ``[2, B, H]``: iterations and flags."""
+@dataclass(frozen=True)
+class State:
+    """What an iteration reads and replaces.
+
+    ``scores``, ``bias``: float32 ``[B, H, N]``. ``iterations``, ``done`` (flags): int32 ``[B, H]``.
+    """
+
+    scores: Tensor
+    bias: Tensor
+    iterations: Tensor
+    done: Tensor
+
+
+def normalise_launch(parts: Tensor, lse: Tensor, state: State, tolerance: float) -> Launch:
+    """``parts`` ``[splits, B, H, N]``, ``lse`` ``[B, H, N]``."""
     splits, batch, heads, tokens = parts.shape
     return Launch(
         _normalise_kernel,
         grid=batch * heads,
         arguments={
             "parts": parts,
-            "scores": scores,
-            "iterations": state[0],
-            "done": state[1],
+            "lse": lse,
+            "scores": state.scores,
+            "bias": state.bias,
+            "iterations": state.iterations,
+            "done": state.done,
             "tolerance": tolerance,
             "splits": splits,
             "pairs": batch * heads,
@@ -92,21 +116,21 @@ def normalise_launch(parts: Tensor, scores: Tensor, state: Tensor, tolerance: fl
     )
 
 
-def initial_scores(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform scores ``[B, H, M]`` float32, and zeros for iterations and flags ``[2, B, H]`` int32."""
-    batch, heads, queries, _ = q.shape
-    scores = torch.full((batch, heads, queries), 1.0 / queries, dtype=torch.float32, device=q.device)
-    return scores, torch.zeros(2, batch, heads, dtype=torch.int32, device=q.device)
+def initial_state(lse: Tensor) -> State:
+    """Uniform scores, and no iteration made. ``lse`` ``[B, H, N]``."""
+    tokens = lse.shape[2]
+    state = torch.zeros(2, *lse.shape[:2], dtype=torch.int32, device=lse.device)
+    scores = torch.full(lse.shape, 1.0 / tokens, dtype=torch.float32, device=lse.device)
+    bias = torch.rsub(lse, -math.log2(tokens), alpha=LOG2E.value)
+    return State(scores, bias, state[0], state[1])
 
 
-def iteration_launches(
-    q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, state: Tensor, scale: float, tolerance: float
-) -> list[Launch]:
-    """One iteration. Running it again continues from ``scores`` and ``state``."""
+def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: float, tolerance: float) -> list[Launch]:
+    """One iteration. Running it again continues from ``state``."""
     parts = empty_partial_sums(q, k)
     return [
-        column_sums_launch(q, k, lse, scores, state[1], parts, scale),
-        normalise_launch(parts, scores, state, tolerance),
+        column_sums_launch(q, k, lse, parts, scale, bias=state.bias, done=state.done),
+        normalise_launch(parts, lse, state, tolerance),
     ]
 
 
@@ -120,10 +144,11 @@ def iterate(
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """Start the launches of ``iteration`` ``max_iterations`` times; returns what the public ops return."""
-    scores, state = initial_scores(q)
-    launches = iteration(q, k, lse.contiguous(), scores, state, scale, tolerance)
+    lse = lse.contiguous()
+    state = initial_state(lse)
+    launches = iteration(q, k, lse, state, scale, tolerance)
     run_all(launches * max_iterations, q.device)
-    return scores, state[0]
+    return state.scores, state.iterations
 
 
 def weighted_page_rank_triton(

@@ -23,7 +23,7 @@ from atedm_kernels.ops.triton_tiles import (
     streamed_products,
     tile_constants,
 )
-from atedm_kernels.ops.weighted_page_rank.triton_kernel import iterate, normalise_launch, sum_parts
+from atedm_kernels.ops.weighted_page_rank.triton_kernel import State, iterate, normalise_launch, sum_parts
 from atedm_kernels.ops.weighted_page_rank_cross.reference import ENTROPY_FLOOR
 
 
@@ -144,16 +144,14 @@ def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, 
     )
 
 
-def iteration_launches(
-    q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, state: Tensor, scale: float, tolerance: float
-) -> list[Launch]:
-    """One iteration. Running it again continues from ``scores`` and ``state``."""
+def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: float, tolerance: float) -> list[Launch]:
+    """One iteration. Running it again continues from ``state``."""
     key_parts = empty_partial_sums(q, k)
-    new = torch.empty(1, *scores.shape, dtype=torch.float32, device=q.device)
+    new = torch.empty(1, *lse.shape, dtype=torch.float32, device=q.device)
     return [
-        column_sums_launch(q, k, lse, scores, state[1], key_parts, scale),
-        rows_launch(q, k, lse, key_parts, state[1], new, scale),
-        normalise_launch(new, scores, state, tolerance),
+        column_sums_launch(q, k, lse, key_parts, scale, bias=state.bias, done=state.done),
+        rows_launch(q, k, lse, key_parts, state.done, new, scale),
+        normalise_launch(new, lse, state, tolerance),
     ]
 
 
