@@ -65,6 +65,7 @@ class UnetRecipe:
     matrix_learning_rate: float
     timestep_mean: float
     uniform_timesteps: float
+    object_weight: float
     layout_weight: float
     phases: tuple[Phase, ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ _FOLDER = "unet-training"
 # At the start of every phase.
 _WARM_UP_STEPS = 100
 
+# Timesteps of 1000: sigma 5.
+_PLACED_BELOW = 740
+
+# Channels of a layout: shapes and none, colours and none.
+_LAYOUT = [len(SHAPES) + 1, len(COLORS) + 1]
+
 # Up to this many latent elements a side, the backward of unfused attention is the faster one on a CPU.
 _UNFUSED_UP_TO = 32
 
@@ -35,27 +42,29 @@ _UNFUSED_UP_TO = 32
 class Denoiser(nn.Module):
     """Captions and noisy latents to predictions: all that learns, in one module.
 
-    ``layout`` reads, from the features with which the decoder enters level 2, which shape and which colour covers each
-    token of the clean picture. It exists in training only. What the squared error tells the transformers about a shape
-    is little, and mixed with all else; the layout is known here, so they are told it (the idea of representation
-    alignment, REPA, with the scene in the place of another network's features).
+    ``layout`` reads, from what the decoder hands up from each of its two transformer levels, which shape and which
+    colour covers each element of the clean picture. It exists in training only. What the squared error tells the
+    transformers about a shape is little, and mixed with all else; the layout is known here, so they are told it (the
+    idea of representation alignment, REPA, with the scene in the place of another network's features).
     """
 
     def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
         super().__init__()
         self.unet = unet
         self.encoders = encoders
-        self.layout = nn.Conv2d(unet.config.block_out_channels[-1], len(SHAPES) + len(COLORS) + 2, 1)
-        self._features: Tensor | None = None
-        unet.up_blocks[0].register_forward_hook(self._keep)
+        _, *channels = unet.config.block_out_channels
+        self.layout = nn.ModuleList(nn.Conv2d(count, len(SHAPES) + len(COLORS) + 2, 1) for count in reversed(channels))
+        self._features: dict[int, Tensor] = {}
+        for n in range(len(channels)):
+            unet.up_blocks[n].register_forward_hook(functools.partial(self._keep, n))
 
-    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._features = output
+    def _keep(self, n: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._features[n] = output
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, ids: Tensor, said: Tensor, size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The prediction, and the logits of shapes ``[B, S + 1, h, w]`` and of colours ``[B, C + 1, h, w]``.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The prediction, and the layout's logits ``[B, S + 1 + C + 1, h, w]``, shapes before colours, by level.
 
         ``said`` float ``[B]``: 0 where the caption is dropped, as the pipeline drops it for guidance.
         """
@@ -67,8 +76,7 @@ class Denoiser(nn.Module):
             encoder_hidden_states=states * said[:, None, None],
             added_cond_kwargs={"text_embeds": pooled * said[:, None], "time_ids": time_ids},
         ).sample
-        shapes, colors = self.layout(self._features).split([len(SHAPES) + 1, len(COLORS) + 1], dim=1)
-        return predicted, shapes, colors
+        return predicted, [head(self._features[n]) for n, head in enumerate(self.layout)]
 
 
 def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
@@ -83,6 +91,27 @@ def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
         covered[shape] += part
         covered[len(SHAPES) + 1 + color] += part
     return covered
+
+
+def _reading_loss(logits: list[Tensor], covered: Tensor) -> Tensor:
+    """Cross-entropy of the layout ``[B, S + C + 2, h, w]`` as it was read at each level, shapes and colours summed."""
+    loss = covered.new_zeros(())
+    for read in logits:
+        there = F.adaptive_avg_pool2d(covered, read.shape[2:])
+        for a, b in zip(read.float().split(_LAYOUT, 1), there.split(_LAYOUT, 1), strict=True):
+            loss = loss + F.cross_entropy(a, b)
+    return loss
+
+
+def _weights(covered: Tensor, timesteps: Tensor, weight: float) -> Tensor:
+    """``[B, 1, h, w]`` of mean 1: ``weight`` on and around the objects where the noise no longer hides their place.
+
+    Under more noise it would be a lie: the mean picture would show more of what may be there than there is.
+    """
+    near = F.max_pool2d(1 - covered[:, len(SHAPES) : len(SHAPES) + 1], 3, stride=1, padding=1) > 0
+    placed = (timesteps < _PLACED_BELOW)[:, None, None, None]
+    weights = torch.where(near & placed, weight, 1.0)
+    return weights / weights.mean()
 
 
 def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tensor:
@@ -189,7 +218,7 @@ def train_unet(
         size = phase.latent * config.vae.scale
         painted = [render(scene, size) for scene in found]
         layout = np.stack(
-            [_layout(scene, owner, phase.latent // 2) for scene, (_, owner) in zip(found, painted, strict=True)]
+            [_layout(scene, owner, phase.latent) for scene, (_, owner) in zip(found, painted, strict=True)]
         )
         pixels = as_tensor([picture for picture, _ in painted])
         return size, pixels, tokenize(tokenizer, captions), said, clean_noise, timesteps, torch.from_numpy(layout)
@@ -207,13 +236,13 @@ def train_unet(
         pixels, ids, said, clean_noise, timesteps, layout = (x.to(device) for x in tensors)
         with torch.no_grad(), accelerator.autocast():
             latents = vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
+        weights = _weights(layout, timesteps, recipe.object_weight)
         target = noise.get_velocity(latents, clean_noise, timesteps)
         unfused = device.type == "cpu" and phase.latent <= _UNFUSED_UP_TO
         with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
-            predicted, *logits = model(noise.add_noise(latents, clean_noise, timesteps), timesteps, ids, said, size)
-            loss = F.mse_loss(predicted.float(), target)
-            covered = layout.split([part.shape[1] for part in logits], dim=1)
-            reading = sum(F.cross_entropy(a.float(), b) for a, b in zip(logits, covered, strict=True))
+            predicted, logits = model(noise.add_noise(latents, clean_noise, timesteps), timesteps, ids, said, size)
+            loss = (F.mse_loss(predicted.float(), target, reduction="none") * weights).mean()
+            reading = _reading_loss(logits, layout)
             accelerator.backward(loss + recipe.layout_weight * reading)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

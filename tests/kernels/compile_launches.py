@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atedm_kernels import _tiles
 from atedm_kernels._launch import Launch
 from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
 from atedm_kernels.ops.gather_tokens import triton_kernel as gather
@@ -171,6 +172,13 @@ def amd_resources(assembly: str) -> dict[str, int]:
     }
 
 
+def access_bytes(assembly: str, kind: str) -> list[int]:
+    """Widths of the accesses to global memory in PTX or AMD assembly; ``kind`` is ``"load"`` or ``"store"``."""
+    nvidia = re.findall(rf"\b{'ld' if kind == 'load' else 'st'}\.global\S*?\.(?:v(\d)\.)?b(\d+)\b", assembly)
+    amd = re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", assembly)
+    return sorted({int(n or 1) * int(bits) // 8 for n, bits in nvidia} | {4 * int(n or 1) for n in amd})
+
+
 def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = triton.compile(source(launch), target=target, options=options)
@@ -179,6 +187,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
     return {
         "kernel": launch.kernel.__name__,
         "shared": kernel.metadata.shared,
+        "loads": access_bytes(assembly, "load"),
+        "stores": access_bytes(assembly, "store"),
         "matrix": next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None),
         **(nvidia_resources(kernel.asm["cubin"]) if nvidia else amd_resources(assembly)),
     }
@@ -187,7 +197,9 @@ def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
 def rows(target: str, names: list[str]) -> Iterator[dict[str, object]]:
     for name, build in cases().items():
         if not names or name in names:
-            for launch in build():
+            with _tiles.assume(architecture=target):
+                launches = build()
+            for launch in launches:
                 yield {"target": target, "case": name, **compile_launch(launch, TARGETS[target])}
 
 

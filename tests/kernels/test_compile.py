@@ -1,6 +1,7 @@
 """The kernels compiled ahead of time for GPUs that are not here.
 
-Nothing spills, shared memory fits, and 16-bit products run on the matrix units. The compiler needs a process in which
+Nothing spills, shared memory fits, 16-bit products run on the matrix units, and what is only moved is moved 16 bytes at
+a time. The compiler needs a process in which
 Triton's interpreter does not stand in for it.
 """
 
@@ -51,4 +52,7 @@ def test_resources(target):
             problems.append(("shared memory", row))
         if row["kernel"] in PRODUCT_KERNELS and "-fp32-" not in row["case"] and row["matrix"] != MATRIX[target]:
             problems.append(("matrix instruction", row))
+        # Indices take 8 bytes each; what they move takes 16.
+        if row["case"].startswith(("gather", "feature_map")) and (row["loads"] != [8, 16] or row["stores"] != [16]):
+            problems.append(("width of memory accesses", row))
     assert not problems, "\n".join(f"{what}: {row}" for what, row in problems)

@@ -6,14 +6,13 @@ queries is kept as eight partial sums a key, which add without exchange between 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
+from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     head_pointer,
@@ -125,39 +124,17 @@ def _column_sums_kernel(
     tl.store(out + columns, tl.sum(sums, 1) * factor, mask=filled)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys of a step, and the resources that it takes."""
+OP = "attention_column_sums"
 
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_for(q: Tensor) -> Tile:
-    """Sizes at which nothing spills and shared memory fits the smallest target (99 KB; 64 KB on CDNA 3)."""
-    head_dim = q.shape[3]
-    if is_float32(q):
-        return Tile(32, 64, 4, 1)
-    if head_dim > 128:
-        return Tile(32, 64, 4, 2)
-    if head_dim > 64:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 128, 4, 3)
-
-
-# Fewer programs than this leave multiprocessors idle, or the last of them waiting: the queries are split.
-_ENOUGH_PROGRAMS = 512
 _MOST_SPLITS = 16
 
 
 def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
     """Parts that the queries are cut into, and the queries of a part (a multiple of the tile)."""
-    tile = tile_for(q)
+    tile = tile_for(OP, q)
     programs = q.shape[0] * q.shape[1] * cdiv(k.shape[2], tile.block_n)
     tiles = cdiv(q.shape[2], tile.block_m)
-    splits = max(1, min(cdiv(_ENOUGH_PROGRAMS, programs), _MOST_SPLITS, tiles // 4))
+    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles // 4))
     tiles_per_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_m
 
@@ -177,7 +154,7 @@ def column_sums_launch(
 
     ``bias``, ``[B, H, M]`` float32, is ``log2(w_i) - lse_i / ln 2``: positive weights folded into the exponent.
     """
-    tile = tile_for(q)
+    tile = tile_for(OP, q)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     splits, queries_per_split = query_splits(q, k)

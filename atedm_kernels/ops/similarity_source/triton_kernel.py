@@ -13,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
-from atedm_kernels.ops.attention_column_sums.triton_kernel import Tile
+from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     aligned,
-    is_float32,
     load_tile,
     products,
     query_key_arguments,
@@ -185,19 +184,8 @@ def _join_kernel(parts, dropped, out, splits, batch_size, tokens, count, BLOCK: 
     tl.store(out + rows, (best & _LOW_BITS) ^ _LOW_BITS, mask=inside)
 
 
-def tile_for(q: Tensor) -> Tile:
-    head_dim = q.shape[3]
-    if is_float32(q):
-        return Tile(32, 32, 4, 1)
-    if head_dim > 128:
-        return Tile(64, 32, 8 if head_dim > 192 else 4, 1)
-    if head_dim > 64:
-        return Tile(64, 64, 8, 2)
-    return Tile(128, 64, 8, 2)
+OP = "similarity_source"
 
-
-# As many programs as keep the multiprocessors of a large GPU busy.
-_ENOUGH_PROGRAMS = 256
 _MOST_SPLITS = 16
 
 _LISTED_A_STEP = 4096
@@ -206,10 +194,10 @@ _JOINED_A_PROGRAM = 256
 
 def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
     """Parts that the kept tokens are cut into, and the slots of a part (a multiple of the tile)."""
-    tile = tile_for(q)
+    tile = tile_for(OP, q)
     programs = q.shape[0] * cdiv(q.shape[2] - index.shape[1], tile.block_m)
     tiles = cdiv(index.shape[1], tile.block_n)
-    splits = max(1, min(cdiv(_ENOUGH_PROGRAMS, programs), _MOST_SPLITS, tiles))
+    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles))
     tiles_per_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_n
 
@@ -230,7 +218,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
     count = tokens - slots
     if count == 0:
         return [listing]
-    tile = tile_for(q)
+    tile = tile_for(OP, q)
     splits, slots_per_split = slot_splits(q, index)
     packed = splits > 1
     parts = torch.empty(splits, batch, tokens, dtype=torch.int64, device=q.device) if packed else out

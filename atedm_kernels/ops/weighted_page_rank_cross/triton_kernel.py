@@ -8,15 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv
-from atedm_kernels.ops.attention_column_sums.triton_kernel import (
-    Tile,
-    column_sums_launch,
-    empty_partial_sums,
-)
+from atedm_kernels._tiles import tile_for
+from atedm_kernels.ops.attention_column_sums.triton_kernel import column_sums_launch, empty_partial_sums
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     head_pointer,
-    is_float32,
     load_tile,
     products,
     query_key_arguments,
@@ -108,15 +104,11 @@ def _rows_kernel(
     tl.store(out + pair * queries + rows, received / entropy, mask=filled)
 
 
-def tile_for(q: Tensor) -> Tile:
-    head_dim = q.shape[3]
-    if is_float32(q):
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 32, 8, 1) if head_dim > 128 else Tile(64, 64, 4, 1)
+OP = "weighted_page_rank_cross"
 
 
 def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, out: Tensor, scale: float) -> Launch:
-    tile = tile_for(q)
+    tile = tile_for(OP, q)
     batch, heads, queries, _ = q.shape
     return Launch(
         _rows_kernel,

@@ -1,33 +1,19 @@
-"""``atedm bench``: measurements on this machine."""
+"""``atedm bench unet``: one call of the UNet, full against pruned against merged."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from atedm.cli.bench.common import bad, device_of, dtype_of, minutes_of, ratio_of, run, size_of
 from atedm.cli.extras import require
 
-if TYPE_CHECKING:
-    import torch
-
-    from atedm.bench.unet import UNetBench
-
-app = typer.Typer(help="Measure on this machine, every variant in one run.", no_args_is_help=True)
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
 
 
-@app.callback()
-def _group() -> None:
-    # Keeps the sub-command's name in the command line while there is only one.
-    pass
-
-
-@app.command("unet")
 def unet(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
@@ -58,46 +44,35 @@ def unet(
 
     from atedm import report
     from atedm.bench.unet import Settings, UNetBench
-    from atedm.models import image_size, unet_config
+    from atedm.models import unet_config
 
-    if dtype not in DTYPES:
-        raise _bad("dtype", f"{dtype!r}; expected one of {', '.join(DTYPES)}")
-    if not 0 < ratio < 1:
-        raise _bad("ratio", f"{ratio}; expected a number between 0 and 1")
-    if minutes <= 0:
-        raise _bad("minutes", f"{minutes}; expected a positive number")
     if compile_mode not in torch._inductor.list_mode_options():
-        raise _bad(
-            "compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}"
-        )
-    place = _device(device)
-    try:
-        width, height = image_size(size)
-    except ValueError as error:
-        raise _bad("size", str(error)) from error
+        raise bad("compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}")
+    place = device_of(device)
+    width, height = size_of(size)
     try:
         config = unet_config(model)
     except ValueError as error:
-        raise _bad("model", str(error)) from error
+        raise bad("model", str(error)) from error
 
     measured = UNetBench(
         config,
         Settings(
             device=place,
-            dtype=getattr(torch, DTYPES[dtype]),
+            dtype=dtype_of(dtype),
             width=width,
             height=height,
             batch=batch,
-            ratio=ratio,
+            ratio=ratio_of(ratio),
             steps=steps,
             repeats=repeats or DEFAULT_REPEATS[place.type],
-            minutes=minutes,
+            minutes=minutes_of(minutes),
             compiled=("regional" if regional else "whole") if compile or regional else None,
             compile_mode=compile_mode,
             channels_last=channels_last,
         ),
     )
-    finished = _run(measured)
+    finished = run(measured)
     rows = measured.rows()
     settings = {"model": model, **measured.settings_for_report(), "finished": finished}
     path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
@@ -108,51 +83,6 @@ def unet(
     console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}")
     if not finished:
         raise typer.Exit(130)
-
-
-def _bad(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"--{option}")
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in DEFAULT_REPEATS:
-        raise _bad("device", f"{name!r}; expected cpu, cuda or cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise _bad("device", f"{name!r}; expected cpu: torch {torch.__version__} finds no GPU here")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise _bad("device", f"{name!r}; expected an index under {torch.cuda.device_count()}, the number of GPUs here")
-    return device
-
-
-def _run(measured: UNetBench) -> bool:
-    """Run under a progress bar; False where Ctrl-C ended it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # On stderr, so that the tables can be piped. One refresh a second: the CPU is what is being measured.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as progress:
-        task = progress.add_task("starting", total=measured.work())
-        begun = False
-
-        def notify(what: str) -> None:
-            nonlocal begun
-            progress.update(task, advance=1 if begun else 0, description=what, refresh=True)
-            begun = True
-
-        try:
-            measured.run(notify)
-        except KeyboardInterrupt:
-            return False
-    return True
 
 
 def _print(document: dict[str, Any], console: Any) -> None:

@@ -1,0 +1,101 @@
+"""How large the steps of a kernel over the attention map are: looked up in the table beside it, never tuned here.
+
+Each ``tiles.json`` is a list of rows. A row serves an architecture (``"*"``: every one), some dtypes, and head dims and
+numbers of queries up to its own. The first row that fits wins; rows measured with the installed Triton (``triton``: its
+minor version) go before others of that architecture, and those before ``"*"``. ``bench/tune.py`` measures and writes
+them; a row without ``triton`` was chosen from what the compiler reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries (``block_m``) and keys (``block_n``) of a step, and the resources that it takes.
+
+    Fewer ``programs`` than these leave multiprocessors idle, or the last of them waiting: then the longer loop is split
+    into several programs.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+
+
+# What is looked up otherwise: the architecture under "architecture", the tile of an op under its name.
+_assumed: contextvars.ContextVar[dict[str, str | Tile] | None] = contextvars.ContextVar("atedm_tiles", default=None)
+
+
+@contextlib.contextmanager
+def assume(**values: str | Tile) -> Iterator[None]:
+    """In the block: ``architecture="sm_90"`` to compile for a GPU that is not there; ``<op>=Tile(…)`` to try one."""
+    token = _assumed.set({**(_assumed.get() or {}), **values})
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@functools.cache
+def _device_architecture(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"`` or ``"gfx942"``; ``"*"`` for what is no GPU."""
+    assumed = (_assumed.get() or {}).get("architecture")
+    if isinstance(assumed, str):
+        return assumed
+    if device.type != "cuda":
+        return "*"
+    return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def table_path(op: str) -> Path:
+    """The table of ``op``, in its folder."""
+    return Path(__file__).parent / "ops" / op / "tiles.json"
+
+
+@functools.cache
+def triton_minor() -> str:
+    """Of the installed Triton, as ``"3.6"``."""
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+
+
+@functools.cache
+def _look_up(op: str, arch: str, dtype: str, head_dim: int, queries: int) -> Tile:
+    fitting = [
+        row
+        for row in json.loads(table_path(op).read_text(encoding="utf-8"))
+        if row["architecture"] in (arch, "*")
+        and dtype in row["dtypes"]
+        and head_dim <= row["head_dim"]
+        and queries <= row.get("queries", queries)
+    ]
+    best = min(fitting, key=lambda row: (row["architecture"] == "*", row.get("triton") != triton_minor()))
+    return Tile(**{field.name: best[field.name] for field in fields(Tile) if field.name in best})
+
+
+def tile_for(op: str, q: Tensor) -> Tile:
+    """The tile of ``op`` for queries ``q`` ``[B, H, M, D]``."""
+    assumed = (_assumed.get() or {}).get(op)
+    if isinstance(assumed, Tile):
+        return assumed
+    return _look_up(op, architecture(q.device), str(q.dtype).removeprefix("torch."), q.shape[3], q.shape[2])

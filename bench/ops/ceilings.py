@@ -1,0 +1,75 @@
+"""What this device can do at most, measured: matrix products, exponentials, copying. Floors are counted from these."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from atedm.bench.measure import seconds_of
+from atedm.bench.ops.shapes import Work
+
+_REPEATS = 7
+
+# Elements: large enough to keep every core busy, small enough for a CPU's cache (the exponentials) or not (the copy).
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+_COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+_EXPONENTIALS = {"cpu": 1 << 16, "cuda": 1 << 20}
+_EXPONENTIALS_EACH = {"cpu": 512, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s of matrix products in the dtype measured, exponentials a second, and bytes a second, read and written."""
+
+    flops: float
+    exponentials: float
+    bytes: float
+
+    def floor(self, work: Work) -> tuple[float, str]:
+        """Seconds that ``work`` takes at least, with everything overlapped, and what binds it."""
+        parts = {
+            "matrix products": work.flops / self.flops,
+            "exponentials": work.exponentials / self.exponentials,
+            "memory": work.bytes / self.bytes,
+        }
+        bound = max(parts, key=parts.__getitem__)
+        return parts[bound], bound
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    return statistics.median(seconds_of(call, device) for _ in range(_REPEATS))
+
+
+def _exponentials(device: torch.device) -> float:
+    """Exponentials a second with the operands in registers (a GPU) or in the cache (a CPU)."""
+    count, each = _EXPONENTIALS[device.type], _EXPONENTIALS_EACH[device.type]
+    x = torch.rand(count, device=device)
+    if device.type == "cuda":
+        from atedm.bench.ops.exponentials import repeated_exp2
+
+        seconds = _best_seconds(lambda: repeated_exp2(x, each), device)
+    else:
+        out = torch.empty_like(x)
+
+        def call() -> None:
+            for _ in range(each):
+                torch.exp2(x, out=out)
+
+        seconds = _best_seconds(call, device)
+    return count * each / seconds
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Takes a few seconds on a CPU."""
+    side = _PRODUCT_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    flops = 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=product), device)
+    here = torch.randn(_COPIED_BYTES[device.type] // 4, device=device)
+    there = torch.empty_like(here)
+    copied = 2 * here.nbytes / _best_seconds(lambda: there.copy_(here), device)
+    return Ceilings(flops, _exponentials(device), copied)

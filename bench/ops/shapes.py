@@ -1,0 +1,85 @@
+"""Where SDXL's UNet calls the ops, and what each op has to compute and to move there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# A level-2 token stands for 2 × 2 latent elements, a level-3 token for 4 × 4; an element for 8 × 8 pixels.
+_PIXELS_A_TOKEN = {2: 16, 3: 32}
+_HEADS = {2: 10, 3: 20}
+HEAD_DIM = 64
+TEXT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one level: ``height`` × ``width`` tokens, ``keep`` of them kept."""
+
+    size: str
+    level: int
+    batch: int
+    height: int
+    width: int
+    keep: int
+
+    @property
+    def heads(self) -> int:
+        return _HEADS[self.level]
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def channels(self) -> int:
+        return self.heads * HEAD_DIM
+
+    def __str__(self) -> str:
+        return f"B{self.batch} H{self.heads} N{self.tokens} D{HEAD_DIM}"
+
+
+def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> Shape:
+    """The shape that a picture of ``width`` × ``height`` pixels has at ``level``, 2 or 3, with ``ratio`` dropped."""
+    from atedm.options import kept_tokens
+
+    pixels = _PIXELS_A_TOKEN[level]
+    tokens = (width // pixels) * (height // pixels)
+    return Shape(f"{width}x{height}", level, batch, height // pixels, width // pixels, kept_tokens(tokens, ratio))
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that an op has to do: operations of the matrix units, exponentials, bytes read and written once."""
+
+    flops: float = 0.0
+    exponentials: float = 0.0
+    bytes: float = 0.0
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.flops * times, self.exponentials * times, self.bytes * times)
+
+
+def attention_work(shape: Shape, dtype: torch.dtype) -> Work:
+    """The forward of fused attention: two products, queries, keys, values and output."""
+    pairs = shape.batch * shape.heads
+    map_elements = pairs * shape.tokens**2
+    return Work(4 * map_elements * HEAD_DIM, map_elements, 4 * pairs * shape.tokens * HEAD_DIM * dtype.itemsize)
+
+
+def map_work(shape: Shape, dtype: torch.dtype, rows: int, columns: int) -> Work:
+    """``rows`` × ``columns`` elements of the map of every head, from queries and keys, never stored."""
+    pairs = shape.batch * shape.heads
+    operands = pairs * (rows + columns) * HEAD_DIM * dtype.itemsize
+    # The logsumexp of a row comes in, a sum of a column goes out.
+    return Work(2 * pairs * rows * columns * HEAD_DIM, pairs * rows * columns, operands + 4 * pairs * (rows + columns))
+
+
+def selection_work(shape: Shape) -> Work:
+    return Work(bytes=4 * shape.batch * shape.heads * shape.tokens + 8 * shape.batch * shape.keep)
+
+
+def rows_work(shape: Shape, dtype: torch.dtype, read: int, written: int, indices: int) -> Work:
+    """So many rows of all channels read and written in each image, and indices of 8 bytes read."""
+    return Work(bytes=shape.batch * ((read + written) * shape.channels * dtype.itemsize + 8 * indices))

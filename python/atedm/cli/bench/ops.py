@@ -1,0 +1,134 @@
+"""``atedm bench ops``: each op on SDXL's shapes, against plain PyTorch, fused attention and its floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atedm.cli.bench.common import bad, device_of, dtype_of, minutes_of, ratio_of, run, size_of
+from atedm.cli.extras import require
+
+# On a CPU, plain PyTorch takes minutes where a map of a large picture is stored.
+_DEFAULTS = {
+    "cpu": {"size": "1024", "batch": "2", "dtype": "bf16", "repeats": 5},
+    "cuda": {"size": "1024,768,1216x832,2048", "batch": "2,8", "dtype": "bf16,fp16", "repeats": 30},
+}
+
+
+def ops(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32, several with commas.")] = None,
+    size: Annotated[str | None, typer.Option(help="Image sizes in pixels, as 1024,1216x832.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes of the tensors; guidance has doubled them.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Of the ranking.")] = 5,
+    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 30 on a GPU.")] = None,
+    minutes: Annotated[float, typer.Option(help="For the whole run; one round a shape is always made.")] = 9.0,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Also plain PyTorch compiled.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where the roofline goes. Default: beside the rows, as PNG.")
+    ] = None,
+) -> None:
+    """Each op on the shapes of SDXL's levels 2 and 3, all variants in one run, round robin.
+
+    An interrupted run (Ctrl-C) prints and writes the shapes it has finished.
+    """
+    require("bench", "psutil", "matplotlib")
+    from rich.console import Console
+
+    from atedm import report
+    from atedm.bench.ops.plots import plot_roofline
+    from atedm.bench.ops.run import OpsBench, Settings
+    from atedm.bench.ops.shapes import shape_of
+    from atedm_kernels._library import IMPLEMENTATIONS
+
+    place = device_of(device)
+    defaults = _DEFAULTS[place.type]
+    for name in op or ():
+        if name not in IMPLEMENTATIONS:
+            raise bad("op", f"{name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    shapes = tuple(
+        shape_of(*size_of(one), level, _count(number), ratio_of(ratio))
+        for one in _listed(size or defaults["size"])
+        for number in _listed(batch or defaults["batch"])
+        for level in (2, 3)
+    )
+    measured = OpsBench(
+        Settings(
+            device=place,
+            shapes=shapes,
+            dtypes=tuple(dtype_of(name) for name in _listed(dtype or defaults["dtype"])),
+            iterations=iterations,
+            repeats=repeats or defaults["repeats"],
+            minutes=minutes_of(minutes),
+            compiled=compile,
+            only=tuple(op or ()),
+        )
+    )
+    finished = run(measured)
+    path = json or Path("outputs") / f"bench-ops-{place.type}.json"
+    settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
+    document = report.report(report.command_line(), place, settings, measured.rows())
+    report.write_json(document, path)
+    console = Console()
+    _print(document, console)
+    picture = plot or path.with_suffix(".png")
+    if document["rows"]:
+        plot_roofline(document, picture)
+    console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path} and {picture}")
+    if not finished:
+        raise typer.Exit(130)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise bad("batch", f"{text!r}; expected positive whole numbers with commas, as 2,8")
+    return int(text)
+
+
+def _print(document: dict[str, Any], console: Any) -> None:
+    from atedm.report import print_table
+
+    columns = {
+        **{"name": "", "variant": "variant", "backend": "backend", "ms": "ms", "spread": "range"},
+        **{"attention": "× attn", "floor": "× floor", "bound": "bound by", "plain": "over plain", "copy": "× copy"},
+        "memory": "extra of map",
+    }
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        groups.setdefault(f"{row['shape']} ({row['size']}, level {row['level']}), {row['dtype']}", []).append(row)
+    for title, rows in groups.items():
+        shown = [_shown(row) for row in rows if "error" not in row]
+        if shown:
+            print_table(shown, columns, f"{title}, on {document['device']}", console)
+        for row in rows:
+            if "error" in row:
+                console.print(f"{row['name']}, {row['variant']}: could not be measured: {row['error']}", style="yellow")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    def times(key: str) -> str | None:
+        return None if row[key] is None else f"{row[key]:.3g}"
+
+    part = row["extra_memory_part_of_map"]
+    return {
+        "name": row["name"],
+        "variant": row["variant"],
+        "backend": row["backend"],
+        "ms": f"{1e3 * row['seconds']:.4g}",
+        "spread": f"{1e3 * row['seconds_low']:.4g}–{1e3 * row['seconds_high']:.4g}",
+        "attention": times("ratio_to_attention"),
+        "floor": times("ratio_to_floor"),
+        "bound": row["floor_bound_by"],
+        "plain": times("speedup_over_plain"),
+        "copy": times("ratio_to_copy"),
+        "memory": None if part is None else f"{100 * part:.2g} %",
+    }
