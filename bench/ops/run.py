@@ -148,7 +148,7 @@ class OpsBench:
         del out
         variant.extra_memory = max(0, peak_memory_of(variant.call, device) - before)
         variant.extra_memory -= min(variant.extra_memory, kept)
-        variant.call, variant.graph = _captured(variant.call, device)
+        variant.call, variant.graph = captured(variant.call, device)
 
     def _seconds(self, call: Callable[[], object]) -> float:
         before = None if self._flushed is None else self._flushed.zero_
@@ -244,7 +244,7 @@ def _bytes_of(out: object) -> int:
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], bool]:
+def captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], bool]:
     """``call`` as a CUDA graph, which leaves out what the host does; itself where it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:

@@ -1,0 +1,168 @@
+"""Measure the tiles of the kernels over the attention map on this GPU, and write what wins into their tables.
+
+``python -m atedm.bench.tune`` tries every candidate on SDXL's shapes, checks its result, times it as a CUDA graph with
+a cold L2, and puts a row for this architecture and this Triton into ``tiles.json`` where it beats the row that served
+so far. The kernels only ever look tiles up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import atedm_kernels as ops
+from atedm.bench.measure import seconds_of
+from atedm.bench.ops.cases import Inputs
+from atedm.bench.ops.run import captured
+from atedm.bench.ops.shapes import HEAD_DIM, shape_of
+from atedm_kernels import _tiles
+from atedm_kernels._tiles import Tile
+
+# Queries and keys of a step. Smaller ones cannot feed the matrix units, larger ones spill.
+_BLOCKS = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 32))
+_WARPS = (4, 8)
+_STAGES = (1, 2, 3, 4)
+_PROGRAMS = (1, 256, 512, 1024)
+
+# A row has to earn its place: less than this is noise.
+_LEAST_GAIN = 0.02
+_RATIO = 0.63
+
+# Sums of a head's map may differ in the order of additions, never more.
+_TOLERANCE = 1e-4
+
+_CALLS: dict[str, Callable[[Inputs], torch.Tensor]] = {
+    "attention_column_sums": lambda i: ops.attention_column_sums(i.q, i.k, i.lse),
+    "similarity_source": lambda i: ops.similarity_source(i.q, i.k, i.lse, i.index),
+    "weighted_page_rank_cross": lambda i: ops.weighted_page_rank_cross(
+        i.q, i.text_k, i.text_lse, max_iterations=1, tolerance=0.0
+    )[0],
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def candidates(base: Tile) -> list[Tile]:
+    """``base`` first, then every other tile."""
+    tried = [
+        Tile(m, n, warps, stages, base.programs)
+        for (m, n), warps, stages in itertools.product(_BLOCKS, _WARPS, _STAGES)
+    ]
+    return [base, *(tile for tile in tried if tile != base)]
+
+
+def agree(op: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a tile gives the result of another: sums to rounding, sources but for near ties."""
+    if op == "similarity_source":
+        return (got != expected).float().mean().item() < 1e-3
+    return bool(((got - expected).abs() <= _TOLERANCE * expected.abs().clamp_min(1e-12)).all())
+
+
+def fastest(seconds: dict[Tile, Sequence[float]], base: Tile) -> tuple[Tile, float]:
+    """The tile of least mean ratio to ``base`` over the shapes, and that ratio; ``base`` unless it gains enough."""
+
+    def ratio(tile: Tile) -> float:
+        return statistics.fmean(a / b for a, b in zip(seconds[tile], seconds[base], strict=True))
+
+    best = min(seconds, key=ratio)
+    return (best, ratio(best)) if ratio(best) < 1 - _LEAST_GAIN else (base, 1.0)
+
+
+def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """``table`` with ``row`` in the place of the one it renews, tighter rows before wider ones, ``"*"`` last."""
+    key = ("architecture", "dtypes", "head_dim", "queries", "triton")
+    kept = [old for old in table if any(old.get(name) != row.get(name) for name in key)]
+    named = [old for old in kept if old["architecture"] != "*"] + [row]
+    named.sort(key=lambda r: (r["architecture"], r.get("triton", ""), r["dtypes"], r["head_dim"], r["queries"]))
+    return named + [old for old in kept if old["architecture"] == "*"]
+
+
+def write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """One row a line, so that a difference shows what changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+class _Tuner:
+    """Times tiles of one op on inputs of one number of tokens, at batch 2 and 8."""
+
+    def __init__(self, op: str, side: int, dtype: torch.dtype, repeats: int) -> None:
+        self.device = torch.device("cuda")
+        self.call = _CALLS[op]
+        self.op, self.repeats = op, repeats
+        # Level 3's heads at 1024 tokens, level 2's above, as in SDXL.
+        level, pixels = (3, 32) if side <= 32 else (2, 16)
+        shapes = [shape_of(side * pixels, side * pixels, level, batch, _RATIO) for batch in (2, 8)]
+        self.inputs = [Inputs(shape, dtype, self.device) for shape in shapes]
+        self.expected = [self.call(inputs) for inputs in self.inputs]
+        self.base = _tiles.tile_for(op, self.inputs[0].q)
+        size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
+        self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def seconds(self, tile: Tile) -> list[float] | None:
+        """Median seconds by batch; None where the tile does not compile, does not fit, or is wrong."""
+        found = []
+        with _tiles.assume(**{self.op: tile}):
+            for inputs, expected in zip(self.inputs, self.expected, strict=True):
+                try:
+                    if not agree(self.op, self.call(inputs), expected):
+                        return None
+                    run, _ = captured(lambda inputs=inputs: self.call(inputs), self.device)
+                # Triton and its backends raise many kinds for a tile that is too large.
+                except Exception:
+                    return None
+                times = [seconds_of(run, self.device, self.flushed.zero_) for _ in range(self.repeats)]
+                found.append(statistics.median(times))
+        return found
+
+
+@app.command()
+def tune(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of a map, squares, with commas.")] = "1024,4096,16384",
+    repeats: Annotated[int, typer.Option(min=3, help="Timed runs of a tile.")] = 15,
+    tables: Annotated[Path | None, typer.Option(help="Folder for the tables. Default: beside the kernels.")] = None,
+) -> None:
+    """Tune on this GPU and write the tables."""
+    from rich.progress import track
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here; tiles are tuned on one")
+    for name in op or ():
+        if name not in _CALLS:
+            raise typer.BadParameter(f"{name!r}; expected one of {', '.join(_CALLS)}", param_hint="--op")
+    arch = _tiles.architecture(torch.device("cuda"))
+    for name in op or _CALLS:
+        table = json.loads(_tiles.table_path(name).read_text(encoding="utf-8"))
+        for count in sorted(int(part) for part in tokens.split(",")):
+            tuner = _Tuner(name, round(count**0.5), torch.bfloat16, repeats)
+            timed: dict[Tile, Sequence[float]] = {}
+            for tile in track(candidates(tuner.base), f"{name}, {count} tokens"):
+                seconds = tuner.seconds(tile)
+                if seconds is not None:
+                    timed[tile] = seconds
+            best, _ = fastest(timed, tuner.base)
+            for programs in _PROGRAMS:
+                tile = Tile(**{**asdict(best), "programs": programs})
+                seconds = timed[tile] if tile in timed else tuner.seconds(tile)
+                if seconds is not None:
+                    timed[tile] = seconds
+            best, ratio = fastest(timed, tuner.base)
+            typer.echo(f"{name}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}")
+            if best != tuner.base:
+                row = {"architecture": arch, "dtypes": ["float16", "bfloat16"], "head_dim": HEAD_DIM, "queries": count}
+                row |= {**asdict(best), "triton": _tiles.triton_minor(), "device": torch.cuda.get_device_name()}
+                table = merge(table, row)
+        write_table(table, tables / name / "tiles.json" if tables else _tiles.table_path(name))
+
+
+if __name__ == "__main__":
+    app()

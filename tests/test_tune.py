@@ -1,0 +1,67 @@
+"""Choosing tiles: everything but the timing, which needs a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from atedm.bench import tune
+from atedm_kernels import _tiles
+from atedm_kernels._tiles import Tile
+
+BASE = Tile(64, 128, 4, 3, 512)
+
+
+def row(architecture: str, queries: int, block_m: int, **fields: object) -> dict:
+    common = {"dtypes": ["float16", "bfloat16"], "head_dim": 64, "triton": "3.6"}
+    return {"architecture": architecture, "queries": queries, "block_m": block_m, **common, **fields}
+
+
+def test_candidates_begin_with_what_serves_now():
+    found = tune.candidates(BASE)
+    assert found[0] == BASE and len(found) == len(set(found)) > 40
+    assert tune.candidates(Tile(16, 16, 1, 1))[0] == Tile(16, 16, 1, 1)
+
+
+def test_a_tile_has_to_gain():
+    slower, little, faster = Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)
+    seconds = {BASE: [1.0, 2.0], slower: [0.5, 4.0], little: [0.99, 1.98]}
+    assert tune.fastest(seconds, BASE) == (BASE, 1.0)
+    assert tune.fastest({**seconds, faster: [0.9, 1.6]}, BASE) == (faster, pytest.approx(0.85))
+
+
+def test_rows_are_renewed_and_ordered():
+    everyone = {"architecture": "*", "dtypes": ["float16", "bfloat16"], "head_dim": 64, "block_m": 64}
+    table = tune.merge([everyone], row("sm_90", 4096, 1))
+    table = tune.merge(table, row("sm_90", 1024, 2))
+    table = tune.merge(table, row("sm_80", 4096, 3))
+    table = tune.merge(table, row("sm_90", 4096, 4))
+    assert [r["block_m"] for r in table] == [3, 2, 4, 64]
+    assert len(tune.merge(table, row("sm_90", 4096, 5, triton="3.7"))) == 5
+
+
+def test_a_written_table_is_found(tmp_path, monkeypatch):
+    for op in tune._CALLS:
+        old = json.loads(_tiles.table_path(op).read_text())
+        tune.write_table(old, tmp_path / op / "tiles.json")
+        assert json.loads((tmp_path / op / "tiles.json").read_text()) == old
+        assert (tmp_path / op / "tiles.json").read_text() == _tiles.table_path(op).read_text()
+
+
+def test_wrong_results_disagree():
+    sums = torch.rand(2, 3, 8) + 0.1
+    assert tune.agree("attention_column_sums", sums * (1 + 1e-5), sums)
+    assert not tune.agree("attention_column_sums", sums * (1 + 1e-3), sums)
+    assert not tune.agree("attention_column_sums", torch.full_like(sums, float("nan")), sums)
+    sources = torch.randint(0, 9, (2, 5000))
+    assert tune.agree("similarity_source", sources, sources)
+    assert not tune.agree("similarity_source", (sources + 1) % 9, sources)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing only where there is no GPU")
+def test_without_a_gpu_it_says_so():
+    result = CliRunner().invoke(tune.app, [], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2 and "no GPU" in result.output
