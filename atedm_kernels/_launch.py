@@ -23,11 +23,18 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    def options(self, backend: str) -> dict[str, int]:
+        """For the compiler's ``backend``, ``"cuda"`` or ``"hip"``; only the first has a limit of registers."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None and backend == "cuda":
+            options["maxnreg"] = self.max_registers
+        return options
 
     def run(self) -> None:
-        self.kernel[(self.grid,)](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        options = self.options("hip" if torch.version.hip else "cuda")
+        self.kernel[(self.grid,)](**self.arguments, **self.constants, **options)
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:

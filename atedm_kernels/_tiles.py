@@ -26,7 +26,7 @@ class Tile:
     """Queries (``block_m``) and keys (``block_n``) of a step, and the resources that it takes.
 
     Fewer ``programs`` than these leave multiprocessors idle, or the last of them waiting: then the longer loop is split
-    into several programs.
+    into several programs. ``max_registers`` of a thread on NVIDIA GPUs: left to itself, ptxas may aim lower and spill.
     """
 
     block_m: int
@@ -34,6 +34,7 @@ class Tile:
     num_warps: int
     num_stages: int
     programs: int = 1
+    max_registers: int | None = None
 
 
 # What is looked up otherwise: the architecture under "architecture", the tile of an op under its name.

@@ -180,8 +180,7 @@ def access_bytes(assembly: str, kind: str) -> list[int]:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source(launch), target=target, options=options)
+    kernel = triton.compile(source(launch), target=target, options=launch.options(target.backend))
     nvidia = target.backend == "cuda"
     assembly = kernel.asm["ptx" if nvidia else "amdgcn"]
     return {

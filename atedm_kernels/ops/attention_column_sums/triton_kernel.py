@@ -183,6 +183,7 @@ def column_sums_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=tile.max_registers,
     )
 
 

@@ -246,6 +246,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=tile.max_registers,
     )
     if not packed:
         return [listing, search]

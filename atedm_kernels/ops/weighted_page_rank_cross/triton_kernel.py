@@ -133,6 +133,7 @@ def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, 
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=tile.max_registers,
     )
 
 
