@@ -69,5 +69,22 @@ def export_command(
     print(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
 
 
+@app.command(name="record")
+def record_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of `run`, each begun with the weights of the one before.")
+    ],
+    to: Annotated[Path, typer.Option(help="JSON file to write.")],
+) -> None:
+    """Write how far each stage came, its wall time and its loss curve."""
+    from atedm.bench.training.record import record
+    from atedm.report import write_json
+
+    document = record(runs)
+    write_json(document, to)
+    for stage in document["stages"]:
+        print("{stage}, run {run}: {steps} steps, {images} images, {minutes} min".format(**stage))
+
+
 if __name__ == "__main__":
     app()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,8 +27,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def counter_of(checkpoint: Path) -> Counter:
+    """How far the stage had come that wrote ``checkpoint``."""
+    counter = Counter()
+    counter.load_state_dict(torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
+    return counter
+
+
 class Counter:
-    """How far a stage has come; saved with every checkpoint."""
+    """How far a stage has come; saved with every checkpoint, as the first of its parts."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -110,7 +118,7 @@ class Stage:
                 for key, value in figures.items():
                     sums[key] = sums.get(key, 0.0) + value
                 progress.update(task, completed=counter.images)
-                if main and now - noted > _NOTE_SECONDS:
+                if main and (now - noted > _NOTE_SECONDS or counter.images >= images):
                     row = {"step": counter.step, "images": counter.images, "seconds": round(counter.seconds, 1)}
                     row |= {key: round(float(value) / count, 5) for key, value in sums.items()}
                     with self.folder.joinpath(LOG).open("a") as log:

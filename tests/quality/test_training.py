@@ -109,3 +109,23 @@ def test_the_committed_recipe_is_well_formed():
     config = recipe.load()
     assert config.unet.sample_size == config.unet.phases[-1].latent
     assert config.unet.depth[2] >= 4
+
+
+def test_record_follows_the_steps_that_counted(trained, tmp_path):
+    from atedm.bench.training.record import lineage, record
+
+    notes = [{"step": n, "loss": 1.0 * n} for n in (1, 2, 5, 3, 4)]
+    assert [note["step"] for note in lineage(notes, 4)] == [1, 2, 3, 4]
+    assert [note["step"] for note in lineage(notes, 3)] == [1, 2, 3]
+    _, folder = trained
+    document = record([folder])
+    assert [stage["stage"] for stage in document["stages"]] == [
+        "autoencoder",
+        "text encoders",
+        "UNet and text encoders",
+    ]
+    unet = document["stages"][-1]
+    assert (unet["steps"], unet["images"]) == (4, 16)
+    assert all({"images", "loss", "layout"} == set(point) for point in unet["curve"])
+    with pytest.raises(FileNotFoundError, match="no log"):
+        record([tmp_path])

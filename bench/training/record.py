@@ -1,0 +1,71 @@
+"""The record of a training, for the model card: how far each stage came, on what, and its loss on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atedm.bench.training.loop import LOG, counter_of, newest_checkpoint
+from atedm.report import device_name, versions
+
+_STAGES = {"vae-training": "autoencoder", "text-training": "text encoders", "unet-training": "UNet and text encoders"}
+_POINTS = 60
+
+
+def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, Any]]:
+    """The notes on the way to ``last_step``: what a resumed run did again replaces what an interrupted one had done."""
+    kept: list[dict[str, Any]] = []
+    for note in reversed(notes):
+        if note["step"] <= last_step and (not kept or note["step"] < kept[-1]["step"]):
+            kept.append(note)
+    return kept[::-1]
+
+
+def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over stretches of the log: single batches are noisy."""
+    size = -(-len(notes) // _POINTS)
+    stretches = [notes[n : n + size] for n in range(0, len(notes), size)]
+    measures = [name for name in notes[0] if name not in ("step", "images", "seconds", "lr", "norm")]
+    return [
+        {
+            "images": stretch[-1]["images"],
+            **{name: round(sum(note[name] for note in stretch) / len(stretch), 5) for name in measures},
+        }
+        for stretch in stretches
+    ]
+
+
+def record(folders: Sequence[Path]) -> dict[str, Any]:
+    """What was trained in ``folders`` up to their newest checkpoints, each going on from the weights of the one before.
+
+    Raises:
+        FileNotFoundError: a folder holds no log or no checkpoint.
+    """
+    stages = []
+    for n, folder in enumerate(folders):
+        found = [name for name in _STAGES if (folder / name / LOG).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no log of a training stage")
+        for name in found:
+            notes = [json.loads(line) for line in (folder / name / LOG).read_text(encoding="utf-8").splitlines()]
+            checkpoint = newest_checkpoint(folder / name)
+            if checkpoint is None:
+                raise FileNotFoundError(f"{folder / name} holds no checkpoint")
+            counter = counter_of(checkpoint)
+            stages.append(
+                {
+                    "stage": _STAGES[name],
+                    "run": n + 1,
+                    "steps": counter.step,
+                    "images": counter.images,
+                    "minutes": round(counter.seconds / 60, 1),
+                    "curve": _thinned(lineage(notes, counter.step)),
+                }
+            )
+    # On the machine that trained: the record is made where the checkpoints lie.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device_name(device), "versions": versions(), "stages": stages}
