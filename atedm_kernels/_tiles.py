@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -77,7 +77,7 @@ def table_path(op: str) -> Path:
 @functools.cache
 def triton_minor() -> str:
     """Of the installed Triton, as ``"3.6"``."""
-    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 @functools.cache

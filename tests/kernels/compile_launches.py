@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from triton.compiler import ASTSource
 
 from atedm_kernels import _tiles
 from atedm_kernels._launch import Launch
+from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
 from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
@@ -48,6 +50,8 @@ POINTERS = {
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+# A map cut out of a wider one: its rows do not follow one another.
+CUT_OUT = "cut-out"
 
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 
@@ -56,20 +60,33 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def page_rank_launches(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
+    state = page_rank.empty_state(lse)
+    return [page_rank.start_launch(lse, state), *page_rank.iteration_launches(q, k, lse, state, 0.125, 1e-3)]
+
+
 def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: int) -> list[Launch]:
     """Queries and keys as a diffusers block has them: ``[B, N, H, D]`` transposed."""
     q, k = (meta(2, tokens, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2))
     lse = meta(2, heads, tokens)
     if op == "column_sums":
-        return [column_sums.column_sums_launch(q, k, lse, column_sums.empty_partial_sums(q, k), 0.125)]
+        partial = column_sums.empty_partial_sums(q, k)
+        return [
+            column_sums.column_sums_launch(q, k, lse, partial, 0.125),
+            column_sums.column_sums_launch(q, k, lse, partial, 0.125, weights=lse),
+        ]
     if op == "page_rank":
-        return page_rank.iteration_launches(q, k, lse, page_rank.initial_state(lse), 0.125, 1e-3)
+        return page_rank_launches(q, k, lse)
     if op == "page_rank_cross":
         k = meta(2, 77, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
-        return page_rank_cross.iteration_launches(q, k, lse, page_rank.initial_state(lse), 0.125, 1e-3)
+        return page_rank_cross.iteration_launches(q, k, lse, page_rank.empty_state(lse), 0.125, 1e-3)
     index = meta(2, tokens * 3 // 8, dtype=torch.int64)
     out = meta(2, tokens, dtype=torch.int64)
-    return similarity.similarity_launches(q, k, lse, index, 0.125, out)
+    launches = similarity.similarity_launches(q, k, lse, index, 0.125, out)
+    # As large batches make it: enough rows to fill a GPU with the kept tokens in one part.
+    tile = replace(tile_for(similarity.OP, q), programs=1)
+    with _tiles.assume(similarity_source=tile):
+        return launches + similarity.similarity_launches(q, k, lse, index, 0.125, out)
 
 
 def select_launches(reduction: str, tokens: int, heads: int, keep: int) -> list[Launch]:
@@ -83,8 +100,13 @@ def gather_launches(dtype: str, channels: int) -> list[Launch]:
 
 
 def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
-    residual = meta(2, 640, 64, 64, dtype=DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
-    out = torch.empty_like(residual, dtype=torch.promote_types(DTYPES[x_dtype], DTYPES[dtype]))
+    residual = meta(2, 640, 64, 80, dtype=DTYPES[dtype])[..., :64]
+    if layout != CUT_OUT:
+        residual = residual.contiguous(memory_format=LAYOUTS[layout])
+    out = torch.empty_like(
+        residual.contiguous() if layout == CUT_OUT else residual,
+        dtype=torch.promote_types(DTYPES[x_dtype], DTYPES[dtype]),
+    )
     x = meta(2, 1536, 640, dtype=DTYPES[x_dtype])
     return [feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out)]
 
@@ -94,10 +116,10 @@ def smallest_launches() -> list[Launch]:
     q = meta(1, 1, 1, 8, dtype=torch.float16)
     lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
     index = meta(1, 1, dtype=torch.int64)
-    state = page_rank.initial_state(lse)
+    state = page_rank.empty_state(lse)
     residual = meta(1, 1, 1, 1, dtype=torch.float16)
     return [
-        *page_rank.iteration_launches(q, q, lse, state, 0.5, 1e-3),
+        *page_rank_launches(q, q, lse),
         *page_rank_cross.iteration_launches(q, q, lse, state, 0.5, 1e-3),
         select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
@@ -120,7 +142,7 @@ def cases() -> dict[str, Callable[[], list[Launch]]]:
             found[f"select-{reduction}-n{tokens}"] = lambda a=(reduction, tokens, heads, keep): select_launches(*a)
     for dtype in DTYPES:
         found[f"gather-{dtype}-c640"] = lambda dtype=dtype: gather_launches(dtype, 640)
-        for layout in LAYOUTS:
+        for layout in (*LAYOUTS, CUT_OUT):
             found[f"feature_map-{dtype}-{layout}"] = lambda a=(dtype, dtype, layout): feature_map_launches(*a)
     found["feature_map-bf16+fp32"] = lambda: feature_map_launches("bf16", "fp32", "contiguous")
     return found

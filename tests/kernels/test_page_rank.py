@@ -90,3 +90,14 @@ def test_repeats_bit_for_bit(backend, device, op):
     with atedm_kernels.backend(backend):
         first, again = (OPS[op](q, k, lse, max_iterations=3)[0] for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("tokens", [400, 576, 1024, 4096])
+def test_scratch_is_a_hundredth_of_the_map(tokens):
+    """What a ranking allocates beside its results: a bias and partial sums."""
+    from atedm_kernels.ops.attention_column_sums.triton_kernel import empty_partial_sums
+
+    for batch, heads in ((1, 1), (2, 20), (8, 10)):
+        q = torch.empty(batch, heads, tokens, 64, dtype=torch.bfloat16, device="meta")
+        scratch = empty_partial_sums(q, q).numel() + batch * heads * tokens
+        assert 4 * scratch <= 0.01 * 2 * batch * heads * tokens**2

@@ -112,6 +112,7 @@ def _column_sums_kernel(
         else:
             shift = tl.load(lse + rows, mask=inside, other=float("inf")) * -LOG2E
         p = tl.exp2(s * scale_log2 + shift[None, :])
+        # Not folded into the exponent: a caller's weights may be negative.
         if weights is not None:
             p *= tl.load(weights + rows, mask=inside, other=0.0)[None, :]
         if PARTIAL_SUMS == BLOCK_M:
@@ -128,13 +129,17 @@ OP = "attention_column_sums"
 
 _MOST_SPLITS = 16
 
+# Partial sums, and a ranking's bias, stay below this part of a head's map in 16 bits.
+_SCRATCH_OF_MAP = 0.01
+
 
 def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
     """Parts that the queries are cut into, and the queries of a part (a multiple of the tile)."""
     tile = tile_for(OP, q)
     programs = q.shape[0] * q.shape[1] * cdiv(k.shape[2], tile.block_n)
     tiles = cdiv(q.shape[2], tile.block_m)
-    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles // 4))
+    affordable = int(_SCRATCH_OF_MAP * 2 * q.shape[2] / 4) - 1
+    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles // 4, affordable))
     tiles_per_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_m
 

@@ -53,7 +53,7 @@ def _dropped_kernel(
         slot = start + local
         kept = load_index(index, slot, slot < slots, tokens)
         # Should the index name a token twice, the lower slot is taken, whatever the order.
-        tl.atomic_min(out + kept, slot.to(tl.int64), mask=slot < slots)
+        tl.atomic_min(out + kept, slot.to(tl.int64), mask=slot < slots, sem="relaxed")
     tl.debug_barrier()
     before = tl.zeros([], tl.int32)
     for start in range(0, tokens, BLOCK):

@@ -116,13 +116,35 @@ def normalise_launch(parts: Tensor, lse: Tensor, state: State, tolerance: float)
     )
 
 
-def initial_state(lse: Tensor) -> State:
-    """Uniform scores, and no iteration made. ``lse`` ``[B, H, N]``."""
-    tokens = lse.shape[2]
-    state = torch.zeros(2, *lse.shape[:2], dtype=torch.int32, device=lse.device)
-    scores = torch.full(lse.shape, 1.0 / tokens, dtype=torch.float32, device=lse.device)
-    bias = torch.rsub(lse, -math.log2(tokens), alpha=LOG2E.value)
-    return State(scores, bias, state[0], state[1])
+@triton.jit
+def _start_kernel(lse, scores, bias, iterations, done, tokens, log2_tokens, BLOCK: tl.constexpr):
+    """Uniform scores of one head, and no iteration made."""
+    pair = tl.program_id(0).to(tl.int64)
+    for start in range(0, tokens, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < tokens
+        tl.store(scores + pair * tokens + offsets, tl.full([BLOCK], 1.0, tl.float32) / tokens, mask=inside)
+        shift = tl.load(lse + pair * tokens + offsets, mask=inside, other=0.0) * LOG2E
+        tl.store(bias + pair * tokens + offsets, -log2_tokens - shift, mask=inside)
+    tl.store(iterations + pair, 0)
+    tl.store(done + pair, 0)
+
+
+def empty_state(lse: Tensor) -> State:
+    """For :func:`start_launch`; ``lse`` ``[B, H, N]``."""
+    numbers = [torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(2)]
+    counts = [torch.empty(lse.shape[:2], dtype=torch.int32, device=lse.device) for _ in range(2)]
+    return State(*numbers, *counts)
+
+
+def start_launch(lse: Tensor, state: State) -> Launch:
+    batch, heads, tokens = lse.shape
+    return Launch(
+        _start_kernel,
+        grid=batch * heads,
+        arguments={"lse": lse, **vars(state), "tokens": tokens, "log2_tokens": math.log2(tokens)},
+        constants={"BLOCK": _BLOCK},
+    )
 
 
 def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: float, tolerance: float) -> list[Launch]:
@@ -145,9 +167,9 @@ def iterate(
 ) -> tuple[Tensor, Tensor]:
     """Start the launches of ``iteration`` ``max_iterations`` times; returns what the public ops return."""
     lse = lse.contiguous()
-    state = initial_state(lse)
+    state = empty_state(lse)
     launches = iteration(q, k, lse, state, scale, tolerance)
-    run_all(launches * max_iterations, q.device)
+    run_all([start_launch(lse, state), *launches * max_iterations], q.device)
     return state.scores, state.iterations
 
 
