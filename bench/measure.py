@@ -26,14 +26,15 @@ def seconds_of(call: Callable[[], object], device: torch.device, before: Callabl
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    if before is not None:
-        before()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if before is not None:
+            before()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 
@@ -80,6 +81,34 @@ def _release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
             trim(0)
+
+
+class Graphs:
+    """CUDA graphs, which leave out what the host does. They share one pool of memory, as large as the largest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], None]:
+        """``call``, which has run before, as a graph; raises where it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            call()
+        return graph.replay
+
+
+def error_line(error: Exception) -> str:
+    """One line for the row of what could not be measured."""
+    return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+def attention_backend_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """Which kernel ``scaled_dot_product_attention`` runs for ``q, k, v`` ``[B, H, N, D]``."""
+    from torch.nn.attention import SDPBackend
+
+    choice = torch._fused_sdp_choice(q, k, v)
+    return next((name.lower() for name, one in SDPBackend.__members__.items() if int(one.value) == choice), str(choice))
 
 
 class _ResidentMemory:

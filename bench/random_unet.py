@@ -10,7 +10,9 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.models import meta_unet
+from atedm.bench.measure import attention_backend_of
+from atedm.blocks import attention_blocks
+from atedm.models import latent_size, meta_unet
 
 # Standard deviation of a row of self-attention logits. With default weights it is near 0: the maps are uniform, the
 # ranking converges in its first iteration, and pruning would look cheaper than it is.
@@ -97,3 +99,19 @@ def _logit_std(attention: nn.Module, hidden_states: Tensor) -> float:
     q, k = (x.float().unflatten(1, (attention.heads, -1)).transpose(0, 1) for x in (q, k))
     logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
     return logits.std(dim=-1).mean().item()
+
+
+def attention_kernels(unet: UNet2DConditionModel, width: int, height: int, batch: int) -> dict[str, str]:
+    """By level, which kernel torch chooses for self-attention in a call on ``width`` × ``height`` pixels.
+
+    The full UNet runs it by way of ``scaled_dot_product_attention``; the pruned one makes the same choice itself.
+    """
+    found = {}
+    rows, columns = latent_size(width, height)
+    for block in attention_blocks(unet):
+        attention = block.module.transformer_blocks[0].attn1
+        tokens = (rows >> (block.level - 1)) * (columns >> (block.level - 1))
+        head_dim = attention.to_q.out_features // attention.heads
+        q = torch.empty(batch, tokens, attention.heads, head_dim, dtype=unet.dtype, device=unet.device).transpose(1, 2)
+        found[f"attention_level_{block.level}"] = attention_backend_of(q, q, q)
+    return found

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import atedm
-from atedm.bench.measure import op_seconds_of, peak_memory_of, seconds_of
-from atedm.bench.random_unet import calibrate_attention, random_unet, sharing_weights
+from atedm.bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
+from atedm.bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
 from atedm.flops import Flops, UNetFlops, apply_tomesd
 from atedm.models import unet_inputs
 from atedm.recording import Recording
@@ -38,7 +38,10 @@ STAGES = {
 
 FULL, OURS, LIGHT, PAPER, TOMESD = "full", "ours", "ours DSAP light phase", "ours paper placement", "tomesd"
 AVERAGE = "ours DSAP average"
-COMPILED = " compiled"
+VARIANTS = (FULL, OURS, LIGHT, PAPER, TOMESD)
+
+# Ends of the names of what runs the same thing in another way: compiled, or as a CUDA graph, which leaves the host out.
+COMPILED, GRAPH = " compiled", " graph"
 
 Notify = Callable[[str], None]
 
@@ -53,8 +56,10 @@ class Settings:
         repeats: rounds. minutes: for the whole run. No round begins that would not end within them, with what
             follows the rounds; one is always made.
         compiled: also measure each variant compiled, ``"whole"`` by ``torch.compile`` or ``"regional"`` of the
-            transformer layers only, as diffusers' ``compile_repeated_blocks`` does it (minutes faster).
+            transformer layers only, as diffusers' ``compile_repeated_blocks`` does it (minutes faster). That comes when
+            the others are done, and takes half of the time.
         compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
+        only: names of variants; all of them where empty.
     """
 
     device: torch.device
@@ -70,6 +75,7 @@ class Settings:
     compiled: str | None = None
     compile_mode: str = "default"
     channels_last: bool = True
+    only: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -83,6 +89,7 @@ class Variant:
     fields: dict[str, Any]
     is_ours: bool = False
     compiled: bool = False
+    graph: bool = False
     seconds: list[float] = field(default_factory=list)
 
 
@@ -94,10 +101,12 @@ class UNetBench:
         self.settings = settings
         self.variants: list[Variant] = []
         self.facts: dict[str, Any] = {}
-        self.rounds = 0
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._failed: dict[str, str] = {}
         self._merge_ratio = 0.0
+        self._unet: nn.Module | None = None
+        self._flops: dict[str, Flops] = {}
+        self._graphs = Graphs(settings.device) if settings.device.type == "cuda" else None
 
     def run(self, notify: Notify = lambda what: None) -> None:
         """Measure everything; ``notify`` is called with what comes next, as often as :meth:`work` says.
@@ -106,27 +115,60 @@ class UNetBench:
             ValueError, TypeError: settings that do not fit the UNet.
         """
         start = time.monotonic()
+        seconds = 60 * self.settings.minutes
         with torch.no_grad():
             self._build(notify)
-            for variant in list(self.variants):
-                notify(f"{variant.name}: warming up")
-                self._warm_up(variant)
-            while self.rounds < self.settings.repeats and self._has_time(time.monotonic() - start):
-                self._round(notify)
-            for variant in self.variants:
-                notify(f"{variant.name}: memory and stages")
-                self._inspect(variant)
+            self._measure(list(self.variants), start + (seconds / 2 if self.settings.compiled else seconds), notify)
+            if self.settings.compiled:
+                self._measure(self._compiled(), start + seconds, notify)
 
     def work(self) -> int:
         """How many times :meth:`run` notifies, if nothing fails and time allows every round."""
-        variants = 10 if self.settings.compiled else 5
-        return 3 + variants * (2 + self.settings.repeats)
+        kinds = len(self._wanted())
+        graphs = kinds if self.settings.device.type == "cuda" else 0
+        return (
+            3
+            + (2 * kinds if self.settings.compiled else kinds) * (2 + self.settings.repeats)
+            + graphs * (self.settings.repeats)
+        )
+
+    def _measure(self, variants: list[Variant], end: float, notify: Notify) -> None:
+        """Warm up, time round by round, and look into ``variants``."""
+        for variant in list(variants):
+            notify(f"{variant.name}: warming up")
+            if not self._warm_up(variant):
+                variants.remove(variant)
+                self.variants.remove(variant)
+            elif self._graphs is not None and not variant.compiled:
+                variants += self._captured(variant)
+        done = 0
+        while done < self.settings.repeats and _has_time(variants, end - time.monotonic()):
+            first = done % max(1, len(variants))
+            for variant in variants[first:] + variants[:first]:
+                notify(f"{variant.name}: round {done + 1} of {self.settings.repeats}")
+                variant.seconds.append(seconds_of(variant.call, self.settings.device))
+            done += 1
+        for variant in variants:
+            if not variant.graph:
+                notify(f"{variant.name}: memory and stages")
+                self._inspect(variant)
+
+    def _captured(self, variant: Variant) -> list[Variant]:
+        """The same call as a CUDA graph; none where it cannot be captured, as tomesd's random numbers cannot."""
+        try:
+            call = self._graphs.capture(variant.call)
+        except RuntimeError as error:
+            self._failed[variant.name + GRAPH] = error_line(error)
+            return []
+        graph = Variant(variant.name + GRAPH, call, variant.unet, dict(variant.fields), variant.is_ours, graph=True)
+        self.variants.append(graph)
+        return [graph]
 
     def _build(self, notify: Notify) -> None:
         s = self.settings
         notify("counting FLOPs")
         counter = UNetFlops(self.config, width=s.width, height=s.height, batch=s.batch, tokens=s.tokens)
-        flops = self._count(counter)
+        self._flops = self._count(counter)
         notify("building the UNet")
         unet = random_unet(self.config, dtype=s.dtype, device=s.device, channels_last=s.channels_last, seed=s.seed)
         self.facts["parameters"] = sum(parameter.numel() for parameter in unet.parameters())
@@ -145,14 +187,19 @@ class UNetBench:
             }
         )
         self._inputs = (positional, kwargs)
-        for compiled in (False, True) if s.compiled else (False,):
-            for name, options in self._patches().items():
-                model = unet if name == FULL and not compiled else sharing_weights(unet)
-                if name == TOMESD:
-                    apply_tomesd(model, self._merge_ratio)
-                elif options is not None:
-                    atedm.apply(model, **options)
-                self._add(name, model, compiled, flops[name])
+        self._unet = unet
+        for name, options in self._patches().items():
+            self._add(name, options, unet if name == FULL else sharing_weights(unet), compiled=False)
+
+    def _compiled(self) -> list[Variant]:
+        found = []
+        for name, options in self._patches().items():
+            self._add(name, options, sharing_weights(self._unet), compiled=True)
+            found.append(self.variants[-1])
+        return found
+
+    def _wanted(self) -> tuple[str, ...]:
+        return self.settings.only or VARIANTS
 
     def _patches(self) -> dict[str, dict[str, Any] | None]:
         """The options of :func:`atedm.apply` for each variant that is not left out."""
@@ -164,7 +211,9 @@ class UNetBench:
             PAPER: {"ratio": ratio, "schedule": None, "placement": "paper"},
             TOMESD: None,
         }
-        return {name: options for name, options in patches.items() if name not in self._failed}
+        return {
+            name: options for name, options in patches.items() if name in self._wanted() and name not in self._failed
+        }
 
     def _count(self, counter: UNetFlops) -> dict[str, Flops]:
         ratio = self.settings.ratio
@@ -174,6 +223,8 @@ class UNetBench:
             LIGHT: counter.pruned(ratio, light=True),
             PAPER: counter.pruned(ratio, placement="paper"),
         }
+        if TOMESD not in self._wanted():
+            return flops
         try:
             self._merge_ratio = counter.nearest_merge_ratio(flops[OURS].unet)
             flops[TOMESD] = counter.merged(self._merge_ratio)
@@ -181,9 +232,14 @@ class UNetBench:
             self._failed[TOMESD] = str(error)
         return flops
 
-    def _add(self, kind: str, unet: nn.Module, compiled: bool, flops: Flops) -> None:
+    def _add(self, kind: str, options: dict[str, Any] | None, unet: nn.Module, compiled: bool) -> None:
+        if kind == TOMESD:
+            apply_tomesd(unet, self._merge_ratio)
+        elif options is not None:
+            atedm.apply(unet, **options)
         positional, kwargs = self._inputs
         ours = kind in (OURS, LIGHT, PAPER)
+        flops = self._flops[kind]
         fields = {
             "tflops": flops.tflops,
             "scoring_tflops": flops.scoring_tflops,
@@ -209,7 +265,8 @@ class UNetBench:
             return unet
         return torch.compile(unet, **options)
 
-    def _warm_up(self, variant: Variant) -> None:
+    def _warm_up(self, variant: Variant) -> bool:
+        """Whether the variant runs; if not, its row will say why."""
         try:
             if variant.compiled and self.settings.compiled == "whole":
                 # The phase of the schedule is set by an eager call; a traced one only reads it.
@@ -221,22 +278,9 @@ class UNetBench:
             # What a compiler or a peer cannot do is a result; an error of ours in eager mode is not.
             if not variant.compiled and variant.name != TOMESD:
                 raise
-            self._failed[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            self.variants.remove(variant)
-
-    def _has_time(self, elapsed: float) -> bool:
-        if not self.rounds:
-            return True
-        # A round, and after it the inspection: two calls of each variant.
-        round_seconds = sum(statistics.fmean(variant.seconds) for variant in self.variants)
-        return elapsed + 3 * round_seconds < 60 * self.settings.minutes
-
-    def _round(self, notify: Notify) -> None:
-        first = self.rounds % len(self.variants)
-        for variant in self.variants[first:] + self.variants[:first]:
-            notify(f"{variant.name}: round {self.rounds + 1} of {self.settings.repeats}")
-            variant.seconds.append(seconds_of(variant.call, self.settings.device))
-        self.rounds += 1
+            self._failed[variant.name] = error_line(error)
+            return False
+        return True
 
     def _inspect(self, variant: Variant) -> None:
         device = self.settings.device
@@ -251,6 +295,9 @@ class UNetBench:
         ops = op_seconds_of(variant.call, device)
         for stage, names in STAGES.items():
             variant.fields[f"stage_{stage}_seconds"] = sum(ops.get(name, 0.0) for name in names) if ops else None
+        if ops and variant.seconds:
+            stages = sum(variant.fields[f"stage_{stage}_seconds"] for stage in STAGES if stage != "attention")
+            variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat object a variant, then DSAP's average over a run, then what could not be run."""
@@ -267,12 +314,12 @@ class UNetBench:
             for variant in self.variants
             if variant.seconds
         ]
-        for suffix in ("", COMPILED):
+        for suffix in ("", COMPILED, GRAPH):
             rows += self._average_row(rows, suffix)
         by_name = {row["name"]: row for row in rows}
         for row in rows:
-            for reference in (FULL, FULL + COMPILED):
-                key = "speedup" if reference == FULL else "speedup_over_full_compiled"
+            for suffix, key in (("", ""), (COMPILED, "_over_full_compiled"), (GRAPH, "_over_full_graph")):
+                reference, key = FULL + suffix, "speedup" + key
                 row[key] = by_name[reference]["seconds"] / row["seconds"] if reference in by_name else None
         return rows + [{"name": name, "error": error} for name, error in self._failed.items()]
 
@@ -311,16 +358,29 @@ class UNetBench:
         return {
             **{"device": str(s.device), "dtype": str(s.dtype).removeprefix("torch."), "size": f"{s.width}x{s.height}"},
             **{"batch": s.batch, "tokens": s.tokens, "ratio": s.ratio, "steps": s.steps, "repeats": s.repeats},
-            **{"rounds": self.rounds, "minutes": s.minutes, "seed": s.seed, "threads": torch.get_num_threads()},
+            **{
+                "rounds": max((len(variant.seconds) for variant in self.variants), default=0),
+                "minutes": s.minutes,
+                "seed": s.seed,
+                "threads": torch.get_num_threads(),
+            },
             "memory_format": "channels_last" if s.channels_last else "contiguous",
             "compile": s.compiled,
             "compile_mode": s.compile_mode if s.compiled else None,
             "tomesd": "max_downsample=4, merge_attn, merge_crossattn, merge_mlp, at the FLOPs nearest to ours",
+            **({} if self._unet is None else attention_kernels(self._unet, s.width, s.height, s.batch)),
             "stage_clock": "device" if s.device.type == "cuda" else "cpu",
             "memory": "allocated on the device" if s.device.type == "cuda" else "resident in the process",
             "backends": {op: choose(op, served, s.device, s.dtype)[0] for op, served in IMPLEMENTATIONS.items()},
             **self.facts,
         }
+
+
+def _has_time(variants: list[Variant], seconds: float) -> bool:
+    """Whether a round, and then the inspection of two calls each, fit into ``seconds``; the first is always made."""
+    if not all(variant.seconds for variant in variants):
+        return True
+    return 3 * sum(statistics.fmean(variant.seconds) for variant in variants) < seconds
 
 
 def _in_both(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -114,9 +114,19 @@ def test_interrupted_run_keeps_what_it_has():
 
 
 def test_no_round_begins_without_time(measured):
-    run = measured[0]
-    assert not run._has_time(elapsed=60 * run.settings.minutes)
-    assert run._has_time(elapsed=0.0)
+    variants = measured[0].variants
+    assert not bench._has_time(variants, seconds=0.0)
+    assert bench._has_time(variants, seconds=1e6)
+
+
+def test_only_the_variants_asked_for():
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64, only=(bench.FULL, bench.OURS)))
+    notified: list[str] = []
+    run.run(notified.append)
+    assert [row["name"] for row in run.rows()] == [bench.FULL, bench.OURS]
+    assert len(notified) == run.work()
+    assert run.settings_for_report()["attention_level_3"] == "flash_attention"
+    assert run.rows()[1]["stages_part_of_seconds"] > 0
 
 
 def test_a_missing_peer_is_said_not_raised(monkeypatch):
@@ -203,6 +213,7 @@ def test_command_writes_its_report(tmp_path):
         (("--minutes", "0"), "--minutes"),
         (("--compile-mode", "fastest"), "--compile-mode"),
         (("--model", "no-such-model"), "--model"),
+        (("--variant", "mine"), "--variant"),
     ],
 )
 def test_errors_name_the_option(arguments, option):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -115,7 +116,7 @@ def test_rows(quick):
     assert len(notified) == bench.work() == 2
     rows = bench.rows()
     by_name = {(row["name"], row["variant"], row["backend"]): row for row in rows}
-    attention = by_name["attention forward", ATTENTION, "torch"]["seconds"]
+    attention = by_name["attention forward", ATTENTION, "flash_attention"]["seconds"]
     assert {row["name"] for row in rows} == {
         "attention forward",
         "attention_column_sums",
@@ -138,6 +139,8 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     def no_memory(*_):
         raise RuntimeError("out of memory\nand more")
 
+    with ops.backend("reference"):
+        made = Inputs(SHAPE, torch.float32, CPU)
     monkeypatch.setattr(plain, "column_sums", no_memory)
     settings = run.Settings(CPU, (SHAPE,), (torch.float32,), 5, 1, compiled=False, only=("attention_column_sums",))
     bench = run.OpsBench(settings)
@@ -145,6 +148,52 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     failed = [row for row in bench.rows() if "error" in row]
     assert [(row["variant"], row["error"]) for row in failed] == [("plain", "RuntimeError: out of memory")]
     assert any(row["variant"] == "ours" and "seconds" in row for row in bench.rows())
+    assert not bench.failed
+    monkeypatch.setattr(ops, "select_tokens", no_memory)
+    bench = run.OpsBench(dataclasses.replace(settings, only=("select_tokens",)))
+    monkeypatch.setattr(run, "Inputs", lambda *_: made)
+    bench.run()
+    assert bench.failed and [row["name"] for row in bench.rows() if "error" in row] == ["select_tokens"]
+
+
+def test_without_time_shapes_are_named(quick):
+    settings = run.Settings(CPU, (SHAPE, SHAPE), (torch.float32,), repeats=9, minutes=1e-9, only=("select_tokens",))
+    bench = run.OpsBench(settings)
+    bench.run()
+    assert bench.settings_for_report()["left_out"] == [
+        "float32, 96x64, level 3, batch 2",
+        "float32, 96x64, level 3, batch 2, compiled",
+        "float32, 96x64, level 3, batch 2, compiled",
+    ]
+    assert {row["repeats"] for row in bench.rows()} == {3}
+
+
+def test_compiled_rows_are_compared_with_plain_ones(quick, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    bench = run.OpsBench(run.Settings(CPU, (SHAPE,), (torch.float32,), repeats=1, only=("select_tokens",)))
+    bench.run()
+    rows = {row["variant"]: row for row in bench.rows()}
+    assert set(rows) == {"fused attention", "ours", "plain", "plain compiled"}
+    compiled, plainly = rows["plain compiled"]["seconds"], rows["plain"]["seconds"]
+    assert rows["plain compiled"]["speedup_over_plain"] == pytest.approx(plainly / compiled)
+
+
+def test_a_run_that_breaks_keeps_its_rows(tmp_path, quick, monkeypatch):
+    measure = run.OpsBench._measure
+
+    def breaks(self, shape, *rest):
+        if shape.level == 3:
+            raise SystemError("the driver is gone")
+        measure(self, shape, *rest)
+
+    monkeypatch.setattr(run.OpsBench, "_measure", breaks)
+    path = tmp_path / "ops.json"
+    result = _run(
+        "--device", "cpu", "--dtype", "fp32", "--size", "64", "--repeats", "1", "--no-compile", "--json", str(path)
+    )
+    assert result.exit_code != 0
+    document = json.loads(path.read_text())
+    assert {row["level"] for row in document["rows"]} == {2} and not document["settings"]["finished"]
 
 
 def _run(*arguments: str):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +37,7 @@ class Case:
 
     Attributes:
         name: of the row. op: the custom op. calls: by variant. work: the least there is to do; ``times`` it is
-            repeated. moves: whether it only moves memory, so that a bare copy is its measure.
+            repeated. map_elements: of the attention map that plain PyTorch stores; 0 where there is none.
     """
 
     name: str
@@ -46,8 +45,7 @@ class Case:
     work: Work
     calls: dict[str, Call]
     times: int = 1
-    moves: bool = False
-    fields: dict[str, Any] = field(default_factory=dict)
+    map_elements: int = 0
 
 
 class Inputs:
@@ -107,11 +105,14 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
 
         sums[COLREDUCE] = lambda: flash_colreduce(i.q, i.k, reduction="mean")
 
+    pairs = shape.batch * shape.heads
+    stored = {"map_elements": pairs * tokens**2}
+
     def rank(most: int, tolerance: float) -> Call:
         return lambda: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=most, tolerance=tolerance)
 
     def moving(op: str, suffix: str, work: Work, ours: Call, plainly: Call) -> Case:
-        return Case(op + suffix, op, work, {OURS: ours, PLAIN: plainly, COPY: _copy_of(work, device)}, moves=True)
+        return Case(op + suffix, op, work, {OURS: ours, PLAIN: plainly, COPY: _copy_of(work, device)})
 
     def recover(residual: torch.Tensor) -> tuple[Call, Call]:
         return (
@@ -128,7 +129,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
             attention_work(shape, dtype),
             {OURS: lambda: ops.attention_with_logsumexp(i.q, i.k, i.v)},
         ),
-        Case("attention_column_sums", "attention_column_sums", whole, sums),
+        Case("attention_column_sums", "attention_column_sums", whole, sums, **stored),
         Case(
             "attention_column_sums, weighted",
             "attention_column_sums",
@@ -137,6 +138,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
                 OURS: lambda: ops.attention_column_sums(i.q, i.k, i.lse, i.scores),
                 PLAIN: lambda: plain.weighted_column_sums(i.q, i.k, i.scores),
             },
+            **stored,
         ),
         Case(
             f"weighted_page_rank, {iterations} iterations",
@@ -144,6 +146,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
             whole * iterations,
             {OURS: rank(iterations, 0.0), PLAIN: lambda: plain.page_rank(i.q, i.k, iterations)},
             times=iterations,
+            **stored,
         ),
         # Any change is less than this tolerance: what is left of the launches is the price of an early stop.
         Case(
@@ -151,6 +154,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
             "weighted_page_rank",
             whole,
             {OURS: rank(iterations, 1e9), "ours, 1 of 1": rank(1, 1e9)},
+            **stored,
         ),
         Case(
             f"weighted_page_rank_cross, {iterations} iterations",
@@ -163,6 +167,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
                 PLAIN: lambda: plain.page_rank_cross(i.q, i.text_k, iterations),
             },
             times=iterations,
+            map_elements=pairs * tokens * TEXT_TOKENS,
         ),
         Case(
             "select_tokens",
@@ -178,6 +183,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
                 OURS: lambda: ops.similarity_source(i.q, i.k, i.lse, i.index),
                 PLAIN: lambda: plain.source(i.q, i.k, i.index),
             },
+            **stored,
         ),
         moving(
             "gather_tokens",

@@ -16,8 +16,10 @@ _REPEATS = 7
 # Elements: large enough to keep every core busy, small enough for a CPU's cache (the exponentials) or not (the copy).
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 _COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-_EXPONENTIALS = {"cpu": 1 << 16, "cuda": 1 << 20}
+_EXPONENTIALS = {"cpu": 1 << 16, "cuda": 1 << 24}
 _EXPONENTIALS_EACH = {"cpu": 512, "cuda": 1024}
+# Zeroed before each run on a GPU: while it is, the host gets ahead, so that no launch is waited for.
+_AHEAD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,12 @@ class Ceilings:
         return parts[bound], bound
 
 
-def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    before = None
+    if device.type == "cuda":
+        before = torch.empty(_AHEAD_BYTES, dtype=torch.uint8, device=device).zero_
     call()
-    return statistics.median(seconds_of(call, device) for _ in range(_REPEATS))
+    return statistics.median(seconds_of(call, device, before) for _ in range(_REPEATS))
 
 
 def _exponentials(device: torch.device) -> float:
@@ -51,7 +56,7 @@ def _exponentials(device: torch.device) -> float:
     if device.type == "cuda":
         from atedm.bench.ops.exponentials import repeated_exp2
 
-        seconds = _best_seconds(lambda: repeated_exp2(x, each), device)
+        seconds = _median_seconds(lambda: repeated_exp2(x, each), device)
     else:
         out = torch.empty_like(x)
 
@@ -59,7 +64,7 @@ def _exponentials(device: torch.device) -> float:
             for _ in range(each):
                 torch.exp2(x, out=out)
 
-        seconds = _best_seconds(call, device)
+        seconds = _median_seconds(call, device)
     return count * each / seconds
 
 
@@ -68,8 +73,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side = _PRODUCT_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    flops = 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=product), device)
+    flops = 2 * side**3 / _median_seconds(lambda: torch.mm(a, b, out=product), device)
     here = torch.randn(_COPIED_BYTES[device.type] // 4, device=device)
     there = torch.empty_like(here)
-    copied = 2 * here.nbytes / _best_seconds(lambda: there.copy_(here), device)
+    copied = 2 * here.nbytes / _median_seconds(lambda: there.copy_(here), device)
     return Ceilings(flops, _exponentials(device), copied)

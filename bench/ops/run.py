@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import atedm_kernels
-from atedm.bench.measure import peak_memory_of, seconds_of
+from atedm.bench.measure import Graphs, attention_backend_of, error_line, peak_memory_of, seconds_of
 from atedm.bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, Case, Inputs, attention_case, cases
 from atedm.bench.ops.ceilings import Ceilings, measure_ceilings
 from atedm.bench.ops.shapes import Shape
@@ -20,6 +20,12 @@ from atedm_kernels._backends import choose
 from atedm_kernels._library import IMPLEMENTATIONS
 
 REFERENCE = "reference"
+
+# Fewer say nothing about the spread.
+_LEAST_ROUNDS = 3
+
+# Copies of the map that plain PyTorch holds at once, in warm-up and in a graph's pool.
+_MAPS_OF_PLAIN = 6
 
 Notify = Callable[[str], None]
 
@@ -29,9 +35,10 @@ class Settings:
     """What is measured.
 
     Attributes:
-        shapes, dtypes: each with each. iterations: of the ranking. repeats: rounds a shape; the last ones are left out
-            where they would not end within its share of ``minutes``. compiled: also plain PyTorch under
-            ``torch.compile``. only: names of ops; all of them where empty.
+        shapes, dtypes: each with each. iterations: of the ranking. repeats: rounds a shape. minutes: for the whole run;
+            a shape that gets too little of it makes fewer rounds, down to ``_LEAST_ROUNDS``, and shapes that are not
+            reached are named. compiled: also plain PyTorch under ``torch.compile``, at the size of the first shape,
+            when all else is done. only: names of ops; all of them where empty.
     """
 
     device: torch.device
@@ -59,73 +66,99 @@ class Variant:
 
 
 class OpsBench:
-    """Measures shape after shape; rows of what is done may be asked for at any time."""
+    """Measures shape after shape; rows of what is done may be asked for at any time.
+
+    Attributes:
+        failed: whether an op of ours raised; its row says how.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ceilings: dict[str, Ceilings] = {}
+        self.failed = False
         self._rows: list[dict[str, Any]] = []
+        self._left_out: list[str] = []
+        # Seconds of plain PyTorch by shape, dtype and case: its compiled form is compared with it.
+        self._plain: dict[tuple[str, str, str], float] = {}
         # Zeroed before every call, so that no variant finds in a GPU's cache what another one left there.
         self._flushed: torch.Tensor | None = None
+        self._graphs: Graphs | None = None
+
+    def _passes(self) -> list[tuple[torch.dtype, Shape, bool]]:
+        """What is measured together, in order; the last says whether it is plain PyTorch compiled."""
+        s = self.settings
+        eager = [(dtype, shape, False) for dtype in s.dtypes for shape in s.shapes]
+        first = [shape for shape in s.shapes if shape.size == s.shapes[0].size]
+        return eager + [(dtype, shape, True) for dtype in s.dtypes for shape in first if s.compiled]
 
     def work(self) -> int:
         """How many times :meth:`run` notifies."""
-        return len(self.settings.dtypes) * (1 + len(self.settings.shapes))
+        return len(self.settings.dtypes) + len(self._passes())
 
     def run(self, notify: Notify = lambda what: None) -> None:
         """Measure; ``notify`` is called with what comes next."""
         s = self.settings
-        start = time.monotonic()
-        left = self.work()
+        end = time.monotonic() + 60 * s.minutes
         if s.device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(s.device).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=s.device)
+            self._graphs = Graphs(s.device)
         with torch.no_grad():
             for dtype in s.dtypes:
-                name = _name(dtype)
-                notify(f"{name}: ceilings of this device")
-                self.ceilings[name] = measure_ceilings(s.device, dtype)
-                left -= 1
-                for shape in s.shapes:
-                    notify(f"{name}, {shape.size}, level {shape.level}, batch {shape.batch}")
-                    share = (60 * s.minutes - (time.monotonic() - start)) / left
-                    self._measure(shape, dtype, share)
-                    left -= 1
+                notify(f"{_name(dtype)}: ceilings of this device")
+                self.ceilings[_name(dtype)] = measure_ceilings(s.device, dtype)
+            passes = self._passes()
+            for n, (dtype, shape, compiled) in enumerate(passes):
+                what = f"{_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"
+                what += ", compiled" if compiled else ""
+                notify(what)
+                left = end - time.monotonic()
+                if left < 0 and n > 0:
+                    self._left_out.append(what)
+                    continue
+                self._measure(shape, dtype, compiled, time.monotonic() + left / (len(passes) - n))
 
-    def _measure(self, shape: Shape, dtype: torch.dtype, seconds: float) -> None:
-        start = time.monotonic()
+    def _measure(self, shape: Shape, dtype: torch.dtype, compiled: bool, end: float) -> None:
         # Each shape is compiled for itself, and what was compiled for another is not wanted any more.
         torch._dynamo.reset()
         inputs = Inputs(shape, dtype, self.settings.device, self.settings.seed)
-        variants: list[Variant] = []
-        for variant in self._variants(shape, dtype, inputs):
-            try:
-                self._warm_up(variant)
+        variants = []
+        for variant in self._variants(shape, dtype, inputs, compiled):
+            if self._tried(variant, shape, dtype, lambda variant=variant: self._warm_up(variant, dtype)):
                 variants.append(variant)
-            except Exception as error:
-                # What plain PyTorch or a peer has no memory for is a result; an error of ours is not.
-                if variant.name in (OURS, ATTENTION):
-                    raise
-                line = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                self._rows.append({**self._head(variant, shape, dtype), "error": line})
-                if self.settings.device.type == "cuda":
-                    torch.cuda.empty_cache()
         for done in range(self.settings.repeats):
-            first = done % len(variants)
-            for variant in variants[first:] + variants[:first]:
-                variant.seconds.append(self._seconds(variant.call))
-            spent = time.monotonic() - start
-            a_round = sum(statistics.fmean(variant.seconds) for variant in variants)
-            if spent + a_round > seconds:
+            if done >= _LEAST_ROUNDS and time.monotonic() > end:
                 break
-        self._rows += self._rows_of(variants, shape, dtype)
+            first = done % max(1, len(variants))
+            for variant in variants[first:] + variants[:first]:
+                if not self._tried(variant, shape, dtype, lambda variant=variant: self._time(variant)):
+                    variants = [other for other in variants if other is not variant]
+        self._rows += self._rows_of(variants, shape, dtype, compiled)
 
-    def _variants(self, shape: Shape, dtype: torch.dtype, inputs: Inputs) -> list[Variant]:
+    def _tried(self, variant: Variant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
+        """Whether ``action`` went well; if not, a row says why: what has no memory or does not run is a result too."""
+        try:
+            action()
+        except Exception as error:
+            self._rows.append({**self._head(variant, shape, dtype), "error": error_line(error)})
+            self.failed |= variant.name.startswith(OURS)
+            if self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return False
+        return True
+
+    def _variants(self, shape: Shape, dtype: torch.dtype, inputs: Inputs, compiled: bool) -> list[Variant]:
         s = self.settings
         attention = attention_case(shape, dtype, inputs)
-        found = [Variant(attention, ATTENTION, "torch", attention.calls[ATTENTION])]
+        kernel = attention_backend_of(inputs.q, inputs.k, inputs.v)
+        found = [Variant(attention, ATTENTION, kernel, attention.calls[ATTENTION])]
         for case in cases(shape, dtype, inputs, s.iterations):
             if s.only and case.op not in s.only:
+                continue
+            if compiled:
+                if PLAIN in case.calls:
+                    call = torch.compile(case.calls[PLAIN], dynamic=False)
+                    found.append(Variant(case, COMPILED, "torch", call))
                 continue
             for name, call in case.calls.items():
                 ours = name.startswith(OURS)
@@ -133,26 +166,24 @@ class OpsBench:
                 found.append(Variant(case, name, backend, call))
                 if name == OURS and backend not in ("torch", REFERENCE) and s.device.type == "cpu":
                     found.append(Variant(case, OURS, REFERENCE, _on_reference(call)))
-                if name == PLAIN and s.compiled:
-                    found.append(Variant(case, COMPILED, "torch", torch.compile(call, dynamic=False)))
         return found
 
-    def _warm_up(self, variant: Variant) -> None:
+    def _warm_up(self, variant: Variant, dtype: torch.dtype) -> None:
         device = self.settings.device
+        if variant.name in (PLAIN, COMPILED):
+            _check_memory(variant.case.map_elements * dtype.itemsize, device)
         for _ in range(2 if device.type == "cpu" else 3):
-            out = variant.call()
-        if device.type != "cuda":
+            variant.call()
+        if self._graphs is None:
             return
         torch.cuda.synchronize(device)
-        before, kept = torch.cuda.memory_allocated(device), _bytes_of(out)
-        del out
-        variant.extra_memory = max(0, peak_memory_of(variant.call, device) - before)
-        variant.extra_memory -= min(variant.extra_memory, kept)
-        variant.call, variant.graph = captured(variant.call, device)
+        before = torch.cuda.memory_allocated(device)
+        variant.extra_memory = max(0, peak_memory_of(variant.call, device) - before - _bytes_of(variant.call()))
+        variant.call, variant.graph = self._graphs.capture(variant.call), True
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def _time(self, variant: Variant) -> None:
         before = None if self._flushed is None else self._flushed.zero_
-        return seconds_of(call, self.settings.device, before)
+        variant.seconds.append(seconds_of(variant.call, self.settings.device, before))
 
     def _head(self, variant: Variant, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -166,16 +197,24 @@ class OpsBench:
             "dtype": _name(dtype),
         }
 
-    def _rows_of(self, variants: Sequence[Variant], shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
-        seconds = {(v.case.name, v.name, v.backend): statistics.median(v.seconds) for v in variants}
-        attention = next(value for (_, name, _), value in seconds.items() if name == ATTENTION)
-        map_bytes = shape.batch * shape.heads * shape.tokens**2 * dtype.itemsize
+    def _rows_of(
+        self, variants: Sequence[Variant], shape: Shape, dtype: torch.dtype, compiled: bool
+    ) -> list[dict[str, Any]]:
+        medians = {id(v): statistics.median(v.seconds) for v in variants}
+        by_name = {(v.case.name, v.name): medians[id(v)] for v in reversed(variants)}
+        attention = next((medians[id(v)] for v in variants if v.name == ATTENTION), None)
+        place = (str(shape), _name(dtype))
+        if not compiled:
+            self._plain.update({(*place, case): s for (case, name), s in by_name.items() if name == PLAIN})
         rows = []
         for v in variants:
-            median = seconds[v.case.name, v.name, v.backend]
+            if compiled and v.name == ATTENTION:  # the first pass has its row
+                continue
+            median = medians[id(v)]
             floor, bound = self.ceilings[_name(dtype)].floor(v.case.work)
-            plain = seconds.get((v.case.name, PLAIN, "torch"))
-            copy = seconds.get((v.case.name, COPY, "torch"))
+            plain = self._plain.get((*place, v.case.name))
+            copy = by_name.get((v.case.name, COPY))
+            map_bytes = v.case.map_elements * dtype.itemsize
             rows.append(
                 {
                     **self._head(v, shape, dtype),
@@ -184,7 +223,7 @@ class OpsBench:
                     "seconds_high": max(v.seconds),
                     "repeats": len(v.seconds),
                     "iterations": v.case.times,
-                    "ratio_to_attention": median / (attention * v.case.times),
+                    "ratio_to_attention": None if attention is None else median / (attention * v.case.times),
                     "ratio_to_floor": median / floor,
                     "floor_seconds": floor,
                     "floor_bound_by": bound,
@@ -194,7 +233,9 @@ class OpsBench:
                     "speedup_over_plain": None if plain is None else plain / median,
                     "ratio_to_copy": None if copy is None else median / copy,
                     "extra_memory_bytes": v.extra_memory,
-                    "extra_memory_part_of_map": None if v.extra_memory is None else v.extra_memory / map_bytes,
+                    "extra_memory_part_of_map": (
+                        None if v.extra_memory is None or not map_bytes else v.extra_memory / map_bytes
+                    ),
                     "cuda_graph": v.graph,
                 }
             )
@@ -215,6 +256,7 @@ class OpsBench:
             "minutes": s.minutes,
             "seed": s.seed,
             "threads": torch.get_num_threads(),
+            "left_out": self._left_out,
             "inputs": "seeded standard normal; logits of standard deviation 2",
             "clock": "device, CUDA graphs, L2 flushed before each call" if s.device.type == "cuda" else "wall",
             "floor": "slowest of FLOPs, exponentials and bytes at the ceilings; the map computed in each iteration",
@@ -244,13 +286,11 @@ def _bytes_of(out: object) -> int:
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
-def captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], bool]:
-    """``call`` as a CUDA graph, which leaves out what the host does; itself where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize(device)
-        return call, False
-    return graph.replay, True
+def _check_memory(map_bytes: int, device: torch.device) -> None:
+    """Plain PyTorch stores the map and copies of it. Running out of memory inside a capture is hard to recover from."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = _MAPS_OF_PLAIN * map_bytes
+    if wanted > free:
+        raise MemoryError(f"needs about {wanted / 1e9:.0f} GB, of which {free / 1e9:.0f} GB are free")

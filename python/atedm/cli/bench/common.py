@@ -74,8 +74,8 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def run(measured: Measured) -> bool:
-    """Run under a progress bar; False where Ctrl-C ended it."""
+def run(measured: Measured, save: Callable[[], None]) -> bool:
+    """Run under a progress bar, saving what is measured between the steps; False where Ctrl-C ended it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -87,6 +87,8 @@ def run(measured: Measured) -> bool:
 
         def notify(what: str) -> None:
             nonlocal begun
+            if begun:
+                save()
             progress.update(task, advance=1 if begun else 0, description=what, refresh=True)
             begun = True
 

@@ -21,13 +21,17 @@ def ops(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32, several with commas.")] = None,
     size: Annotated[str | None, typer.Option(help="Image sizes in pixels, as 1024,1216x832.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes of the tensors; guidance has doubled them.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes of a UNet call, with commas: with guidance, two an image.")
+    ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Of the ranking.")] = 5,
     ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 30 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="For the whole run; one round a shape is always made.")] = 9.0,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Also plain PyTorch compiled.")] = True,
+    minutes: Annotated[float, typer.Option(help="For the whole run; shapes that it does not reach are named.")] = 9.0,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also plain PyTorch compiled, at the first size.")
+    ] = True,
     json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Where the roofline goes. Default: beside the rows, as PNG.")
@@ -35,7 +39,7 @@ def ops(
 ) -> None:
     """Each op on the shapes of SDXL's levels 2 and 3, all variants in one run, round robin.
 
-    An interrupted run (Ctrl-C) prints and writes the shapes it has finished.
+    An interrupted run (Ctrl-C) prints and writes the shapes it has finished. The status is 1 where an op of ours fails.
     """
     require("bench", "psutil", "matplotlib")
     from rich.console import Console
@@ -69,19 +73,26 @@ def ops(
             only=tuple(op or ()),
         )
     )
-    finished = run(measured)
     path = json or Path("outputs") / f"bench-ops-{place.type}.json"
-    settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
-    document = report.report(report.command_line(), place, settings, measured.rows())
-    report.write_json(document, path)
+
+    def save(finished: bool = False) -> dict[str, Any]:
+        settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
+        document = report.report(report.command_line(), place, settings, measured.rows())
+        report.write_json(document, path)
+        return document
+
+    finished = run(measured, save)
+    document = save(finished)
     console = Console()
     _print(document, console)
     picture = plot or path.with_suffix(".png")
-    if document["rows"]:
+    if any("seconds" in row for row in document["rows"]):
         plot_roofline(document, picture)
     console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path} and {picture}")
     if not finished:
         raise typer.Exit(130)
+    if measured.failed:
+        raise typer.Exit(1)
 
 
 def _listed(text: str) -> list[str]:
@@ -106,7 +117,8 @@ def _print(document: dict[str, Any], console: Any) -> None:
     for row in document["rows"]:
         groups.setdefault(f"{row['shape']} ({row['size']}, level {row['level']}), {row['dtype']}", []).append(row)
     for title, rows in groups.items():
-        shown = [_shown(row) for row in rows if "error" not in row]
+        on_gpu = document["settings"]["device"] != "cpu"
+        shown = [_shown(row, on_gpu) for row in rows if "error" not in row]
         if shown:
             print_table(shown, columns, f"{title}, on {document['device']}", console)
         for row in rows:
@@ -114,14 +126,14 @@ def _print(document: dict[str, Any], console: Any) -> None:
                 console.print(f"{row['name']}, {row['variant']}: could not be measured: {row['error']}", style="yellow")
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _shown(row: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     def times(key: str) -> str | None:
         return None if row[key] is None else f"{row[key]:.3g}"
 
     part = row["extra_memory_part_of_map"]
     return {
         "name": row["name"],
-        "variant": row["variant"],
+        "variant": row["variant"] if row["cuda_graph"] or not on_gpu else f"{row['variant']} (no graph)",
         "backend": row["backend"],
         "ms": f"{1e3 * row['seconds']:.4g}",
         "spread": f"{1e3 * row['seconds_low']:.4g}–{1e3 * row['seconds_high']:.4g}",

@@ -18,7 +18,7 @@ def unet(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
-    batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the call: with guidance, two an image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
     minutes: Annotated[float, typer.Option(help="For the whole run; at least one round is made.")] = 9.0,
     compile: Annotated[
@@ -28,6 +28,7 @@ def unet(
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
     ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps that DSAP's average is for.")] = 50,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be given several times.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of the convolutions.")] = True,
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
     json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
@@ -43,11 +44,14 @@ def unet(
     from rich.console import Console
 
     from atedm import report
-    from atedm.bench.unet import Settings, UNetBench
+    from atedm.bench.unet import VARIANTS, Settings, UNetBench
     from atedm.models import unet_config
 
     if compile_mode not in torch._inductor.list_mode_options():
         raise bad("compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}")
+    for name in variant or ():
+        if name not in VARIANTS:
+            raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
     place = device_of(device)
     width, height = size_of(size)
     try:
@@ -70,14 +74,19 @@ def unet(
             compiled=("regional" if regional else "whole") if compile or regional else None,
             compile_mode=compile_mode,
             channels_last=channels_last,
+            only=tuple(variant or ()),
         ),
     )
-    finished = run(measured)
-    rows = measured.rows()
-    settings = {"model": model, **measured.settings_for_report(), "finished": finished}
     path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
-    document = report.report(report.command_line(), place, settings, rows)
-    report.write_json(document, path)
+
+    def save(finished: bool = False) -> dict[str, Any]:
+        settings = {"model": model, **measured.settings_for_report(), "finished": finished}
+        document = report.report(report.command_line(), place, settings, measured.rows())
+        report.write_json(document, path)
+        return document
+
+    finished = run(measured, save)
+    document = save(finished)
     console = Console()
     _print(document, console)
     console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}")
@@ -107,7 +116,8 @@ def _print(document: dict[str, Any], console: Any) -> None:
     if stages:
         columns = {
             **{"name": "", "attention": "attn", "ranking": "G-WPR", "selection": "masks", "source_map": "source"},
-            **{"gather": "prune", "recovery": "recover", "overhead": "sum", "iterations": "iter."},
+            **{"gather": "prune", "recovery": "recover", "overhead": "sum", "part": "of call"},
+            "iterations": "iter.",
         }
         print_table(stages, columns, "Stages, ms a call (sum: all but attention)", console)
     for row in rows:
@@ -142,5 +152,6 @@ def _shown_stages(row: dict[str, Any]) -> dict[str, Any]:
         "name": row["name"],
         **{stage: f"{1e3 * value:.1f}" for stage, value in seconds.items()},
         "overhead": f"{1e3 * (sum(seconds.values()) - seconds['attention']):.1f}",
+        "part": None if row.get("stages_part_of_seconds") is None else f"{100 * row['stages_part_of_seconds']:.1f} %",
         "iterations": None if iterations is None else f"{iterations:.1f}",
     }
