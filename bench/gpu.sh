@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a bare machine without network: tests, memory checker, benchmarks.
+# Everything that only a GPU can show, on a bare machine without network: tests, benchmarks, memory checkers.
 #
 #   bash bench/gpu.sh [RESULTS [WHEELS]]      (default: outputs/gpu and .whl)
 #
 # Wants Python with torch, triton and pytest; what else is missing (diffusers, tomesd) is installed from the wheels in
 # WHEELS. Ends within nine minutes ($MINUTES for another limit): steps come in order of weight, each has a limit of its
-# own, and what is finished stays when the rest is cut. RESULTS/log.txt tells how each step ended.
+# own, and what is finished stays when the rest is cut. RESULTS/log.txt tells how each step ended; STEPS="tests ops"
+# runs only these of: doctor tests ops unet unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 RESULTS=$(realpath -m "${1:-outputs/gpu}")
 WHEELS=${2:-.whl}
 LIMIT=$((60 * ${MINUTES:-9}))
+STEPS=" ${STEPS:-doctor tests ops unet unet-2048 sanitizers} "
 PYTHON=${PYTHON:-python3}
 LOG=$RESULTS/log.txt
 mkdir -p "$RESULTS"
@@ -25,39 +27,62 @@ step() { # name, seconds at most, command
         return
     fi
     echo "BEGIN $name: $*" | tee -a "$LOG"
-    # Ctrl-C: the benchmarks then write what they have.
+    # Ctrl-C: the benchmarks then print what they have.
     timeout --signal=INT --kill-after=10 $((left < most ? left : most)) "$@" >>"$LOG" 2>&1
     local status=$?
     ((status == 0)) || FAILED=1
     echo "END $name: status $status, $((SECONDS - began)) s" | tee -a "$LOG"
 }
 
+wanted() { [[ $STEPS == *" $1 "* ]]; }
+
+# The packages as an installation lays them out, from this checkout: `atedm.bench` lies in bench/.
+SITE=$(mktemp -d)
+trap 'rm -rf "$SITE"' EXIT
+mkdir "$SITE/atedm"
+ln -s "$PWD/atedm_kernels" "$SITE/"
+ln -s "$PWD"/python/atedm/* "$SITE/atedm/"
+ln -s "$PWD/bench" "$SITE/atedm/bench"
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
-    SITE=$(mktemp -d)
     step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
-    export PYTHONPATH=$SITE
 fi
-export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=200
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=200
 unset TRITON_INTERPRET
 
-step versions 60 "$PYTHON" -m atedm doctor
-step "GPU tests" 150 "$PYTHON" -m pytest -q tests/kernels --deselect tests/kernels/test_compile.py -p no:cacheprovider
-step "bench ops" 110 "$PYTHON" -m atedm bench ops --device cuda --minutes 1.5 --json "$RESULTS/ops.json"
-for batch in 1 4; do # guidance doubles them
-    step "bench unet, batch $batch" 75 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --regional \
-        --minutes 1 --json "$RESULTS/unet-1024-b$batch.json"
-done
-if command -v compute-sanitizer >/dev/null; then
-    # Without torch's cache of memory, every tensor has its own bounds.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" tests/kernels/small_calls.py
-    step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" tests/kernels/small_calls.py
-else
-    echo "SKIPPED compute-sanitizer: not installed" | tee -a "$LOG"
+if wanted doctor; then
+    step imports 60 "$PYTHON" -c "import atedm.bench.ops.run, atedm.bench.unet; print(atedm.bench.__file__)"
+    step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
-for batch in 1 4; do
-    step "bench unet, 2048, batch $batch" 75 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --size 2048 \
-        --regional --minutes 1 --json "$RESULTS/unet-2048-b$batch.json"
+if wanted tests; then
+    step tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib tests/kernels \
+        --deselect tests/kernels/test_compile.py --junitxml "$RESULTS/tests.xml"
+fi
+if wanted ops; then
+    step ops 150 "$PYTHON" -m atedm bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"
+fi
+# Batch 2 is one image with guidance. Compiled by region, which takes seconds where the whole takes minutes.
+for batch in 2 8; do
+    if wanted unet; then
+        step "unet, batch $batch" 110 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --regional \
+            --variant full --variant ours --variant tomesd --minutes 1 --json "$RESULTS/unet-1024-b$batch.json"
+    fi
 done
+for batch in 2 8; do
+    if wanted unet-2048; then
+        step "unet, 2048, batch $batch" 90 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --size 2048 \
+            --regional --variant full --variant ours --variant tomesd --minutes 1 \
+            --json "$RESULTS/unet-2048-b$batch.json"
+    fi
+done
+if wanted sanitizers && command -v compute-sanitizer >/dev/null; then
+    step "small calls" 60 "$PYTHON" tests/kernels/small_calls.py # compiles, which would take long under a checker
+    for tool in memcheck racecheck synccheck; do
+        # Without torch's cache of memory, every tensor has its own bounds.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 \
+            "$PYTHON" tests/kernels/small_calls.py
+    done
+elif wanted sanitizers; then
+    echo "SKIPPED sanitizers: compute-sanitizer is not installed" | tee -a "$LOG"
+fi
 echo "Results in $RESULTS, $SECONDS s" | tee -a "$LOG"
 exit $FAILED

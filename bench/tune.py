@@ -19,9 +19,8 @@ import torch
 import typer
 
 import atedm_kernels as ops
-from atedm.bench.measure import seconds_of
+from atedm.bench.measure import Graphs, error_line, seconds_of
 from atedm.bench.ops.cases import Inputs
-from atedm.bench.ops.run import captured
 from atedm.bench.ops.shapes import HEAD_DIM, shape_of
 from atedm_kernels import _tiles
 from atedm_kernels._tiles import Tile
@@ -40,7 +39,8 @@ _RATIO = 0.63
 _TOLERANCE = 1e-4
 
 _CALLS: dict[str, Callable[[Inputs], torch.Tensor]] = {
-    "attention_column_sums": lambda i: ops.attention_column_sums(i.q, i.k, i.lse),
+    # As a ranking calls it: weights in the bias, a flag to look at.
+    "attention_column_sums": lambda i: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=1, tolerance=0.0)[0],
     "similarity_source": lambda i: ops.similarity_source(i.q, i.k, i.lse, i.index),
     "weighted_page_rank_cross": lambda i: ops.weighted_page_rank_cross(
         i.q, i.text_k, i.text_lse, max_iterations=1, tolerance=0.0
@@ -81,7 +81,15 @@ def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
     key = ("architecture", "dtypes", "head_dim", "queries", "triton")
     kept = [old for old in table if any(old.get(name) != row.get(name) for name in key)]
     named = [old for old in kept if old["architecture"] != "*"] + [row]
-    named.sort(key=lambda r: (r["architecture"], r.get("triton", ""), r["dtypes"], r["head_dim"], r["queries"]))
+    named.sort(
+        key=lambda r: (
+            r["architecture"],
+            r.get("triton", ""),
+            r["dtypes"],
+            r["head_dim"],
+            r.get("queries", float("inf")),
+        )
+    )
     return named + [old for old in kept if old["architecture"] == "*"]
 
 
@@ -98,11 +106,13 @@ class _Tuner:
         self.device = torch.device("cuda")
         self.call = _CALLS[op]
         self.op, self.repeats = op, repeats
+        self.rejected: dict[str, int] = {}
         # Level 3's heads at 1024 tokens, level 2's above, as in SDXL.
         level, pixels = (3, 32) if side <= 32 else (2, 16)
         shapes = [shape_of(side * pixels, side * pixels, level, batch, _RATIO) for batch in (2, 8)]
         self.inputs = [Inputs(shape, dtype, self.device) for shape in shapes]
-        self.expected = [self.call(inputs) for inputs in self.inputs]
+        with ops.backend("reference"):
+            self.expected = [self.call(inputs) for inputs in self.inputs]
         self.base = _tiles.tile_for(op, self.inputs[0].q)
         size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -110,18 +120,24 @@ class _Tuner:
     def seconds(self, tile: Tile) -> list[float] | None:
         """Median seconds by batch; None where the tile does not compile, does not fit, or is wrong."""
         found = []
+        graphs = Graphs(self.device)
         with _tiles.assume(**{self.op: tile}):
             for inputs, expected in zip(self.inputs, self.expected, strict=True):
                 try:
                     if not agree(self.op, self.call(inputs), expected):
-                        return None
-                    run, _ = captured(lambda inputs=inputs: self.call(inputs), self.device)
+                        return self._reject("wrong result")
+                    run = graphs.capture(lambda inputs=inputs: self.call(inputs))
                 # Triton and its backends raise many kinds for a tile that is too large.
-                except Exception:
-                    return None
+                except Exception as error:
+                    # After an illegal access nothing runs in this process any more, and every tile would look unfit.
+                    torch.cuda.synchronize(self.device)
+                    return self._reject(error_line(error))
                 times = [seconds_of(run, self.device, self.flushed.zero_) for _ in range(self.repeats)]
                 found.append(statistics.median(times))
         return found
+
+    def _reject(self, why: str) -> None:
+        self.rejected[why] = self.rejected.get(why, 0) + 1
 
 
 @app.command()
@@ -149,6 +165,8 @@ def tune(
                 seconds = tuner.seconds(tile)
                 if seconds is not None:
                     timed[tile] = seconds
+            if tuner.base not in timed:
+                raise RuntimeError(f"{name}, {count} tokens: the tile in use fails: {tuner.rejected}")
             best, _ = fastest(timed, tuner.base)
             for programs in _PROGRAMS:
                 tile = Tile(**{**asdict(best), "programs": programs})
@@ -156,7 +174,7 @@ def tune(
                 if seconds is not None:
                     timed[tile] = seconds
             best, ratio = fastest(timed, tuner.base)
-            typer.echo(f"{name}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}")
+            typer.echo(f"{name}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}; not fit: {tuner.rejected}")
             if best != tuner.base:
                 row = {"architecture": arch, "dtypes": ["float16", "bfloat16"], "head_dim": HEAD_DIM, "queries": count}
                 row |= {**asdict(best), "triton": _tiles.triton_minor(), "device": torch.cuda.get_device_name()}

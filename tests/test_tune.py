@@ -41,6 +41,8 @@ def test_rows_are_renewed_and_ordered():
     table = tune.merge(table, row("sm_90", 4096, 4))
     assert [r["block_m"] for r in table] == [3, 2, 4, 64]
     assert len(tune.merge(table, row("sm_90", 4096, 5, triton="3.7"))) == 5
+    any_length = {key: value for key, value in row("sm_90", 0, 6).items() if key != "queries"}
+    assert [r["block_m"] for r in tune.merge([any_length, everyone], row("sm_90", 4096, 7))] == [7, 6, 64]
 
 
 def test_a_written_table_is_found(tmp_path, monkeypatch):
