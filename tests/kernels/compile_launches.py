@@ -207,6 +207,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
     assembly = kernel.asm["ptx" if nvidia else "amdgcn"]
     return {
         "kernel": launch.kernel.__name__,
+        "warps": launch.num_warps,
         "shared": kernel.metadata.shared,
         "loads": access_bytes(assembly, "load"),
         "stores": access_bytes(assembly, "store"),
