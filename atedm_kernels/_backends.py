@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from atedm_kernels import _native
+
 BACKENDS = ("triton", "native", "reference")
 
 # What a kernel reads. float64 is served by the reference alone: it exists to verify the others.
@@ -69,8 +71,8 @@ def _why_not(name: str, implementations: tuple[str, ...], device: torch.device, 
             return "triton serves CPU tensors only with TRITON_INTERPRET=1"
         if device.type == "cuda" and triton_interprets():
             return "TRITON_INTERPRET=1 is set, so triton kernels do not run on the GPU"
-    if name == "native" and device.type != "cpu":
-        return "native code serves CPU tensors only"
+    if name == "native":
+        return "native code serves CPU tensors only" if device.type != "cpu" else _native.why_not()
     return None
 
 

@@ -11,7 +11,7 @@ from atedm_kernels._backends import choose
 from atedm_kernels._checks import check_attention_map, check_iteration, check_scale, score_dtype, softmax_scale
 from atedm_kernels._library import define_op
 
-_BACKENDS = ("triton", "reference")
+_BACKENDS = ("triton", "native", "reference")
 
 # Provisional until they are chosen on trained attention maps: after five iterations the kept sets of synthetic maps
 # no longer change, and an L1 change of 1e-3 in a distribution moves no more than rounding does in bf16.
@@ -23,7 +23,11 @@ Ranking = Callable[[Tensor, Tensor, Tensor, float, int, float], tuple[Tensor, Te
 
 
 def define_ranking_op(
-    name: str, check: Callable[[Tensor, Tensor], None], reference: Ranking, import_triton: Callable[[], Ranking]
+    name: str,
+    check: Callable[[Tensor, Tensor], None],
+    native: Ranking,
+    reference: Ranking,
+    import_triton: Callable[[], Ranking],
 ) -> Callable:
     """Register the op ``name`` and return its overload.
 
@@ -42,7 +46,8 @@ def define_ranking_op(
         q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
     ) -> tuple[Tensor, Tensor]:
         check_all(q, k, lse, scale, max_iterations, tolerance)
-        rank = import_triton() if choose(name, _BACKENDS, q.device, q.dtype)[0] == "triton" else reference
+        backend, _ = choose(name, _BACKENDS, q.device, q.dtype)
+        rank = import_triton() if backend == "triton" else native if backend == "native" else reference
         return rank(q, k, lse, softmax_scale(q, scale), max_iterations, tolerance)
 
     def fake(

@@ -32,7 +32,7 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -13,9 +13,10 @@ from atedm_kernels._checks import (
     softmax_scale,
 )
 from atedm_kernels._library import define_op
+from atedm_kernels.ops.attention_column_sums.native_kernel import attention_column_sums_native
 from atedm_kernels.ops.attention_column_sums.reference import attention_column_sums_reference
 
-_BACKENDS = ("triton", "reference")
+_BACKENDS = ("triton", "native", "reference")
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float | None) -> None:
@@ -31,11 +32,13 @@ def _implementation(
 ) -> Tensor:
     _check(q, k, lse, weights, scale)
     scale = softmax_scale(q, scale)
-    if choose("attention_column_sums", _BACKENDS, q.device, q.dtype)[0] == "triton":
+    backend, _ = choose("attention_column_sums", _BACKENDS, q.device, q.dtype)
+    if backend == "triton":
         from atedm_kernels.ops.attention_column_sums.triton_kernel import attention_column_sums_triton
 
         return attention_column_sums_triton(q, k, lse, weights, scale)
-    return attention_column_sums_reference(q, k, lse, weights, scale)
+    sums = attention_column_sums_native if backend == "native" else attention_column_sums_reference
+    return sums(q, k, lse, weights, scale)
 
 
 def _fake(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None = None, scale: float | None = None) -> Tensor:

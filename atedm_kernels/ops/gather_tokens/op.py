@@ -5,18 +5,20 @@ from torch import Tensor
 from atedm_kernels._backends import choose
 from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor, check_tensors
 from atedm_kernels._library import define_op
+from atedm_kernels.ops.gather_tokens.native_kernel import gather_rows_native
 from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "native", "reference")
 
 
 def gather_rows(op: str, x: Tensor, index: Tensor) -> Tensor:
     """``out[b, j] = x[b, index[b, j]]`` by the backend that serves ``op``: gathering and recovering are one kernel."""
-    if choose(op, BACKENDS, x.device, x.dtype)[0] == "triton":
+    backend, _ = choose(op, BACKENDS, x.device, x.dtype)
+    if backend == "triton":
         from atedm_kernels.ops.gather_tokens.triton_kernel import gather_rows_triton
 
         return gather_rows_triton(x, index)
-    return gather_rows_reference(x, index)
+    return (gather_rows_native if backend == "native" else gather_rows_reference)(x, index)
 
 
 def _check(x: Tensor, index: Tensor) -> None:

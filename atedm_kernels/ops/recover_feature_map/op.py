@@ -13,9 +13,10 @@ from atedm_kernels._checks import (
     check_tensors,
 )
 from atedm_kernels._library import define_op
+from atedm_kernels.ops.recover_feature_map.native_kernel import recover_feature_map_native
 from atedm_kernels.ops.recover_feature_map.reference import recover_feature_map_reference
 
-_BACKENDS = ("triton", "reference")
+_BACKENDS = ("triton", "native", "reference")
 
 
 def _check(x: Tensor, source: Tensor, residual: Tensor) -> None:
@@ -40,10 +41,13 @@ def _implementation(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
     _check(x, source, residual)
     check_index_values("source", source, x.shape[1], "slots of x")
     out = empty_output(x, residual)
-    if choose("recover_feature_map", _BACKENDS, x.device, out.dtype)[0] == "triton":
+    backend, _ = choose("recover_feature_map", _BACKENDS, x.device, out.dtype)
+    if backend == "triton":
         from atedm_kernels.ops.recover_feature_map.triton_kernel import recover_feature_map_triton
 
         return recover_feature_map_triton(x, source, residual, out)
+    if backend == "native":
+        return recover_feature_map_native(x, source, residual, out)
     return out.copy_(recover_feature_map_reference(x, source, residual))
 
 

@@ -6,9 +6,10 @@ from torch import Tensor
 from atedm_kernels._backends import choose
 from atedm_kernels._checks import check_integer, check_tensor, check_tensors, values_are_checked
 from atedm_kernels._library import define_op
+from atedm_kernels.ops.select_tokens.native_kernel import select_tokens_native
 from atedm_kernels.ops.select_tokens.reference import select_tokens_reference
 
-_BACKENDS = ("triton", "reference")
+_BACKENDS = ("triton", "native", "reference")
 
 REDUCTIONS = ("rms", "mean")
 
@@ -28,11 +29,13 @@ def _implementation(scores: Tensor, keep: int, reduction: str = "rms") -> Tensor
     _check(scores, keep, reduction)
     if values_are_checked(scores) and bool(scores.isnan().any()):
         raise ValueError(f"scores holds {int(scores.isnan().sum())} NaN; expected numbers")
-    if choose("select_tokens", _BACKENDS, scores.device, scores.dtype)[0] == "triton":
+    backend, _ = choose("select_tokens", _BACKENDS, scores.device, scores.dtype)
+    if backend == "triton":
         from atedm_kernels.ops.select_tokens.triton_kernel import select_tokens_triton
 
         return select_tokens_triton(scores, keep, reduction)
-    return select_tokens_reference(scores, keep, reduction)
+    select = select_tokens_native if backend == "native" else select_tokens_reference
+    return select(scores, keep, reduction)
 
 
 def _fake(scores: Tensor, keep: int, reduction: str = "rms") -> Tensor:

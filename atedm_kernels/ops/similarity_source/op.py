@@ -14,9 +14,10 @@ from atedm_kernels._checks import (
     softmax_scale,
 )
 from atedm_kernels._library import define_op
+from atedm_kernels.ops.similarity_source.native_kernel import similarity_source_native
 from atedm_kernels.ops.similarity_source.reference import similarity_source_reference
 
-_BACKENDS = ("triton", "reference")
+_BACKENDS = ("triton", "native", "reference")
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> None:
@@ -32,11 +33,13 @@ def _implementation(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: flo
     _check(q, k, lse, index, scale)
     check_index_values("index", index, q.shape[2], "tokens of q")
     scale = softmax_scale(q, scale)
-    if choose("similarity_source", _BACKENDS, q.device, q.dtype)[0] == "triton":
+    backend, _ = choose("similarity_source", _BACKENDS, q.device, q.dtype)
+    if backend == "triton":
         from atedm_kernels.ops.similarity_source.triton_kernel import similarity_source_triton
 
         return similarity_source_triton(q, k, lse, index, scale)
-    return similarity_source_reference(q, k, lse, index, scale)
+    find = similarity_source_native if backend == "native" else similarity_source_reference
+    return find(q, k, lse, index, scale)
 
 
 def _fake(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from atedm_kernels._checks import check_iteration, check_scale, check_self_attention, check_tensors
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
+from atedm_kernels.ops.weighted_page_rank.native_kernel import weighted_page_rank_native
 from atedm_kernels.ops.weighted_page_rank.reference import weighted_page_rank_reference
 
 
@@ -13,7 +14,9 @@ def _import_triton() -> Ranking:
     return weighted_page_rank_triton
 
 
-_op = define_ranking_op("weighted_page_rank", check_self_attention, weighted_page_rank_reference, _import_triton)
+_op = define_ranking_op(
+    "weighted_page_rank", check_self_attention, weighted_page_rank_native, weighted_page_rank_reference, _import_triton
+)
 
 
 def weighted_page_rank(

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from atedm_kernels._checks import check_iteration, check_scale, check_tensors
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
+from atedm_kernels.ops.weighted_page_rank_cross.native_kernel import weighted_page_rank_cross_native
 from atedm_kernels.ops.weighted_page_rank_cross.reference import weighted_page_rank_cross_reference
 
 
@@ -17,7 +18,13 @@ def _any_lengths(q: Tensor, k: Tensor) -> None:
     """Image and text may have any number of tokens each."""
 
 
-_op = define_ranking_op("weighted_page_rank_cross", _any_lengths, weighted_page_rank_cross_reference, _import_triton)
+_op = define_ranking_op(
+    "weighted_page_rank_cross",
+    _any_lengths,
+    weighted_page_rank_cross_native,
+    weighted_page_rank_cross_reference,
+    _import_triton,
+)
 
 
 def weighted_page_rank_cross(

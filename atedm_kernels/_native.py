@@ -1,0 +1,272 @@
+"""The native CPU library (``csrc/``): finding it, its instruction level, and calling it.
+
+It has a plain C interface and knows neither Python nor torch: ctypes hands over addresses and strides, and releases the
+GIL for the length of a call. Loaded when an op first wants it; where that fails, :func:`why_not` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+PATH = Path(__file__).with_name("libatedm" + SUFFIX)
+
+# ATEDM_ABI of csrc/atedm.h, raised when a signature changes: a library left from an older build is noticed.
+ABI = 1
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+REDUCTION_CODES = {"rms": 0, "mean": 1}
+
+_OUT_OF_MEMORY = 1
+
+_int32, _int64, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+class AttentionMap(ctypes.Structure):
+    """``atedm_map``."""
+
+    _fields_ = (
+        ("q", _pointer),
+        ("k", _pointer),
+        ("lse", _pointer),
+        ("batch", _int64),
+        ("heads", _int64),
+        ("queries", _int64),
+        ("keys", _int64),
+        ("head_dim", _int64),
+        ("q_stride", _int64 * 4),
+        ("k_stride", _int64 * 4),
+        ("lse_stride", _int64 * 3),
+        ("scale", _double),
+        ("dtype", _int32),
+    )
+
+
+class FeatureMap(ctypes.Structure):
+    """``atedm_feature_map``."""
+
+    _fields_ = (
+        ("x", _pointer),
+        ("residual", _pointer),
+        ("source", _pointer),
+        ("out", _pointer),
+        ("batch", _int64),
+        ("slots", _int64),
+        ("channels", _int64),
+        ("height", _int64),
+        ("width", _int64),
+        ("x_stride", _int64 * 3),
+        ("source_stride", _int64 * 2),
+        ("residual_stride", _int64 * 4),
+        ("x_dtype", _int32),
+        ("residual_dtype", _int32),
+        ("out_dtype", _int32),
+        ("channels_last", _int32),
+    )
+
+
+_map = ctypes.POINTER(AttentionMap)
+_SIGNATURES = {
+    "atedm_attention_column_sums": (_map, _pointer, _pointer, _pointer, _int32),
+    "atedm_weighted_page_rank": (_map, _int32, _double, _pointer, _pointer, _int32),
+    "atedm_weighted_page_rank_cross": (_map, _int32, _double, _pointer, _pointer, _int32),
+    "atedm_similarity_source": (_map, _pointer, _pointer, _int64, _pointer, _int32),
+    "atedm_select_tokens": (_pointer, _pointer, _int64, _int64, _int64, _int64, _int32, _pointer, _int32),
+    "atedm_gather_rows": (
+        *(_pointer, _pointer, _int64, _int64, _int64, _int32),
+        *(_pointer, _pointer, _int64, _pointer, _int32),
+    ),
+    "atedm_recover_feature_map": (ctypes.POINTER(FeatureMap), _int32),
+    "atedm_set_level": (_int32,),
+}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and why there is none."""
+    if not PATH.exists():
+        return (
+            None,
+            f"{PATH.name} was not built: installing found no C++ compiler that can (see the installer's output)",
+        )
+    try:
+        library = ctypes.CDLL(str(PATH))
+        abi = library.atedm_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{PATH.name} cannot be loaded: {error}"
+    if abi != ABI:
+        return None, f"{PATH.name} has interface {abi}, this package wants {ABI}: install it again"
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _int32
+    for name in ("atedm_level_name", "atedm_level_why_not"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = (_int32,), ctypes.c_char_p
+    library.atedm_set_map_limits.argtypes = (_int64, _int64)
+    library.atedm_set_openmp.argtypes = (_pointer,)
+    library.atedm_set_openmp(_torch_openmp())
+    return library, None
+
+
+def _torch_openmp() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch's own CPU kernels use, or None.
+
+    Its threads spin for a while after torch's last kernel: threads of our own would compete with them for the cores.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        mapped = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if len(line.split(maxsplit=5)) == 6}
+    runtimes = [Path(path) for path in sorted(paths) if "libgomp" in Path(path).name or "libiomp5" in Path(path).name]
+    torch_folder = Path(torch.__file__).parent
+    # Other packages bring runtimes of their own; where torch brings none, it uses the only one that there is.
+    own = [path for path in runtimes if torch_folder in path.parents or "torch.libs" in path.parts]
+    for path in own or (runtimes if len(runtimes) == 1 else []):
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, _pointer).value
+    return None
+
+
+def _names(library: ctypes.CDLL) -> list[str]:
+    names: list[str] = []
+    while (name := library.atedm_level_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def levels() -> dict[str, str | None]:
+    """Instruction levels, slowest first, and why this machine cannot run each, or None. Empty without the library."""
+    library, _ = _load()
+    if library is None:
+        return {}
+    reasons = [library.atedm_level_why_not(i) for i in range(len(_names(library)))]
+    return {
+        name: None if reason is None else reason.decode() for name, reason in zip(_names(library), reasons, strict=True)
+    }
+
+
+def _set_level(library: ctypes.CDLL, name: str, source: str) -> None:
+    available = levels()
+    if name not in available:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(available)}")
+    if available[name] is not None:
+        raise ValueError(f"{source} is {name!r}, which cannot run here: {available[name]}")
+    library.atedm_set_level(list(available).index(name))
+
+
+@functools.cache
+def _obey_environment() -> None:
+    library, _ = _load()
+    name = os.environ.get("ATEDM_CPU")
+    if library is not None and name:
+        _set_level(library, name, "ATEDM_CPU")
+
+
+def why_not() -> str | None:
+    """Why there is no native library, or None where there is one.
+
+    Raises:
+        ValueError: ``ATEDM_CPU`` names no level, or one that cannot run here.
+    """
+    reason = _load()[1]
+    if reason is None:
+        _obey_environment()
+    return reason
+
+
+def level() -> str | None:
+    """The instruction level in force, or None without the library."""
+    if why_not() is not None:
+        return None
+    library, _ = _load()
+    return _names(library)[library.atedm_level()]
+
+
+@contextlib.contextmanager
+def forced_level(name: str) -> Iterator[None]:
+    """Run every thread's native kernels at another level: for tests.
+
+    Raises:
+        ValueError: no such level, or one that cannot run here.
+    """
+    before = level()
+    library, reason = _load()
+    if library is None:
+        raise ValueError(f"level {name!r} is asked for, but there is no native library: {reason}")
+    _set_level(library, name, "level")
+    try:
+        yield
+    finally:
+        _set_level(library, before, "level")
+
+
+@contextlib.contextmanager
+def map_limits(float_bytes: int, sixteen_bit_bytes: int) -> Iterator[None]:
+    """Change how large a head's map may be for a ranking to keep it in float32 or in 16 bits: for tests."""
+    library, _ = _load()
+    library.atedm_set_map_limits(float_bytes, sixteen_bit_bytes)
+    try:
+        yield
+    finally:
+        library.atedm_set_map_limits(-1, -1)
+
+
+def describe() -> str:
+    """One line for reports."""
+    reason = why_not()
+    if reason is not None:
+        return f"not in use: {reason}"
+    best = [name for name, missing in levels().items() if missing is None][-1]
+    forced = "" if level() == best else f" (forced by ATEDM_CPU; the best here is {best})"
+    threads = "torch's OpenMP threads" if _torch_openmp() else "threads of its own"
+    return f"{PATH.name}, level {level()}{forced}, {platform.machine()}, up to {torch.get_num_threads()} of {threads}"
+
+
+def strides(tensor: Tensor) -> ctypes.Array:
+    return (_int64 * tensor.ndim)(*tensor.stride())
+
+
+def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionMap:
+    batch, heads, queries, head_dim = q.shape
+    return AttentionMap(
+        q.data_ptr(),
+        k.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        heads,
+        queries,
+        k.shape[2],
+        head_dim,
+        strides(q),
+        strides(k),
+        strides(lse),
+        scale,
+        DTYPE_CODES[q.dtype],
+    )
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a kernel of the library with as many threads as torch's own would use.
+
+    Raises:
+        MemoryError: it could not allocate its working memory.
+    """
+    library, _ = _load()
+    status = getattr(library, name)(*arguments, torch.get_num_threads())
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"{name} found no working memory")
+    if status != 0:
+        raise RuntimeError(f"{name} refused arguments that had passed the op's checks (status {status})")

@@ -1,0 +1,22 @@
+"""Which kept token refills each position, by the native CPU library (``csrc/similarity_source.cpp``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atedm_kernels import _native
+
+
+def similarity_source_native(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
+    """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
+    source = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64)
+    _native.call(
+        "atedm_similarity_source",
+        _native.attention_map(q, k, lse, scale),
+        index.data_ptr(),
+        _native.strides(index),
+        index.shape[1],
+        source.data_ptr(),
+    )
+    return source

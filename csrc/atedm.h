@@ -1,0 +1,101 @@
+/* Plain C interface of the CPU kernels. No torch and no Python headers, so one build serves every version of both.
+ *
+ * Strides count elements. A function returns ATEDM_OK, or what went wrong; it then has written nothing that is of use.
+ * Sizes may be 0. No function keeps a pointer or a lock after it returned; all may be called from several threads.
+ */
+#ifndef ATEDM_H
+#define ATEDM_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define ATEDM_API __declspec(dllexport)
+#else
+#define ATEDM_API __attribute__((visibility("default")))
+#endif
+
+/* Raised whenever a signature or a structure below changes: the Python side asks before it calls anything else. */
+#define ATEDM_ABI 1
+
+enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
+enum atedm_dtype { ATEDM_FLOAT32 = 0, ATEDM_BFLOAT16 = 1, ATEDM_FLOAT16 = 2 };
+enum atedm_reduction { ATEDM_RMS = 0, ATEDM_MEAN = 1 };
+
+/* The attention map A_ij = exp(scale * q_i . k_j - lse_i) of every batch row and head, which is never given. */
+typedef struct atedm_map {
+  const void *q;    /* [batch, heads, queries, head_dim] */
+  const void *k;    /* [batch, heads, keys, head_dim] */
+  const float *lse; /* [batch, heads, queries], natural log */
+  int64_t batch, heads, queries, keys, head_dim;
+  int64_t q_stride[4], k_stride[4], lse_stride[3];
+  double scale;
+  int32_t dtype; /* of q and k */
+} atedm_map;
+
+ATEDM_API int32_t atedm_abi(void);
+
+/* Levels of instruction sets, from 0, the slowest; NULL past the last. */
+ATEDM_API const char *atedm_level_name(int32_t level);
+/* NULL where this CPU and its operating system run the level, else why not. */
+ATEDM_API const char *atedm_level_why_not(int32_t level);
+/* The level in force, for the whole process: the best one that runs, until another is set. */
+ATEDM_API int32_t atedm_level(void);
+ATEDM_API int32_t atedm_set_level(int32_t level);
+
+/* GOMP_parallel of the OpenMP runtime that the caller's own threads live in, or NULL for threads of our own. Sharing
+ * its team keeps two sets of threads from competing for the cores. */
+ATEDM_API void atedm_set_openmp(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
+
+/* out [batch, heads, keys], contiguous: sum over i of weights_i A_ij; weights NULL stands for 1 / queries. */
+ATEDM_API int32_t atedm_attention_column_sums(const atedm_map *map, const float *weights,
+                                              const int64_t weights_stride[3], float *out, int32_t threads);
+
+/* Bytes of one head's map up to which a ranking keeps it: in float32, else in 16 bits; beyond both it is computed anew in
+ * each iteration. A negative number restores the default. */
+ATEDM_API void atedm_set_map_limits(int64_t float_bytes, int64_t sixteen_bit_bytes);
+
+/* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. */
+ATEDM_API int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_iterations, double tolerance,
+                                           float *scores, int32_t *iterations, int32_t threads);
+
+/* scores [batch, heads, queries], iterations [batch, heads], contiguous. */
+ATEDM_API int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance,
+                                                 float *scores, int32_t *iterations, int32_t threads);
+
+/* source [batch, queries], contiguous; index [batch, keep], clamped to the tokens there are. */
+ATEDM_API int32_t atedm_similarity_source(const atedm_map *map, const int64_t *index, const int64_t index_stride[2],
+                                          int64_t keep, int64_t *source, int32_t threads);
+
+/* out [batch, keep], contiguous, ascending; keep from 0 to tokens. NaN counts least. */
+ATEDM_API int32_t atedm_select_tokens(const float *scores, const int64_t scores_stride[3], int64_t batch,
+                                      int64_t heads, int64_t tokens, int64_t keep, int32_t reduction, int64_t *out,
+                                      int32_t threads);
+
+/* out [batch, rows, channels], contiguous: x[b, index[b, r]], the index clamped; x [batch, length, channels] of
+ * elements of 2 or 4 bytes. */
+ATEDM_API int32_t atedm_gather_rows(const void *x, const int64_t x_stride[3], int64_t batch, int64_t length,
+                                    int64_t channels, int32_t element_bytes, const int64_t *index,
+                                    const int64_t index_stride[2], int64_t rows, void *out, int32_t threads);
+
+/* residual and out [batch, channels, height, width]; x [batch, slots, channels]; source [batch, height * width],
+ * clamped. out is contiguous, in channels-last order where channels_last is not 0. */
+typedef struct atedm_feature_map {
+  const void *x, *residual;
+  const int64_t *source;
+  void *out;
+  int64_t batch, slots, channels, height, width;
+  int64_t x_stride[3], source_stride[2], residual_stride[4];
+  int32_t x_dtype, residual_dtype, out_dtype, channels_last;
+} atedm_feature_map;
+
+ATEDM_API int32_t atedm_recover_feature_map(const atedm_feature_map *map, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

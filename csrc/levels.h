@@ -1,0 +1,31 @@
+// The levels of instruction sets, and the kernels compiled once for each of them.
+#pragma once
+
+#include "atedm.h"
+
+// Slowest first. AMX has never been run: no machine with it was at hand.
+#define ATEDM_PORTABLE 0
+#define ATEDM_AVX2 1
+#define ATEDM_AVX512 2
+#define ATEDM_AVX512_BF16 3
+#define ATEDM_AMX 4
+#define ATEDM_LEVELS 5
+
+namespace atedm {
+
+struct Kernels {
+  int32_t (*attention_column_sums)(const atedm_map &, const float *, const int64_t *, float *, int32_t);
+  int32_t (*weighted_page_rank)(const atedm_map &, int32_t, double, float *, int32_t *, int32_t);
+  int32_t (*weighted_page_rank_cross)(const atedm_map &, int32_t, double, float *, int32_t *, int32_t);
+  int32_t (*similarity_source)(const atedm_map &, const int64_t *, const int64_t *, int64_t, int64_t *, int32_t);
+  int32_t (*recover_feature_map)(const atedm_feature_map &, int32_t);
+};
+
+// Bytes of one head's map up to which it is kept, see atedm_set_map_limits.
+double float_map_limit();
+double sixteen_bit_map_limit();
+
+// NULL for a level that this build was made without.
+extern const Kernels *const kLevelKernels[ATEDM_LEVELS];
+
+}  // namespace atedm

@@ -1,0 +1,179 @@
+// Tiles of logits q_i . k_j, in registers: the one product that every op over the attention map is built on.
+//
+// Keys lie in panels, transposed, so that a vector holds one coordinate of several keys; queries are broadcast. A column
+// of the map then stays in its lane, and sums over rows need no shuffle.
+#pragma once
+
+#include "rows.h"
+
+namespace atedm {
+namespace ATEDM_NAMESPACE {
+
+constexpr int kPanel = kVectors * kLanes;             // keys of a panel
+constexpr int64_t kBlockKeys = 256;                   // keys that a work item holds while queries pass by
+constexpr int64_t kBlockPanels = kBlockKeys / kPanel;
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kBlockRows = 96;                    // queries converted at a time, to stay in the first-level cache
+
+// float32 products; fp16, and bf16 where there is no instruction for it, are widened on the way in.
+struct FloatDot {
+  using Unit = float;
+  static constexpr int kRows = 6;
+  static int64_t depth(int64_t head_dim) { return head_dim; }
+  static void load(const char *row, int64_t stride, int32_t dtype, int64_t head_dim, Unit *out) {
+    load_row(row, stride, dtype, head_dim, out);
+  }
+  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+    ATEDM_UNROLL for (int r = 0; r < kRows; ++r) ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vf{};
+    for (int64_t d = 0; d < depth; ++d, panel += kPanel) {
+      Vf key[kVectors];
+      ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) key[v] = load_as<Vf>(panel + v * kLanes);
+      ATEDM_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Vf query = splat(q[r * depth + d]);
+        ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] += query * key[v];
+      }
+    }
+  }
+};
+
+#if ATEDM_LEVEL >= ATEDM_AVX512_BF16
+// Pairs of bfloat16: two products an instruction. Products are exact, sums float32; denormal inputs count as 0.
+struct PairDot {
+  using Unit = uint32_t;
+#if ATEDM_LEVEL >= ATEDM_AMX
+  // Never run. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
+  static constexpr int kRows = 16;
+  static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
+  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+    static_assert(kVectors == 4, "tiles 0 to 3 are sums, 4 to 6 operands");
+    // Statements on their own: GCC's intrinsics are macros.
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < depth; d += 16, panel += 16 * kPanel) {
+      _tile_loadd(4, q + d, static_cast<size_t>(depth) * 4);
+      _tile_loadd(5, panel, kPanel * 4);
+      _tile_loadd(6, panel + 16, kPanel * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(5, panel + 32, kPanel * 4);
+      _tile_loadd(6, panel + 48, kPanel * 4);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_stored(0, &sums[0][0], sizeof(sums[0]));
+    _tile_stored(1, &sums[0][1], sizeof(sums[0]));
+    _tile_stored(2, &sums[0][2], sizeof(sums[0]));
+    _tile_stored(3, &sums[0][3], sizeof(sums[0]));
+  }
+#else
+  static constexpr int kRows = 6;
+  static int64_t depth(int64_t head_dim) { return (head_dim + 1) / 2; }
+  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+    ATEDM_UNROLL for (int r = 0; r < kRows; ++r) ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vf{};
+    for (int64_t d = 0; d < depth; ++d, panel += kPanel) {
+      Vu key[kVectors];
+      ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) key[v] = load_as<Vu>(panel + v * kLanes);
+      ATEDM_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Vu query = splat(q[r * depth + d]);
+        ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
+          sums[r][v] = (Vf)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)query, (__m512bh)key[v]);
+        }
+      }
+    }
+  }
+#endif
+  static void load(const char *row, int64_t stride, int32_t, int64_t head_dim, Unit *out) {
+    load_pairs(row, stride, head_dim, depth(head_dim), out);
+  }
+};
+#endif
+
+// The tile unit's settings belong to a thread: held while one works.
+struct TileUnit {
+#if ATEDM_LEVEL >= ATEDM_AMX
+  TileUnit() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    _tile_loadconfig(config);
+  }
+  ~TileUnit() { _tile_release(); }
+#else
+  TileUnit() {}
+#endif
+};
+
+// The keys key_at(0) … key_at(keys - 1) of a head, as panels. Columns behind the last hold copies of it: they must not
+// hold what a key that is there does not.
+template <class Dot, class KeyAt>
+inline void load_panels(const char *k, const int64_t (&stride)[4], int32_t dtype, int64_t head_dim, int64_t keys,
+                        const KeyAt &key_at, typename Dot::Unit *panels) {
+  const int64_t depth = Dot::depth(head_dim), element = bytes_of(dtype);
+  typename Dot::Unit row[kMaxHeadDim];
+  for (int64_t j = 0; j < round_up(keys, kPanel); ++j) {
+    Dot::load(k + key_at(smaller(j, keys - 1)) * stride[2] * element, stride[3], dtype, head_dim, row);
+    typename Dot::Unit *column = panels + j / kPanel * kPanel * depth + j % kPanel;
+    for (int64_t d = 0; d < depth; ++d) column[d * kPanel] = row[d];
+  }
+}
+
+// visit(first_row, rows, sums) for the tiles of `rows` queries by one panel. Rows of `sums` past `rows` are undefined.
+template <class Dot, class Visit>
+ATEDM_INLINE void for_each_tile(const typename Dot::Unit *queries, int64_t rows, const typename Dot::Unit *panel,
+                                int64_t depth, const Visit &visit) {
+  for (int64_t row = 0; row < rows; row += Dot::kRows) {
+    Vf sums[Dot::kRows][kVectors];
+    Dot::logits(queries + row * depth, panel, depth, sums);
+    visit(row, smaller<int64_t>(Dot::kRows, rows - row), sums);
+  }
+}
+
+// run(Dot{}) with the fastest product for the dtype at this level.
+template <class Run>
+ATEDM_INLINE int32_t with_dot([[maybe_unused]] int32_t dtype, Run &&run) {
+#if ATEDM_LEVEL >= ATEDM_AVX512_BF16
+  if (dtype == ATEDM_BFLOAT16) return run(PairDot{});
+#endif
+  return run(FloatDot{});
+}
+
+// Threads worth starting for `items` items of `products` multiplications each: one needs about 0.1 ms of work.
+ATEDM_INLINE int32_t threads_for(int32_t threads, int64_t items, int64_t products) {
+  const int64_t worth = items * larger<int64_t>(products, 1) / 4000000 + 1;
+  return static_cast<int32_t>(larger<int64_t>(1, smaller<int64_t>(smaller<int64_t>(threads, items), worth)));
+}
+
+template <class Body>
+ATEDM_INLINE void parallel(int32_t threads, int64_t items, const Body &body) {
+  run_parallel(
+      threads, items,
+      [](void *context, int32_t worker, int64_t item) { (*static_cast<const Body *>(context))(worker, item); },
+      const_cast<Body *>(&body));
+}
+
+// One block of memory, cut into aligned parts.
+class Scratch {
+ public:
+  // Parts first, then allocation: add() gives an offset, at() its address.
+  int64_t add(int64_t bytes) {
+    const int64_t offset = size_;
+    size_ = round_up(size_ + bytes, 64);
+    return offset;
+  }
+  bool allocate() { return (memory_ = static_cast<char *>(atedm::allocate(static_cast<size_t>(size_)))) != nullptr; }
+  template <class T>
+  T *at(int64_t offset) const {
+    return reinterpret_cast<T *>(memory_ + offset);
+  }
+  Scratch() = default;
+  Scratch(const Scratch &) = delete;
+  ~Scratch() { release(memory_); }
+
+ private:
+  int64_t size_ = 0;
+  char *memory_ = nullptr;
+};
+
+}  // namespace ATEDM_NAMESPACE
+}  // namespace atedm

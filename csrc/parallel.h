@@ -1,0 +1,17 @@
+// Work shared among threads, and memory that several of them use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace atedm {
+
+// body(context, worker, item) for every item; `worker` < threads names the scratch memory of the running thread. Which
+// thread runs an item is left to chance, so a result must not depend on it.
+void run_parallel(int32_t threads, int64_t items, void (*body)(void *, int32_t, int64_t), void *context);
+
+// Aligned for any vector and, if large, for huge pages; NULL where there is none. Not cleared.
+void *allocate(size_t bytes);
+void release(void *memory);
+
+}  // namespace atedm

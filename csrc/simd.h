@@ -1,0 +1,123 @@
+// Vectors of one level. Compiled once for each level: everything is in that level's namespace, and nothing here or in
+// what includes it may use the standard library's templates. The linker keeps one copy of those for all levels, which
+// could be the one made of instructions that this CPU lacks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "levels.h"
+#include "parallel.h"
+
+#if ATEDM_LEVEL >= ATEDM_AVX2
+#include <immintrin.h>
+#endif
+
+#define ATEDM_INLINE inline __attribute__((always_inline))
+#define ATEDM_LAMBDA_INLINE __attribute__((always_inline))
+#if defined(__clang__)
+#define ATEDM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ATEDM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace atedm {
+namespace ATEDM_NAMESPACE {
+
+#if ATEDM_LEVEL >= ATEDM_AVX512
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;  // of keys, in a tile of 6 queries: 24 sums, 4 keys and a query fill 32 registers
+#elif ATEDM_LEVEL >= ATEDM_AVX2
+constexpr int kLanes = 8;
+constexpr int kVectors = 2;
+#else
+constexpr int kLanes = 4;
+constexpr int kVectors = 2;
+#endif
+
+typedef float Vf __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Vu __attribute__((vector_size(kLanes * 4)));
+
+template <class T>
+ATEDM_INLINE T load_as(const void *address) {
+  T value;
+  __builtin_memcpy(&value, address, sizeof(T));
+  return value;
+}
+template <class T>
+ATEDM_INLINE void store_as(void *address, T value) {
+  __builtin_memcpy(address, &value, sizeof(T));
+}
+template <class To, class From>
+ATEDM_INLINE To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+ATEDM_INLINE Vf splat(float x) { return x - Vf{}; }  // not x + 0: that would have to make 0 of -0
+ATEDM_INLINE Vu splat(uint32_t x) { return Vu{} + x; }
+
+template <class T>
+ATEDM_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+ATEDM_INLINE T larger(T a, T b) {
+  return b > a ? b : a;
+}
+ATEDM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Larger of the two; `b` where either is NaN.
+ATEDM_INLINE Vf max_or_second(Vf a, Vf b) {
+#if ATEDM_LEVEL >= ATEDM_AVX512
+  return (Vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ATEDM_LEVEL >= ATEDM_AVX2
+  return (Vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ATEDM_INLINE Vf min_or_second(Vf a, Vf b) {
+#if ATEDM_LEVEL >= ATEDM_AVX512
+  return (Vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ATEDM_LEVEL >= ATEDM_AVX2
+  return (Vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 2^x, relative error at most 2.7e-6 (a polynomial of degree 4 on [-1/2, 1/2], relative minimax, its error's
+// mean brought to 0) plus 3e-7 of rounding. Below 2^-126 the result is 0 or a denormal, above 2^128 infinite; NaN stays NaN.
+ATEDM_INLINE Vf exp2(Vf x) {
+  constexpr float c0 = 0.999999247f, c1 = 0.693121805f, c2 = 0.240247445f, c3 = 0.0559178597f,
+                  c4 = 0.00957010179f;
+#if ATEDM_LEVEL >= ATEDM_AVX512
+  // scalef does the ends of the range: by its definition NaN * 2^-inf is 0 and NaN * 2^inf is inf, for x infinite.
+  const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vf f = x - (Vf)whole;
+#else
+  // Kept where both factors are normal numbers; at the ends the second is 0 or infinite.
+  x = max_or_second(splat(-127.0f), x);
+  x = min_or_second(splat(128.0f), x);
+  // 1.5 * 2^23: adding it rounds to whole numbers, which are then the low bits. The 127 is the bias of an exponent.
+  const Vf shifted = x + splat(12582912.0f + 127.0f);
+  const Vf f = x - (shifted - splat(12582912.0f + 127.0f));
+#endif
+  Vf p = splat(c4) * f + splat(c3);
+  p = p * f + splat(c2);
+  p = p * f + splat(c1);
+  p = p * f + splat(c0);
+#if ATEDM_LEVEL >= ATEDM_AVX512
+  return (Vf)_mm512_scalef_ps((__m512)p, whole);
+#else
+  return p * bits_as<Vf>(bits_as<Vu>(shifted) << 23);
+#endif
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+}  // namespace ATEDM_NAMESPACE
+}  // namespace atedm
