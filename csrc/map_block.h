@@ -36,7 +36,7 @@ struct Head {
 template <class Dot>
 struct BlockScratch {
   typename Dot::Unit *panels, *queries;
-  alignas(64) float shift[kBlockRows];
+  alignas(64) float shift[kBlockRows], weight[kBlockRows], logits[kBlockRows * kPanel];
 
   static int64_t bytes(int64_t head_dim) {
     return (kBlockKeys + kBlockRows) * Dot::depth(head_dim) * static_cast<int64_t>(sizeof(typename Dot::Unit));
@@ -59,8 +59,13 @@ struct BlockScratch {
   }
 };
 
-// visit(panel, first_row, rows, for_tiles) for every panel of the block and every kBlockRows queries, which are in the
-// first-level cache then; for_tiles is for_each_tile over them.
+// A row of a panel: exp2(logits * scale + shift).
+ATEDM_INLINE void map_row(const float *logits, Vf scale, Vf shift, Vf (&out)[kVectors]) {
+  ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) out[v] = load_as<Vf>(logits + v * kLanes) * scale + shift;
+  exp2(out);
+}
+
+// visit(panel, first_row, rows, logits) for every panel of the block and every kBlockRows queries; logits [rows, kPanel].
 template <class Dot, class Visit>
 inline void for_each_panel(const Head &head, int64_t first_key, int64_t keys, BlockScratch<Dot> &scratch,
                            const Visit &visit) {
@@ -73,9 +78,8 @@ inline void for_each_panel(const Head &head, int64_t first_key, int64_t keys, Bl
     const int64_t rows = smaller(kBlockRows, map.queries - first_row);
     scratch.load_queries(head, first_row, rows);
     for (int64_t panel = 0; panel * kPanel < keys; ++panel) {
-      visit(panel, first_row, rows, [&](const auto &tile) ATEDM_LAMBDA_INLINE {
-        for_each_tile<Dot>(scratch.queries, rows, scratch.panels + panel * kPanel * depth, depth, tile);
-      });
+      panel_logits<Dot>(scratch.queries, rows, scratch.panels + panel * kPanel * depth, depth, scratch.logits);
+      visit(panel, first_row, rows, scratch.logits);
     }
   }
 }
@@ -85,25 +89,22 @@ template <class Dot>
 inline void block_sums(const Head &head, int64_t first_key, int64_t keys, const float *weights, int64_t weights_stride,
                        BlockScratch<Dot> &scratch, float *sums) {
   const float uniform = 1.0f / static_cast<float>(head.map.queries);
-  alignas(64) float weight[kBlockRows];
   for (int64_t j = 0; j < round_up(keys, kPanel); ++j) sums[j] = 0;
-  for_each_panel(head, first_key, keys, scratch, [&](int64_t panel, int64_t first_row, int64_t rows, const auto &tiles) {
+  for_each_panel(head, first_key, keys, scratch,
+                 [&](int64_t panel, int64_t first_row, int64_t rows, const float *logits) {
     if (panel == 0) {
       for (int64_t r = 0; r < rows; ++r) {
-        weight[r] = weights == nullptr ? uniform : load_as<float>(weights + (first_row + r) * weights_stride);
+        scratch.weight[r] = weights == nullptr ? uniform : load_as<float>(weights + (first_row + r) * weights_stride);
       }
     }
     const Vf scale = splat(head.scale);
     Vf sum[kVectors] = {};
-    tiles([&](int64_t row, int64_t rows_here, const auto &logits) ATEDM_LAMBDA_INLINE {
-      ATEDM_UNROLL for (int r = 0; r < Dot::kRows; ++r) {
-        if (r >= rows_here) break;
-        const Vf shift = splat(scratch.shift[row + r]), factor = splat(weight[row + r]);
-        ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
-          sum[v] += exp2(logits[r][v] * scale + shift) * factor;
-        }
-      }
-    });
+    for (int64_t r = 0; r < rows; ++r, logits += kPanel) {
+      const Vf shift = splat(scratch.shift[r]), weight = splat(scratch.weight[r]);
+      Vf a[kVectors];
+      map_row(logits, scale, shift, a);
+      ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += a[v] * weight;
+    }
     float *out = sums + panel * kPanel;
     ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
       store_as(out + v * kLanes, load_as<Vf>(out + v * kLanes) + sum[v]);

@@ -1,7 +1,8 @@
-// Tiles of logits q_i . k_j, in registers: the one product that every op over the attention map is built on.
+// Logits q_i . k_j of some queries by a panel of keys: the one product that every op over the attention map is built on.
 //
 // Keys lie in panels, transposed, so that a vector holds one coordinate of several keys; queries are broadcast. A column
-// of the map then stays in its lane, and sums over rows need no shuffle.
+// of the map then stays in its lane, and sums over rows need no shuffle. Logits pass through a buffer in the first-level
+// cache: exponentials straight from the registers of each tile were slower, for their latency showed after every tile.
 #pragma once
 
 #include "rows.h"
@@ -13,7 +14,14 @@ constexpr int kPanel = kVectors * kLanes;             // keys of a panel
 constexpr int64_t kBlockKeys = 256;                   // keys that a work item holds while queries pass by
 constexpr int64_t kBlockPanels = kBlockKeys / kPanel;
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kBlockRows = 96;                    // queries converted at a time, to stay in the first-level cache
+constexpr int64_t kBlockRows = 48;                    // queries at a time: they and their logits stay in that cache too
+
+template <int kRows>
+ATEDM_INLINE void store_tile(const Vf (&sums)[kRows][kVectors], float *out) {
+  ATEDM_UNROLL for (int r = 0; r < kRows; ++r) {
+    ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) store_as(out + r * kPanel + v * kLanes, sums[r][v]);
+  }
+}
 
 // float32 products; fp16, and bf16 where there is no instruction for it, are widened on the way in.
 struct FloatDot {
@@ -23,7 +31,8 @@ struct FloatDot {
   static void load(const char *row, int64_t stride, int32_t dtype, int64_t head_dim, Unit *out) {
     load_row(row, stride, dtype, head_dim, out);
   }
-  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+  static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {
+    Vf sums[kRows][kVectors];
     ATEDM_UNROLL for (int r = 0; r < kRows; ++r) ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vf{};
     for (int64_t d = 0; d < depth; ++d, panel += kPanel) {
       Vf key[kVectors];
@@ -33,6 +42,7 @@ struct FloatDot {
         ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] += query * key[v];
       }
     }
+    store_tile(sums, out);
   }
 };
 
@@ -44,7 +54,7 @@ struct PairDot {
   // Never run. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
   static constexpr int kRows = 16;
   static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
-  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+  static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {
     static_assert(kVectors == 4, "tiles 0 to 3 are sums, 4 to 6 operands");
     // Statements on their own: GCC's intrinsics are macros.
     _tile_zero(0);
@@ -62,15 +72,16 @@ struct PairDot {
       _tile_dpbf16ps(2, 4, 5);
       _tile_dpbf16ps(3, 4, 6);
     }
-    _tile_stored(0, &sums[0][0], sizeof(sums[0]));
-    _tile_stored(1, &sums[0][1], sizeof(sums[0]));
-    _tile_stored(2, &sums[0][2], sizeof(sums[0]));
-    _tile_stored(3, &sums[0][3], sizeof(sums[0]));
+    _tile_stored(0, out, kPanel * 4);
+    _tile_stored(1, out + 1 * kLanes, kPanel * 4);
+    _tile_stored(2, out + 2 * kLanes, kPanel * 4);
+    _tile_stored(3, out + 3 * kLanes, kPanel * 4);
   }
 #else
   static constexpr int kRows = 6;
   static int64_t depth(int64_t head_dim) { return (head_dim + 1) / 2; }
-  static ATEDM_INLINE void logits(const Unit *q, const Unit *panel, int64_t depth, Vf (&sums)[kRows][kVectors]) {
+  static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {
+    Vf sums[kRows][kVectors];
     ATEDM_UNROLL for (int r = 0; r < kRows; ++r) ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vf{};
     for (int64_t d = 0; d < depth; ++d, panel += kPanel) {
       Vu key[kVectors];
@@ -82,6 +93,7 @@ struct PairDot {
         }
       }
     }
+    store_tile(sums, out);
   }
 #endif
   static void load(const char *row, int64_t stride, int32_t, int64_t head_dim, Unit *out) {
@@ -118,14 +130,13 @@ inline void load_panels(const char *k, const int64_t (&stride)[4], int32_t dtype
   }
 }
 
-// visit(first_row, rows, sums) for the tiles of `rows` queries by one panel. Rows of `sums` past `rows` are undefined.
-template <class Dot, class Visit>
-ATEDM_INLINE void for_each_tile(const typename Dot::Unit *queries, int64_t rows, const typename Dot::Unit *panel,
-                                int64_t depth, const Visit &visit) {
+// out[r, j] = q_r . k_j for `rows` queries by one panel, rows rounded up to whole tiles.
+template <class Dot>
+inline void panel_logits(const typename Dot::Unit *queries, int64_t rows, const typename Dot::Unit *panel,
+                         int64_t depth, float *out) {
+  static_assert(kBlockRows % Dot::kRows == 0, "whole tiles");
   for (int64_t row = 0; row < rows; row += Dot::kRows) {
-    Vf sums[Dot::kRows][kVectors];
-    Dot::logits(queries + row * depth, panel, depth, sums);
-    visit(row, smaller<int64_t>(Dot::kRows, rows - row), sums);
+    Dot::tile(queries + row * depth, panel, depth, out + row * kPanel);
   }
 }
 

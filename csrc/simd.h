@@ -14,7 +14,6 @@
 #endif
 
 #define ATEDM_INLINE inline __attribute__((always_inline))
-#define ATEDM_LAMBDA_INLINE __attribute__((always_inline))
 #if defined(__clang__)
 #define ATEDM_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -89,31 +88,35 @@ ATEDM_INLINE Vf min_or_second(Vf a, Vf b) {
 #endif
 }
 
-// 2^x, relative error at most 2.7e-6 (a polynomial of degree 4 on [-1/2, 1/2], relative minimax, its error's
-// mean brought to 0) plus 3e-7 of rounding. Below 2^-126 the result is 0 or a denormal, above 2^128 infinite; NaN stays NaN.
-ATEDM_INLINE Vf exp2(Vf x) {
-  constexpr float c0 = 0.999999247f, c1 = 0.693121805f, c2 = 0.240247445f, c3 = 0.0559178597f,
-                  c4 = 0.00957010179f;
+// x <- 2^x, relative error at most 2.7e-6 (a polynomial of degree 4 on [-1/2, 1/2], relative minimax, its error's mean
+// brought to 0) plus 3e-7 of rounding. Below 2^-126 the result is 0 or a denormal, above 2^128 infinite; NaN stays NaN.
+// Several vectors in step, so that none waits for its own last result.
+template <int kCount>
+ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
+  constexpr float c0 = 0.999999247f, c1 = 0.693121805f, c2 = 0.240247445f, c3 = 0.0559178597f, c4 = 0.00957010179f;
+  Vf whole[kCount], p[kCount];
+#if ATEDM_LEVEL >= ATEDM_AVX512
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = (Vf)_mm512_roundscale_ps((__m512)x[i], kNearest);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = x[i] - whole[i];
+#else
+  // 1.5 * 2^23: adding it rounds to whole numbers, which are then the low bits. 127 is the bias of an exponent.
+  constexpr float kShift = 12582912.0f + 127.0f;
+  // Kept where both factors of the result are normal numbers; at the ends the second is 0 or infinite.
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = max_or_second(splat(-127.0f), x[i]);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = min_or_second(splat(128.0f), x[i]);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = x[i] + splat(kShift);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = x[i] - (whole[i] - splat(kShift));
+#endif
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = splat(c4) * x[i] + splat(c3);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c2);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c1);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c0);
 #if ATEDM_LEVEL >= ATEDM_AVX512
   // scalef does the ends of the range: by its definition NaN * 2^-inf is 0 and NaN * 2^inf is inf, for x infinite.
-  const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vf f = x - (Vf)whole;
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = (Vf)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
 #else
-  // Kept where both factors are normal numbers; at the ends the second is 0 or infinite.
-  x = max_or_second(splat(-127.0f), x);
-  x = min_or_second(splat(128.0f), x);
-  // 1.5 * 2^23: adding it rounds to whole numbers, which are then the low bits. The 127 is the bias of an exponent.
-  const Vf shifted = x + splat(12582912.0f + 127.0f);
-  const Vf f = x - (shifted - splat(12582912.0f + 127.0f));
-#endif
-  Vf p = splat(c4) * f + splat(c3);
-  p = p * f + splat(c2);
-  p = p * f + splat(c1);
-  p = p * f + splat(c0);
-#if ATEDM_LEVEL >= ATEDM_AVX512
-  return (Vf)_mm512_scalef_ps((__m512)p, whole);
-#else
-  return p * bits_as<Vf>(bits_as<Vu>(shifted) << 23);
+  ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = p[i] * bits_as<Vf>(bits_as<Vu>(whole[i]) << 23);
 #endif
 }
 

@@ -8,8 +8,6 @@ namespace atedm {
 namespace ATEDM_NAMESPACE {
 namespace {
 
-constexpr int64_t kSourceRows = 48;  // dropped tokens of a work item
-
 template <class Dot>
 struct SourceSearch {
   using Unit = typename Dot::Unit;
@@ -22,19 +20,20 @@ struct SourceSearch {
   // What a thread works in.
   struct Work {
     Unit *queries;  // [heads, rows]
-    float *shift, *similarity, *best;
+    float *shift, *logits, *similarity, *best;
     uint32_t *best_panel;
   };
   int64_t work_bytes() const {
-    return round_up(map.heads * kSourceRows * (depth * 4 + 4) + kSourceRows * kPanel * 12, 64);
+    return round_up(map.heads * kBlockRows * (depth * 4 + 4) + kBlockRows * kPanel * 16, 64);
   }
   Work work(char *memory) const {
     Work w;
     w.similarity = reinterpret_cast<float *>(memory);
-    w.best = w.similarity + kSourceRows * kPanel;
-    w.best_panel = reinterpret_cast<uint32_t *>(w.best + kSourceRows * kPanel);
-    w.shift = reinterpret_cast<float *>(w.best_panel + kSourceRows * kPanel);
-    w.queries = reinterpret_cast<Unit *>(w.shift + map.heads * kSourceRows);
+    w.best = w.similarity + kBlockRows * kPanel;
+    w.best_panel = reinterpret_cast<uint32_t *>(w.best + kBlockRows * kPanel);
+    w.logits = reinterpret_cast<float *>(w.best_panel + kBlockRows * kPanel);
+    w.shift = w.logits + kBlockRows * kPanel;
+    w.queries = reinterpret_cast<Unit *>(w.shift + map.heads * kBlockRows);
     return w;
   }
 
@@ -48,7 +47,7 @@ struct SourceSearch {
     for (int64_t h = 0; h < map.heads; ++h) {
       const Head head(map, batch * map.heads + h);
       for (int64_t r = 0; r < round_up(count, Dot::kRows); ++r) {
-        const int64_t row = rows[smaller(r, count - 1)], at = h * kSourceRows + r;
+        const int64_t row = rows[smaller(r, count - 1)], at = h * kBlockRows + r;
         Dot::load(head.query(row), map.q_stride[3], map.dtype, map.head_dim, w.queries + at * depth);
         w.shift[at] = head.shift(row);
       }
@@ -61,18 +60,16 @@ struct SourceSearch {
     __builtin_memset(w.similarity, 0, static_cast<size_t>(count * kPanel * 4));
     for (int64_t h = 0; h < map.heads; ++h) {
       const Unit *key = keys + ((batch * map.heads + h) * panels + panel) * kPanel * depth;
-      const float *shifts = w.shift + h * kSourceRows;
-      for_each_tile<Dot>(w.queries + h * kSourceRows * depth, count, key, depth,
-                         [&](int64_t row, int64_t rows_here, const auto &logits) ATEDM_LAMBDA_INLINE {
-        ATEDM_UNROLL for (int r = 0; r < Dot::kRows; ++r) {
-          if (r >= rows_here) break;
-          const Vf shift = splat(shifts[row + r]);
-          float *sum = w.similarity + (row + r) * kPanel;
-          ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
-            store_as(sum + v * kLanes, load_as<Vf>(sum + v * kLanes) + exp2(logits[r][v] * scale + shift));
-          }
+      const float *shifts = w.shift + h * kBlockRows;
+      panel_logits<Dot>(w.queries + h * kBlockRows * depth, count, key, depth, w.logits);
+      for (int64_t r = 0; r < count; ++r) {
+        Vf attention[kVectors];
+        map_row(w.logits + r * kPanel, scale, splat(shifts[r]), attention);
+        float *sum = w.similarity + r * kPanel;
+        ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
+          store_as(sum + v * kLanes, load_as<Vf>(sum + v * kLanes) + attention[v]);
         }
-      });
+      }
     }
   }
 
@@ -118,8 +115,8 @@ int32_t similarity_source(const atedm_map &map, const int64_t *index, const int6
   };
   return with_dot(map.dtype, [&](auto dot) -> int32_t {
     SourceSearch<decltype(dot)> search{map, keep};
-    const int64_t row_blocks = (tokens + kSourceRows - 1) / kSourceRows;
-    threads = threads_for(threads, batches * row_blocks, heads * keep * map.head_dim * kSourceRows);
+    const int64_t row_blocks = (tokens + kBlockRows - 1) / kBlockRows;
+    threads = threads_for(threads, batches * row_blocks, heads * keep * map.head_dim * kBlockRows);
     Scratch memory;
     const int64_t at_keys = memory.add(search.pairs * search.panels * kPanel * search.depth * 4);
     const int64_t at_dropped = memory.add(batches * tokens * 8), at_count = memory.add(batches * 8);
@@ -141,8 +138,8 @@ int32_t similarity_source(const atedm_map &map, const int64_t *index, const int6
       search.load_keys(pair, [&](int64_t slot) { return kept(pair / heads, slot); });
     });
     parallel(threads, batches * row_blocks, [&](int32_t worker, int64_t item) {
-      const int64_t b = item / row_blocks, first = item % row_blocks * kSourceRows;
-      const int64_t count = smaller(kSourceRows, dropped_count[b] - first);
+      const int64_t b = item / row_blocks, first = item % row_blocks * kBlockRows;
+      const int64_t count = smaller(kBlockRows, dropped_count[b] - first);
       if (count <= 0) return;
       const auto work = search.work(memory.at<char>(at_work) + worker * search.work_bytes());
       search.find(b, dropped + b * tokens + first, count, work, source + b * tokens);

@@ -2,8 +2,8 @@
 //
 // The first step computes the map and keeps it, as many heads at a time as the cache holds; the others only read it. Up to
 // 1024 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in time: it
-// is kept in 16 bits. The exact column sums of the first step are known, so each column is corrected by what rounding
-// did to them; what is left is 4.9e-4 relative in the worst case and about 1e-5 in practice.
+// is kept in 16 bits. The exact column sums of the first step are known, so each column is corrected by what cutting did to
+// them; what is left is 4.9e-4 relative in the worst case and about 1e-5 in practice.
 #include "kept_map.h"
 #include "power_iteration.h"
 
@@ -46,21 +46,26 @@ struct Ranking {
   }
 
   // One step of head `base + slot`, for one block of its columns.
-  void step(int64_t base, int64_t slot, int64_t block, bool first, int32_t worker) {
+  void step(int64_t base, int64_t slot, int64_t block, int32_t iteration, int32_t worker) {
     const int64_t first_key = block * kBlockKeys, keys = smaller(kBlockKeys, tokens - first_key);
     const Head head(map, base + slot);
     BlockScratch<Dot> work(scratch + worker * scratch_bytes, map.head_dim);
     char *kept = maps + slot * map_bytes + first_key / kPanel * panel_bytes;
     float *sums = raw + slot * columns + first_key, *factor = correction + slot * columns + first_key;
-    if (first && keeps) {
-      fits[slot * blocks + block] = keep_block<Dot, Kept>(head, first_key, keys, work, kept, sums, factor);
-    } else if (!first && keeps && fits[slot * blocks]) {
-      for (int64_t j = 0; j < keys; j += kPanel) {
-        panel_sums<Kept>(kept + j / kPanel * panel_bytes, scores + slot * padded, padded / 2, sums + j);
+    const float *weights = scores + slot * padded;
+    if (iteration == 0 && keeps) {
+      fits[slot * blocks + block] = keep_block<Dot, Kept>(head, first_key, keys, work, kept, sums);
+      __builtin_memcpy(factor, sums, static_cast<size_t>(keys) * 4);
+    } else if (iteration > 0 && keeps && fits[slot * blocks]) {
+      const bool plain = Kept::kCuts && iteration == 1;
+      alignas(64) float cut_sums[kBlockKeys];
+      for (int64_t j = 0; j < keys; j += kPanel, kept += panel_bytes) {
+        (plain ? panel_sums<Kept, true> : panel_sums<Kept, false>)(kept, weights, padded / 2, sums + j, cut_sums + j);
       }
-      for (int64_t j = 0; j < keys; ++j) sums[j] *= factor[j];
+      for (int64_t j = 0; plain && j < keys; ++j) factor[j] /= cut_sums[j];
+      for (int64_t j = 0; Kept::kCuts && j < keys; ++j) sums[j] *= factor[j];
     } else {
-      block_sums(head, first_key, keys, first ? nullptr : scores + slot * padded, 1, work, sums);
+      block_sums(head, first_key, keys, weights, 1, work, sums);
     }
   }
 
@@ -73,7 +78,7 @@ struct Ranking {
       const int64_t items = heads * blocks;
       parallel(threads, items, [&](int32_t worker, int64_t item) {
         if (iteration % 2) item = items - 1 - item;  // back over what the cache still holds of the last step
-        step(base, running[item / blocks], item % blocks, iteration == 0, worker);
+        step(base, running[item / blocks], item % blocks, iteration, worker);
       });
       int64_t still = 0;
       for (int64_t i = 0; i < heads; ++i) {

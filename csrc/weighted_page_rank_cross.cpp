@@ -73,26 +73,26 @@ struct CrossRanking {
     const Vf scale = splat(head.scale);
     for (int64_t key = 0; key < keys; key += kBlockKeys) {
       for_each_panel(head, key, smaller(kBlockKeys, keys - key), work,
-                     [&](int64_t panel, int64_t first_row, int64_t, const auto &tiles) {
+                     [&](int64_t panel, int64_t first_row, int64_t count, const float *logits) {
         float *corner = out + first_row * width + key + panel * kPanel;
-        tiles([&](int64_t row, int64_t rows_here, const auto &logits) ATEDM_LAMBDA_INLINE {
-          ATEDM_UNROLL for (int r = 0; r < Dot::kRows; ++r) {
-            if (r >= rows_here) break;
-            const Vf shift = splat(work.shift[row + r]);
-            ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
-              store_as(corner + (row + r) * width + v * kLanes, logits[r][v] * scale + shift);
-            }
+        for (int64_t r = 0; r < count; ++r) {
+          const Vf shift = splat(work.shift[r]);
+          ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
+            const Vf logit = load_as<Vf>(logits + r * kPanel + v * kLanes);
+            store_as(corner + r * width + v * kLanes, logit * scale + shift);
           }
-        });
+        }
       });
     }
     for (int64_t r = 0; r < part.queries; ++r) {  // from base-2 logs to the map, and to its rows' entropies
       Vf sum = {};
       for (int64_t j = 0; j < width; j += kLanes) {
-        const Vf log = load_as<Vf>(out + r * width + j), a = exp2(log);
+        const Vf log = load_as<Vf>(out + r * width + j);
+        Vf a[1] = {log};
+        exp2(a);
         const Vu inside = lanes_before(j, keys);
-        sum += bits_as<Vf>(bits_as<Vu>(a * log) & inside);
-        store_as(out + r * width + j, bits_as<Vf>(bits_as<Vu>(a) & inside));
+        sum += bits_as<Vf>(bits_as<Vu>(a[0] * log) & inside);
+        store_as(out + r * width + j, bits_as<Vf>(bits_as<Vu>(a[0]) & inside));
       }
       const float nats = sum_of_lanes(sum) * -0.693147181f;
       entropy[slot * rows + first + r] = nats < kEntropyFloor ? kEntropyFloor : nats;  // NaN stays
