@@ -5,7 +5,7 @@ VENV ?= .venv
 JOBS ?= 2
 
 INSTALLED = $(VENV)/installed-
-SETTINGS = pyproject.toml setup.py constraints.txt
+SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test lint clean
 

@@ -1,9 +1,51 @@
 """Package layout: ``atedm_kernels`` stands at the top of the repository, ``atedm`` in ``python/``, and the
-measurements in ``bench/`` are installed as ``atedm.bench``, so that ``atedm bench`` works from a wheel too."""
+measurements in ``bench/`` are installed as ``atedm.bench``, so that ``atedm bench`` works from a wheel too.
 
-from setuptools import find_packages, setup
+The native CPU library is built here where a compiler is. It is loaded by ctypes and knows no Python, so one wheel
+serves every version of it; without a compiler the wheel is pure, and the reference backend serves the CPU."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 BENCH = ["atedm.bench", *(f"atedm.bench.{name}" for name in find_packages("bench"))]
+
+# By path: a build frontend need not have this folder on sys.path.
+spec = importlib.util.spec_from_file_location("atedm_csrc_build", Path(__file__).parent / "csrc" / "build.py")
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+
+LIBRARY = "atedm_kernels.libatedm"
+
+
+class BuildNative(build_ext):
+    """Our own compiler calls in the place of setuptools', which know one set of flags for all sources."""
+
+    def get_ext_filename(self, fullname):
+        if fullname.split(".")[-1] != LIBRARY.split(".")[-1]:
+            return super().get_ext_filename(fullname)
+        return str(Path(*fullname.split("."))) + native.SUFFIX  # no tag of a Python version
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        try:
+            native.build_library(Path(self.get_ext_fullpath(ext.name)))
+        except native.BuildError as error:
+            warnings.warn(f"without the native CPU library: {error}", stacklevel=1)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        platform = super().get_tag()[2]
+        is_built = any(Path(self.bdist_dir).rglob(f"libatedm{native.SUFFIX}"))
+        return ("py3", "none", platform if is_built else "any")
+
 
 setup(
     packages=[
@@ -18,4 +60,14 @@ setup(
         # Recipes and small networks; what was measured (bench/results) stays in the repository.
         **{name: ["*.yaml", "*.safetensors"] for name in BENCH},
     },
+    # For the source distribution, everything the build reads.
+    ext_modules=[
+        Extension(
+            LIBRARY,
+            sources=[f"csrc/{name}.cpp" for name in ("level", *native.COMMON)],
+            depends=sorted(f"csrc/{path.name}" for path in native.SOURCES.iterdir() if path.is_file()),
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,0 +1,122 @@
+"""Compiles ``csrc/`` into one shared library with the system's C++ compiler: no torch, no Python headers, no make.
+
+``python csrc/build.py`` builds into the source tree, for development; ``setup.py`` and the tests call the functions.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
+
+# Contraction: a product and a sum become one fused operation where the level has one. Never -ffast-math, which would
+# delete the rounding that the exponential is built on.
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
+)
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
+_BF16 = (*_AVX512, "-mavx512bf16")
+# Levels in the order of csrc/levels.h. Older compilers lack the last ones; the others are needed.
+LEVELS = {
+    "portable": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": _BF16,
+    "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+OPTIONAL = {"avx512_bf16": "ATEDM_HAS_AVX512_BF16", "amx": "ATEDM_HAS_AMX"}
+COMMON = ("levels", "parallel", "gather_rows", "select_tokens")
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed."""
+
+
+def compiler() -> list[str]:
+    """``CXX`` of the environment, or the first C++ compiler on the path."""
+    if os.environ.get("CXX"):
+        return os.environ["CXX"].split()
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler (c++, g++ or clang++) is on the path; CXX names one")
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
+    """Compile every source into ``folder``, each level's kernels once, and return the object files.
+
+    Args:
+        extra: more compiler flags.
+
+    Raises:
+        BuildError: with the compiler's output.
+    """
+    if sys.platform == "win32":
+        raise BuildError("Windows is not supported")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    levels = [name for name in LEVELS if is_x86 or name == "portable"]
+    base = [*compiler(), *FLAGS, *extra]
+
+    def compile_level(name: str) -> Path | None:
+        out = folder / f"level_{name}.o"
+        names = [f"-DATEDM_LEVEL={list(LEVELS).index(name)}", f"-DATEDM_NAMESPACE={name}"]
+        try:
+            _run([*base, *LEVELS[name], *names, "-c", str(SOURCES / "level.cpp"), "-o", str(out)])
+        except BuildError:
+            if name in OPTIONAL:
+                return None
+            raise
+        return out
+
+    def compile_common(name: str, defines: list[str]) -> Path:
+        out = folder / f"{name}.o"
+        _run([*base, *defines, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(out)])
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = dict(zip(levels, pool.map(compile_level, levels), strict=True))
+        defines = [f"-D{define}" for name, define in OPTIONAL.items() if built.get(name) is not None]
+        common = pool.map(lambda name: compile_common(name, defines), COMMON)
+        return [path for path in (*built.values(), *common) if path is not None]
+
+
+def build_library(out: Path) -> None:
+    """Build the shared library ``out``; an old one there is replaced at once or not at all.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(path) for path in objects(Path(folder))]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(out.name + ".unfinished")
+        _run([*compiler(), shared, "-pthread", *files, "-o", str(unfinished)])
+        unfinished.replace(out)
+
+
+if __name__ == "__main__":
+    target = SOURCES.parent / "atedm_kernels" / f"libatedm{SUFFIX}"
+    try:
+        build_library(target)
+    except BuildError as error:
+        sys.exit(str(error))
+    print(target)
