@@ -36,7 +36,7 @@ LEVELS = {
     "avx512_bf16": _BF16,
     "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
 }
-OPTIONAL = {"avx512_bf16": "ATEDM_HAS_AVX512_BF16", "amx": "ATEDM_HAS_AMX"}
+OPTIONAL = ("avx512_bf16", "amx")
 COMMON = ("levels", "parallel", "gather_rows", "select_tokens")
 
 
@@ -60,11 +60,11 @@ def _run(command: Sequence[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
+def objects(folder: Path, extra: Sequence[str] = (), levels: Sequence[str] = tuple(LEVELS)) -> list[Path]:
     """Compile every source into ``folder``, each level's kernels once, and return the object files.
 
     Args:
-        extra: more compiler flags.
+        extra: more compiler flags. levels: those wanted, of which an old compiler or another CPU omits some.
 
     Raises:
         BuildError: with the compiler's output.
@@ -72,7 +72,7 @@ def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
     if sys.platform == "win32":
         raise BuildError("Windows is not supported")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    levels = [name for name in LEVELS if is_x86 or name == "portable"]
+    levels = [name for name in levels if is_x86 or name == "portable"]
     base = [*compiler(), *FLAGS, *extra]
 
     def compile_level(name: str) -> Path | None:
@@ -93,7 +93,7 @@ def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         built = dict(zip(levels, pool.map(compile_level, levels), strict=True))
-        defines = [f"-D{define}" for name, define in OPTIONAL.items() if built.get(name) is not None]
+        defines = [f"-DATEDM_HAS_{name.upper()}" for name, path in built.items() if path is not None]
         common = pool.map(lambda name: compile_common(name, defines), COMMON)
         return [path for path in (*built.values(), *common) if path is not None]
 

@@ -14,27 +14,29 @@
 
 namespace atedm {
 
+// ATEDM_HAS_… is defined for the levels that were compiled.
 #define ATEDM_DECLARE(level)       \
   namespace level {                \
   extern const Kernels kKernels;   \
   }
 ATEDM_DECLARE(portable)
-#if defined(ATEDM_X86)
 ATEDM_DECLARE(avx2)
 ATEDM_DECLARE(avx512)
-#if defined(ATEDM_HAS_AVX512_BF16)
 ATEDM_DECLARE(avx512_bf16)
-#endif
-#if defined(ATEDM_HAS_AMX)
 ATEDM_DECLARE(amx)
-#endif
-#endif
 
 const Kernels *const kLevelKernels[ATEDM_LEVELS] = {
     &portable::kKernels,
-#if defined(ATEDM_X86)
+#if defined(ATEDM_HAS_AVX2)
     &avx2::kKernels,
+#else
+    nullptr,
+#endif
+#if defined(ATEDM_HAS_AVX512)
     &avx512::kKernels,
+#else
+    nullptr,
+#endif
 #if defined(ATEDM_HAS_AVX512_BF16)
     &avx512_bf16::kKernels,
 #else
@@ -44,7 +46,6 @@ const Kernels *const kLevelKernels[ATEDM_LEVELS] = {
     &amx::kKernels,
 #else
     nullptr,
-#endif
 #endif
 };
 
@@ -105,7 +106,7 @@ const char *find_why_not(int32_t) { return "this is no x86 CPU"; }
 
 const char *why_not(int32_t level) {
   if (level < 0 || level >= ATEDM_LEVELS) return "there is no such level";
-  if (kLevelKernels[level] == nullptr) return "the library was built by a compiler that does not know this level";
+  if (kLevelKernels[level] == nullptr) return "this build of the library lacks it";
   return level == ATEDM_PORTABLE ? nullptr : find_why_not(level);
 }
 

@@ -12,13 +12,16 @@ ATEDM_INLINE bool valid(const atedm_map &map) {
          map.head_dim <= kMaxHeadDim && map.batch >= 0 && map.heads >= 0 && map.queries >= 0 && map.keys >= 0;
 }
 
+// Of logits whose powers are taken to base 2.
+ATEDM_INLINE float base_2_scale(const atedm_map &map) { return static_cast<float>(map.scale * 1.4426950408889634); }
+
 // One head of the map.
 struct Head {
   const char *q, *k;
   const float *lse;
   int64_t lse_stride;
   const atedm_map &map;
-  float scale;  // of logits in base 2
+  float scale;
 
   Head(const atedm_map &map, int64_t pair) : map(map) {
     const int64_t b = pair / map.heads, h = pair % map.heads, element = bytes_of(map.dtype);
@@ -26,7 +29,7 @@ struct Head {
     k = static_cast<const char *>(map.k) + (b * map.k_stride[0] + h * map.k_stride[1]) * element;
     lse = map.lse + b * map.lse_stride[0] + h * map.lse_stride[1];
     lse_stride = map.lse_stride[2];
-    scale = static_cast<float>(map.scale * 1.4426950408889634);
+    scale = base_2_scale(map);
   }
   const char *query(int64_t row) const { return q + row * map.q_stride[2] * bytes_of(map.dtype); }
   float shift(int64_t row) const { return load_as<float>(lse + row * lse_stride) * -kLog2E; }

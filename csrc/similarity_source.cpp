@@ -56,7 +56,7 @@ struct SourceSearch {
 
   // w.similarity[r, j] = sum over the heads of A[rows[r], index[panel, j]]
   void add_heads(int64_t batch, int64_t panel, int64_t count, const Work &w) const {
-    const Vf scale = splat(Head(map, 0).scale);
+    const Vf scale = splat(base_2_scale(map));
     __builtin_memset(w.similarity, 0, static_cast<size_t>(count * kPanel * 4));
     for (int64_t h = 0; h < map.heads; ++h) {
       const Unit *key = keys + ((batch * map.heads + h) * panels + panel) * kPanel * depth;
