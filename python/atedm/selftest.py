@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import atedm_kernels as kernels
+from atedm_kernels import _native
 
 # Contract: 2e-4 for sums and scores; attention itself is torch's, held to the rounding of its output.
 _LIMITS = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -80,6 +82,14 @@ def _iterate(step: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -
         start = step(start)
         start = start / start.sum(dim=-1, keepdim=True)
     return start
+
+
+def native_library() -> dict[str, Any]:
+    """State of the native CPU library: in use or why not, and each level of instructions with why it cannot run."""
+    try:
+        return {"library": _native.describe(), "levels": _native.levels()}
+    except ValueError as error:  # ATEDM_CPU
+        return {"library": f"not in use: {error}", "levels": _native.levels()}
 
 
 def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:

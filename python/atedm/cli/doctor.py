@@ -16,7 +16,7 @@ def doctor(
     from rich.console import Console
 
     from atedm import report
-    from atedm.selftest import check_ops
+    from atedm.selftest import check_ops, native_library
     from atedm_kernels._backends import choose
     from atedm_kernels._library import IMPLEMENTATIONS
 
@@ -32,6 +32,10 @@ def doctor(
         cases += [(torch.device("cuda", i), dtype) for dtype in (torch.float16, torch.bfloat16)]
     if not torch.cuda.is_available():
         console.print("No CUDA or ROCm device is visible to torch: the Triton kernels are not in use.")
+    native = native_library()
+    console.print(f"Native CPU library: {native['library']}")
+    for level, reason in native["levels"].items():
+        console.print(f"  {level}: {reason or 'runs here'}")
 
     rows = []
     for device, dtype in cases:
@@ -68,7 +72,7 @@ def doctor(
     for device in dict.fromkeys(row["device"] for row in rows):
         report.print_table([row for row in rows if row["device"] == device], columns, device, console)
     if json is not None:
-        report.write_json(report.report(report.command_line(), cases[-1][0], {}, rows), json)
+        report.write_json(report.report(report.command_line(), cases[-1][0], {"native": native}, rows), json)
         console.print(f"written: {json}")
     failed = [row for row in rows if row["result"] != "ok"]
     if failed:
