@@ -123,7 +123,7 @@ std::atomic<int32_t> &current_level() {
 }
 
 // Chosen by measurement, see weighted_page_rank.cpp.
-constexpr int64_t kFloatMapLimit = 4 << 20, kSixteenBitMapLimit = 256 << 20;
+constexpr int64_t kFloatMapLimit = 1 << 20, kSixteenBitMapLimit = 256 << 20;
 std::atomic<int64_t> float_limit{kFloatMapLimit}, sixteen_bit_limit{kSixteenBitMapLimit};
 
 const Kernels &kernels() { return *kLevelKernels[current_level().load()]; }

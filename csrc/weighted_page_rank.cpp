@@ -1,9 +1,11 @@
 // The power iteration s <- A^T s, normalised, of every head.
 //
 // The first step computes the map and keeps it, as many heads at a time as the cache holds; the others only read it. Up to
-// 1024 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in time: it
-// is kept in 16 bits. The exact column sums of the first step are known, so each column is corrected by what cutting did to
-// them; what is left is 4.9e-4 relative in the worst case and about 1e-5 in practice.
+// 512 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in time, and
+// a 1024-token head twice what the second-level cache holds: they are kept in 16 bits. The exact column sums of the first
+// step are known, so each column is corrected by what cutting did to them. Scores of five iterations then differ from
+// float64 by 2e-5 (rms) to 2e-4 (largest) where logits spread as in SDXL, and by 6e-4 at most on far more peaked maps,
+// where two or three entries decide a sum; with float32 or without a kept map, by 1e-5.
 #include "kept_map.h"
 #include "power_iteration.h"
 
