@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import multiprocessing
 import os
 import platform
 import sys
@@ -28,6 +29,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"rms": 0, "mean": 1}
 
 _OUT_OF_MEMORY = 1
+
+_PROCESS = os.getpid()
 
 _int32, _int64, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -123,7 +126,9 @@ def _torch_openmp() -> int | None:
 
     Its threads spin for a while after torch's last kernel: threads of our own would compete with them for the cores.
     """
-    if sys.platform != "linux":
+    # A child of a fork inherits a runtime that waits for threads it does not have.
+    is_child = os.getpid() != _PROCESS or multiprocessing.parent_process() is not None
+    if sys.platform != "linux" or is_child:
         return None
     try:
         mapped = Path("/proc/self/maps").read_text(errors="replace")
