@@ -3,7 +3,7 @@
 
 #include "atedm.h"
 
-// Slowest first. AMX has never been run: no machine with it was at hand.
+// Slowest first. AMX has never been run: no machine with it was at hand. Tests run its code on emulated tiles.
 #define ATEDM_PORTABLE 0
 #define ATEDM_AVX2 1
 #define ATEDM_AVX512 2

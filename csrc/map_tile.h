@@ -51,7 +51,7 @@ struct FloatDot {
 struct PairDot {
   using Unit = uint32_t;
 #if ATEDM_LEVEL >= ATEDM_AMX
-  // Never run. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
+  // Never run but emulated. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
   static constexpr int kRows = 16;
   static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
   static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {

@@ -12,6 +12,9 @@
 #if ATEDM_LEVEL >= ATEDM_AVX2
 #include <immintrin.h>
 #endif
+#if defined(ATEDM_EMULATED_TILES)  // a test's stand-in for AMX
+#include ATEDM_EMULATED_TILES
+#endif
 
 #define ATEDM_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-"""The library under AddressSanitizer and UndefinedBehaviorSanitizer, driven by ``exercise.cpp``."""
+"""The library in C++ programs: under AddressSanitizer and UndefinedBehaviorSanitizer, and with AMX emulated."""
 
 from __future__ import annotations
 
@@ -39,3 +39,23 @@ def test_no_sanitizer_complains(build, tmp_path):
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert int(done.stdout.split()[0]) > 1000
+
+
+def test_amx_kernels_on_emulated_tiles(build, tmp_path):
+    """The one level that could not be run where it was written: its code, with the tile unit emulated."""
+    if _native.levels()["avx512_bf16"] is not None:
+        pytest.skip(f"the rest of the level needs avx512_bf16: {_native.levels()['avx512_bf16']}")
+    here = Path(__file__).parent
+    base = [*build.compiler(), *build.FLAGS, "-O1", f"-I{build.SOURCES}", f"-I{here}"]
+    emulated = [*build.LEVELS["avx512_bf16"], "-DATEDM_LEVEL=4", "-DATEDM_NAMESPACE=amx"]
+    emulated.append('-DATEDM_EMULATED_TILES="amx_emulation.h"')
+    objects = build.objects(tmp_path, ["-O1"], ["portable"])
+    program = tmp_path / "amx"
+    try:
+        build._run([*base, *emulated, "-c", f"{build.SOURCES}/level.cpp", "-o", f"{tmp_path}/emulated.o"])
+        sources = [f"{here}/amx_emulated.cpp", f"{tmp_path}/emulated.o", *map(str, objects)]
+        build._run([*base, *sources, "-o", str(program)])
+    except build.BuildError as error:
+        pytest.fail(str(error)[-3000:])
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "same\n", done.stdout + done.stderr
