@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.bench.scenes import Scene
-from atedm.comparison import UNetTimer, save_image
-
-TIMES = "times-{}.jsonl"
+from atedm.comparison import save_image
 
 
 @dataclass(frozen=True)
@@ -78,21 +75,17 @@ def make_pictures(
     with in_force(pipe, setting) as start_batch:
         for batch in missing:
             start_batch(batch.start)
-            with UNetTimer(pipe.unet) as timer:
-                made = pipe(
-                    prompt=[cases[n].prompt for n in batch],
-                    # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
-                    generator=[torch.Generator().manual_seed(cases[n].seed) for n in batch],
-                    num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance,
-                    width=sampling.width,
-                    height=sampling.height,
-                ).images
+            made = pipe(
+                prompt=[cases[n].prompt for n in batch],
+                # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
+                generator=[torch.Generator().manual_seed(cases[n].seed) for n in batch],
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                width=sampling.width,
+                height=sampling.height,
+            ).images
             for n, image in zip(batch, made, strict=True):
                 save_image(image, picture_path(folder, n))
-            row = {"pictures": len(batch), "calls": len(timer.seconds), "seconds": sum(timer.seconds)}
-            with folder.joinpath(TIMES.format(process)).open("a") as log:
-                log.write(json.dumps(row) + "\n")
             on_picture(len(batch))
 
 
@@ -105,16 +98,3 @@ def load_pictures(paths: Sequence[Path]) -> Tensor:
     """uint8 ``[N, 3, H, W]``; all of one size."""
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def unet_seconds(root: Path, setting: Setting) -> float | None:
-    """Seconds of UNet a picture: the median over the batches of the commonest size; None where none was timed."""
-    rows = [
-        json.loads(line)
-        for path in sorted(folder_of(root, setting).glob(TIMES.format("*")))
-        for line in path.read_text().splitlines()
-    ]
-    if not rows:
-        return None
-    largest = max(row["pictures"] for row in rows)
-    return float(np.median([row["seconds"] / largest for row in rows if row["pictures"] == largest]))

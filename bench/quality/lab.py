@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import Checker, detect, load_checker
 from atedm.bench.quality.checker_training import held_out_renders
-from atedm.bench.quality.images import Case, load_pictures, picture_paths, unet_seconds
+from atedm.bench.quality.images import Case, load_pictures, picture_paths
 from atedm.bench.quality.judge import Verdict, judge
 from atedm.bench.quality.settings import Setting
 from atedm.bench.scenes import caption
@@ -92,9 +92,13 @@ def rows_of(
     root: Path,
     count: int,
     figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
+    seconds: Mapping[str, float],
     on_setting: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """One flat row a setting, and by a setting's name the samples behind its row.
+
+    Args:
+        seconds: of the UNet a picture, by a setting's name.
 
     Raises:
         ValueError: the first setting is not the full model.
@@ -119,7 +123,7 @@ def rows_of(
                 "gflops": setting.flops / 1e9,
                 "gflops_scoring": setting.scoring_flops / 1e9,
                 "flops_part": setting.flops / settings[0].flops,
-                "unet_seconds": unet_seconds(root, setting),
+                "unet_seconds": seconds.get(setting.name),
                 **found.row,
                 "note": setting.note,
             }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class Run:
     def rows(
         self,
         figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
+        seconds: Mapping[str, float],
         on_setting: Callable[[str], None] = lambda name: None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
         """See :func:`atedm.bench.quality.lab.rows_of`."""
-        return rows_of(self.settings, self.root, len(self.cases), figures, on_setting)
+        return rows_of(self.settings, self.root, len(self.cases), figures, seconds, on_setting)

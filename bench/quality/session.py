@@ -24,6 +24,7 @@ from atedm.bench.quality.lab import SceneFigures, scene_cases
 from atedm.bench.quality.reference import ReferenceFigures, read_prompts
 from atedm.bench.quality.run import Run
 from atedm.bench.quality.settings import MAIN, Plan
+from atedm.bench.quality.timing import ROUNDS, unet_seconds
 from atedm.flops import UNetFlops
 from atedm.models import LATENT_SCALE
 
@@ -179,9 +180,19 @@ def _run(
             budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
             ratio = budget.ratio if budget is not None else 0.63
             watched = study(pipe, cases[:_WATCHED], ratio, sampling)
+        timed = progress.add_task("time", total=ROUNDS * len(settings))
+        seconds = unet_seconds(
+            pipe,
+            settings,
+            cases,
+            sampling,
+            lambda name: progress.update(timed, description=f"time: {name}", advance=1),
+        )
         measured = progress.add_task("figures", total=len(settings))
         rows, samples = run.rows(
-            make_figures(), lambda name: progress.update(measured, description=f"figures: {name}", advance=1)
+            make_figures(),
+            seconds,
+            lambda name: progress.update(measured, description=f"figures: {name}", advance=1),
         )
     _write(request, device, run, rows, check_claims(rows, samples), watched)
 

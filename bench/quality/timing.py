@@ -1,0 +1,56 @@
+"""UNet time of every setting: by turns in one process, apart from the making of pictures, which several may share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from atedm.bench.quality.images import Case, Sampling
+from atedm.bench.quality.settings import Setting, in_force
+from atedm.comparison import UNetTimer
+
+# Enough steps for a share of light ones (3 of 10) near that of a whole run.
+STEPS, PICTURES, ROUNDS = 10, 8, 3
+
+
+def unet_seconds(
+    pipe: Any,
+    settings: Sequence[Setting],
+    cases: Sequence[Case],
+    sampling: Sampling,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting: the median of ``ROUNDS`` rounds.
+
+    A round runs every setting for ``STEPS`` steps on the same prompts, and begins with another setting than the last.
+    """
+    pictures = min(PICTURES, sampling.batch, len(cases))
+    steps = min(STEPS, sampling.steps)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(setting: Setting, count: int) -> float:
+        with in_force(pipe, setting) as start_batch, UNetTimer(pipe.unet) as timer:
+            start_batch(0)
+            pipe(
+                prompt=[case.prompt for case in cases[:pictures]],
+                generator=[torch.Generator().manual_seed(case.seed) for case in cases[:pictures]],
+                num_inference_steps=count,
+                guidance_scale=sampling.guidance,
+                width=sampling.width,
+                height=sampling.height,
+                output_type="latent",
+            )
+        return sum(timer.seconds) / count * sampling.steps / pictures
+
+    found: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    for n in range(ROUNDS):
+        start = n * len(settings) // ROUNDS
+        for setting in [*settings[start:], *settings[:start]]:
+            on_run(setting.name)
+            if n == 0:
+                run(setting, min(2, steps))  # warms up
+            found[setting.name].append(run(setting, steps))
+    return {name: statistics.median(values) for name, values in found.items()}
