@@ -7,7 +7,7 @@ JOBS ?= 2
 INSTALLED = $(VENV)/installed-
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test witnesses docs lint clean
 
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
@@ -16,6 +16,13 @@ test: $(INSTALLED)test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
+witnesses: $(INSTALLED)test
+	JOBS=$(JOBS) $(VENV)/bin/python tests/witnesses/run.py $(SOURCE) $(ARGS)
+
+docs: $(INSTALLED)docs
+	$(VENV)/bin/python -m pdoc --docformat google --output-directory outputs/docs atedm atedm_kernels
 
 lint: $(INSTALLED)test
 	$(VENV)/bin/ruff check --fix .

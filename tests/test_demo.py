@@ -169,7 +169,7 @@ def test_finished_full_image_survives_a_failure(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels, "weighted_page_rank", break_down)
     with pytest.raises(torch.OutOfMemoryError):
-        comparison.compare(pipe, request, {"ratio": 0.5}, tmp_path)
+        comparison.compare(pipe, request, atedm.Options(ratio=0.5), tmp_path)
     assert pixels(tmp_path / "full.png").shape == (64, 128, 3)
     assert not (tmp_path / "pruned.png").exists()
     assert atedm.pruned_blocks(pipe) == []

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import atedm
-from atedm.bench.quality.images import Case, Sampling
 from atedm.bench.quality.rankings import RunningBlock
+from atedm.many import Case, Sampling
 from atedm.options import kept_tokens
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)

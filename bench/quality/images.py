@@ -1,4 +1,4 @@
-"""Making a setting's pictures: one PNG each, so that an interrupted run goes on where it stopped."""
+"""Where a setting's pictures lie, and making them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,14 @@ from torch import Tensor
 
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.bench.scenes import Scene
-from atedm.comparison import save_image
+from atedm.many import Case, Sampling, make_pictures, picture_path
 
 
 @dataclass(frozen=True)
-class Case:
-    """A prompt and its seed; ``scene`` where it is known what was asked."""
+class SceneCase(Case):
+    """A case of which it is known what was asked."""
 
-    prompt: str
-    seed: int
-    scene: Scene | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are made. ``size``: pixels (width, height); ``batch``: pictures at a time."""
-
-    steps: int
-    guidance: float
-    width: int
-    height: int
-    batch: int
+    scene: Scene
 
 
 def folder_of(root: Path, setting: Setting) -> Path:
@@ -43,11 +30,7 @@ def folder_of(root: Path, setting: Setting) -> Path:
     return root / "-".join(part for part in plain.split("-") if part)
 
 
-def picture_path(folder: Path, n: int) -> Path:
-    return folder / f"{n:05d}.png"
-
-
-def make_pictures(
+def make_setting(
     pipe: Any,
     setting: Setting,
     cases: Sequence[Case],
@@ -58,35 +41,21 @@ def make_pictures(
     processes: int = 1,
     on_picture: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Make the pictures that are missing; this process makes every ``processes``-th batch.
+    """Make a setting's pictures that are missing, see :func:`atedm.many.make_pictures`.
 
-    Batches are the same however often a run was interrupted and whatever the number of processes: what tomesd and
-    random pruning draw depends on the batch.
+    What tomesd and random pruning draw depends on the batch.
     """
-    folder = folder_of(root, setting)
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
-    mine = batches[process::processes]
-    missing = [batch for batch in mine if not all(picture_path(folder, n).is_file() for n in batch)]
-    on_picture(sum(len(batch) for batch in mine) - sum(len(batch) for batch in missing))
-    if not missing:
-        return
-    pipe.set_progress_bar_config(disable=True)
     with in_force(pipe, setting) as start_batch:
-        for batch in missing:
-            start_batch(batch.start)
-            made = pipe(
-                prompt=[cases[n].prompt for n in batch],
-                # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
-                generator=[torch.Generator().manual_seed(cases[n].seed) for n in batch],
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                width=sampling.width,
-                height=sampling.height,
-            ).images
-            for n, image in zip(batch, made, strict=True):
-                save_image(image, picture_path(folder, n))
-            on_picture(len(batch))
+        make_pictures(
+            pipe,
+            cases,
+            sampling,
+            folder_of(root, setting),
+            process=process,
+            processes=processes,
+            before_batch=start_batch,
+            on_picture=on_picture,
+        )
 
 
 def picture_paths(root: Path, setting: Setting, count: int) -> list[Path]:

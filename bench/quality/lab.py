@@ -14,7 +14,7 @@ from torch import Tensor
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import Checker, detect, load_checker
 from atedm.bench.quality.checker_training import held_out_renders
-from atedm.bench.quality.images import Case, load_pictures, picture_paths
+from atedm.bench.quality.images import SceneCase, load_pictures, picture_paths
 from atedm.bench.quality.judge import Verdict, judge
 from atedm.bench.quality.settings import Setting
 from atedm.bench.scenes import caption
@@ -28,11 +28,11 @@ _REFERENCES_A_PICTURE = 8
 REFERENCES = (128, 2000)
 
 
-def scene_cases(count: int, seed: int = 0) -> list[Case]:
+def scene_cases(count: int, seed: int = 0) -> list[SceneCase]:
     """Held-out captions, the first ``count`` of one endless list; case n starts from noise seed ``seed + n``."""
     rng = np.random.default_rng(_CAPTIONS)
     found = itertools.islice(scenes(rng, test=True), count)
-    return [Case(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
+    return [SceneCase(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Figures:
 class SceneFigures:
     """Figures of pictures of scenes: the checker's verdicts and distances."""
 
-    def __init__(self, cases: Sequence[Case], size: int, checker: Checker | None = None) -> None:
+    def __init__(self, cases: Sequence[SceneCase], size: int, checker: Checker | None = None) -> None:
         self.cases = cases
         self.checker = checker or load_checker()
         references = min(max(_REFERENCES_A_PICTURE * len(cases), REFERENCES[0]), REFERENCES[1])

@@ -16,8 +16,9 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
 from atedm.bench.quality.convergence import ITERATIONS
-from atedm.bench.quality.images import Case, folder_of, picture_path
+from atedm.bench.quality.images import folder_of
 from atedm.bench.quality.settings import Setting
+from atedm.many import Case, picture_path
 
 _COLORS = {"ours": "tab:blue", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
 _LABELS = {

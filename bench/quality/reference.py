@@ -16,8 +16,8 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import FEATURES, load_checker, prepare
-from atedm.bench.quality.images import Case
 from atedm.bench.quality.lab import Figures
+from atedm.many import Case
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Pictures of any size are brought to this one for the Inception network, as FID's definition has it.
@@ -25,18 +25,6 @@ _FID_SIZE = 299
 _BATCH = 16
 # Where several processes share a run, one of them measures: it must not wait for the others.
 _ALONE = {"sync_on_compute": False}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"prompts: {path} holds no prompt; expected one a line")
-    return found
 
 
 def reference_paths(folder: Path) -> list[Path]:

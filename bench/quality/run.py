@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from atedm.bench.quality.images import Case, Sampling, make_pictures
+from atedm.bench.quality.images import make_setting
 from atedm.bench.quality.lab import Figures, rows_of
 from atedm.bench.quality.settings import Setting
-from atedm.report import write_json
-
-_RUN = "run.json"
+from atedm.many import Case, Sampling, claim
 
 
 @dataclass
@@ -31,16 +28,9 @@ class Run:
     sampling: Sampling
     root: Path
 
-    def _described(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "sampling": dataclasses.asdict(self.sampling),
-            "cases": [[case.prompt, case.seed] for case in self.cases],
-        }
-
     def _setting(self, setting: Setting) -> dict[str, Any]:
         kept = ("kind", "ratio", "options", "study")
-        return json.loads(json.dumps({key: getattr(setting, key) for key in kept}))
+        return {key: getattr(setting, key) for key in kept}
 
     def check_root(self) -> None:
         """Make ``root`` this run's, or make sure that it is already: pictures of another run must not mix with it.
@@ -48,31 +38,14 @@ class Run:
         Raises:
             ValueError: ``root`` holds pictures made in another way; the message says what differs.
         """
-        path = self.root / _RUN
-        described = self._described()
-        settings = {setting.name: self._setting(setting) for setting in self.settings}
-        if path.is_file():
-            before = json.loads(path.read_text())
-            shorter = min(len(before["cases"]), len(described["cases"]))
-            differing = [key for key in ("model", "sampling") if before[key] != described[key]]
-            if before["cases"][:shorter] != described["cases"][:shorter]:
-                differing.append("cases")
-            differing += [n for n, s in settings.items() if before["settings"].get(n, s) != s]
-            if differing:
-                raise ValueError(
-                    f"{self.root} holds pictures of another run ({', '.join(differing)} differ); "
-                    "expected an empty folder or the same run to go on with"
-                )
-            settings = before["settings"] | settings
-            if len(before["cases"]) > len(described["cases"]):
-                described["cases"] = before["cases"]
-        write_json({**described, "settings": settings}, path)
+        described = {"model": self.model, "sampling": dataclasses.asdict(self.sampling)}
+        claim(self.root, described, self.cases, {setting.name: self._setting(setting) for setting in self.settings})
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:
         """Make every missing picture; each process its part, and all wait for the last one."""
         state = PartialState()
         for setting in self.settings:
-            make_pictures(
+            make_setting(
                 self.pipe,
                 setting,
                 self.cases,

@@ -19,13 +19,13 @@ from atedm import report
 from atedm.bench.quality import plots
 from atedm.bench.quality.claims import check_claims
 from atedm.bench.quality.convergence import study
-from atedm.bench.quality.images import Case, Sampling
 from atedm.bench.quality.lab import SceneFigures, scene_cases
-from atedm.bench.quality.reference import ReferenceFigures, read_prompts
+from atedm.bench.quality.reference import ReferenceFigures
 from atedm.bench.quality.run import Run
 from atedm.bench.quality.settings import MAIN, Plan
 from atedm.bench.quality.timing import ROUNDS, unet_seconds
 from atedm.flops import UNetFlops
+from atedm.many import Case, Sampling, read_prompts
 from atedm.models import LATENT_SCALE
 
 QUICK_IMAGES, QUICK_STEPS = 16, 10
@@ -74,12 +74,6 @@ class Request:
     dtype: str | None = None
     clip_model: str = ""
     fid_features: str = "inception"
-
-
-def own_device(device: torch.device) -> torch.device:
-    """``device``, or this process's own GPU where several processes share the work."""
-    state = PartialState(cpu=device.type == "cpu")
-    return state.device if state.num_processes > 1 else device
 
 
 def resolved(request: Request, device: torch.device) -> Request:

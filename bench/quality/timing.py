@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from atedm.bench.quality.images import Case, Sampling
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.comparison import UNetTimer
+from atedm.many import Case, Sampling
 
 # Enough steps for a share of light ones (3 of 10) near that of a whole run.
 STEPS, PICTURES, ROUNDS = 10, 8, 3

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atedm.options import PRESETS, Options
+    from atedm.pictures import plot
     from atedm.plugin import applied, apply, pruned_blocks, record, remove
     from atedm.schedule import DSAP
     from atedm_kernels import __version__
@@ -13,15 +15,29 @@ if TYPE_CHECKING:
 # Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
 _HOMES = {
     "DSAP": "atedm.schedule",
+    "Options": "atedm.options",
+    "PRESETS": "atedm.options",
     "__version__": "atedm_kernels",
     "applied": "atedm.plugin",
     "apply": "atedm.plugin",
+    "plot": "atedm.pictures",
     "pruned_blocks": "atedm.plugin",
     "record": "atedm.plugin",
     "remove": "atedm.plugin",
 }
 
-__all__ = ["DSAP", "__version__", "applied", "apply", "pruned_blocks", "record", "remove"]
+__all__ = [
+    "DSAP",
+    "PRESETS",
+    "Options",
+    "__version__",
+    "applied",
+    "apply",
+    "plot",
+    "pruned_blocks",
+    "record",
+    "remove",
+]
 
 
 def __getattr__(name: str) -> Any:

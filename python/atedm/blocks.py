@@ -22,6 +22,10 @@ PLAIN_PROCESSORS = frozenset(
     }
 )
 
+# Those of perturbed-attention guidance, and of how many equal parts of the batch the last one is perturbed: its tokens
+# attend to themselves alone.
+PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
+
 
 @dataclass(frozen=True)
 class AttentionBlock:
@@ -94,7 +98,7 @@ def why_not_rankable(layer: nn.Module) -> str | None:
 def why_not_plain(attention: nn.Module) -> str | None:
     """Why ``attention`` is not plain softmax attention with an output projection, or None where it is."""
     processor = type(attention.processor).__name__
-    if processor not in PLAIN_PROCESSORS:
+    if processor not in PLAIN_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"
     if attention.group_norm is not None or attention.spatial_norm is not None or attention.residual_connection:
         return "its self-attention has a norm or residual of its own"

@@ -69,9 +69,10 @@ class Generated:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` gave. ``rows``: flat, as in the JSON. ``files``: every picture written."""
+    """What :func:`compare` gave. ``rows``: flat, as in the JSON. ``files``: all that was written."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    recording: Recording | None = None
     files: list[Path] = field(default_factory=list)
 
 
@@ -163,7 +164,7 @@ def psnr_db(image: Image, reference: Image) -> float | None:
 def compare(
     pipe: StableDiffusionXLPipeline,
     request: Request,
-    settings: dict[str, Any],
+    options: Options,
     folder: Path,
     *,
     with_full: bool = True,
@@ -174,22 +175,21 @@ def compare(
     Both runs start warm. Each picture is written as soon as it exists, so that a later failure cannot lose it.
 
     Args:
-        settings: for :func:`atedm.apply`; ``pipe`` is unpruned again afterwards.
+        options: of :func:`atedm.apply`; ``pipe`` is unpruned again afterwards.
         folder: exists already.
         with_full: False leaves the full run out; ``speedup`` and ``psnr_db`` are then None.
         console: where the progress bars go; standard error by default.
 
     Raises:
-        ValueError, TypeError: settings that :func:`atedm.apply` refuses, before anything is computed.
+        ValueError, TypeError: options that :func:`atedm.apply` refuses, before anything is computed.
         OSError: a picture cannot be written.
     """
     from atedm import pictures
 
     request = sized(request, pipe)
-    with atedm.applied(pipe, **settings):
-        pruned_blocks = set(atedm.pruned_blocks(pipe))
-    blocks = [(block.name, block.level, block.name in pruned_blocks) for block in attention_blocks(pipe.unet)]
-    flops = _flops(pipe, request, settings)
+    with atedm.applied(pipe, options):
+        pass  # what it refuses it refuses before anything is computed
+    flops = tflops_of(pipe, request.width, request.height, request.steps, options)
     result = Comparison()
     full = None
 
@@ -202,7 +202,7 @@ def compare(
             _warm_up(pipe, request, progress, "full")
             full = _timed(pipe, request, progress, "full")
             keep("full.png", lambda path: save_image(full.image, path))
-        with atedm.applied(pipe, **settings):
+        with atedm.applied(pipe, options):
             _warm_up(pipe, request, progress, "pruned")
             # On a CPU the recording keeps tensors that are there anyway. On a GPU it copies them: not while timing.
             free = pipe.unet.device.type == "cpu"
@@ -210,9 +210,10 @@ def compare(
                 pruned = _timed(pipe, request, progress, "pruned")
             keep("pruned.png", lambda path: save_image(pruned.image, path))
             recording = recording or _recorded(pipe, request, progress)
-    keep("tokens.png", lambda path: pictures.save_token_masks(recording, blocks, pruned.image, request.steps, path))
+    result.recording = recording
+    keep("tokens.png", lambda path: pictures.plot(recording, pruned.image, path=path))
 
-    row = _row("pruned", pruned, pipe, request, flops["pruned"], Options(**settings))
+    row = _row("pruned", pruned, pipe, request, flops["pruned"], options)
     if full is not None:
         result.rows.append({**_row("full", full, pipe, request, flops["full"]), "speedup": 1.0})
         row["speedup"] = sum(full.call_seconds) / sum(pruned.call_seconds)
@@ -246,18 +247,19 @@ def _recorded(pipe: StableDiffusionXLPipeline, request: Request, progress: Progr
     return recording
 
 
-def _flops(pipe: StableDiffusionXLPipeline, request: Request, settings: dict[str, Any]) -> dict[str, float]:
-    """Mean TFLOPs of a UNet call for one image, over the steps."""
+def tflops_of(
+    pipe: StableDiffusionXLPipeline, width: int, height: int, steps: int, options: Options
+) -> dict[str, float]:
+    """Mean TFLOPs of a UNet call for one image, over the steps: ``full`` and ``pruned``."""
     from atedm.flops import UNetFlops
 
     # The counter takes pixels of an autoencoder with SDXL's scale.
-    width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (request.width, request.height))
+    width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height))
     tokens = pipe.tokenizer_2.model_max_length
     counter = UNetFlops(dict(pipe.unet.config), width=width, height=height, tokens=tokens)
-    options = Options(**settings)
     schedule = atedm.DSAP(0) if options.schedule is None else options.schedule
     mean = counter.average(
-        options.ratio, steps=request.steps, schedule=schedule, levels=options.levels, placement=options.placement
+        options.ratio, steps=steps, schedule=schedule, levels=options.levels, placement=options.placement
     )
     return {"full": counter.full().tflops, "pruned": mean.tflops}
 
@@ -295,18 +297,10 @@ def _row(
     return row
 
 
-def describe(request: Request, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+def describe(request: Request, options: Options, **more: Any) -> dict[str, Any]:
     """The ``settings`` of the JSON report: the request, the pruning as applied, and ``more``."""
-    options = Options(**settings)
-    pruning = {
-        "ratio": options.ratio,
-        "levels": None if options.levels is None else list(options.levels),
-        "placement": options.placement,
-        "ranking": options.ranking,
-        "recovery": options.recovery,
-        "light_fraction": 0.0 if options.schedule is None else options.schedule.fraction,
-    }
-    return {**more, **asdict(request), **pruning, "warm_up_steps": WARM_UP_STEPS}
+    light = 0.0 if options.schedule is None else options.schedule.fraction
+    return {**more, **asdict(request), **options.to_dict(), "light_fraction": light, "warm_up_steps": WARM_UP_STEPS}
 
 
 def _is_disturbed(row: dict[str, Any]) -> bool:

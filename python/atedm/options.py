@@ -1,10 +1,14 @@
-"""What :func:`atedm.apply` can be asked for, checked once."""
+"""What :func:`atedm.apply` can be asked for, checked once; presets; options as JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +40,11 @@ def _check_ratio(name: str, ratio: object) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a pruned UNet; the arguments of :func:`atedm.apply`, which documents them."""
+    """The settings of a pruned UNet; the arguments of :func:`atedm.apply`, which documents them.
+
+    Raises:
+        TypeError, ValueError: a value that does not fit; the message begins with its name.
+    """
 
     ratio: float | Mapping[int, float] = DEFAULT_RATIO
     levels: tuple[int, ...] | None = None
@@ -80,6 +88,107 @@ class Options:
     def ratio_at(self, level: int) -> float:
         """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
         return self.ratio.get(level, 0.0) if isinstance(self.ratio, Mapping) else self.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: what :meth:`from_dict` takes.
+
+        Raises:
+            TypeError: ``ranking`` is a function, which has no text.
+        """
+        if callable(self.ranking):
+            raise TypeError(
+                f"ranking is {self.ranking!r}; expected {' or '.join(map(repr, RANKINGS))} to write as JSON"
+            )
+        values = asdict(self)
+        if isinstance(self.ratio, Mapping):
+            values["ratio"] = {str(level): ratio for level, ratio in self.ratio.items()}
+        values["levels"] = None if self.levels is None else list(self.levels)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Options:
+        """Options from what :meth:`to_dict` gave, or a part of it: the others are the defaults.
+
+        Raises:
+            TypeError, ValueError: a name that is none, or a value that does not fit.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"options are a {type(values).__name__}; expected a mapping from name to value")
+        check_names(values)
+        values = dict(values)
+        if isinstance(values.get("ratio"), Mapping):
+            values["ratio"] = {_level(name): ratio for name, ratio in values["ratio"].items()}
+        if isinstance(values.get("schedule"), Mapping):
+            schedule = dict(values["schedule"])
+            if set(schedule) != {"fraction"}:
+                raise ValueError(f"schedule is {schedule!r}; expected {{'fraction': number}} or null")
+            values["schedule"] = DSAP(**schedule)
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON to ``path``, whole or not at all.
+
+        Raises:
+            TypeError: see :meth:`to_dict`. OSError: the file cannot be written.
+        """
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Options:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it holds no options; the message names it.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no options of atedm.apply: {error}") from error
+
+
+def _level(name: object) -> int:
+    if isinstance(name, int) or (isinstance(name, str) and name.isdecimal()):
+        return int(name)
+    raise ValueError(f"ratio names level {name!r}; expected a level number")
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """TypeError where ``options`` names one that :class:`Options` lacks."""
+    known = [f.name for f in fields(Options)]
+    unknown = sorted(set(options) - set(known), key=str)
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option; expected some of {', '.join(known)}")
+
+
+# ``paper`` and ``paper-dagger`` are AT-EDM and AT-EDM† (section 4) at the paper's main budget.
+PRESETS: Mapping[str, Options] = MappingProxyType(
+    {
+        "paper": Options(placement="paper"),
+        "paper-dagger": Options(placement="paper", levels=(3,)),
+    }
+)
+
+
+def resolve(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
+    """``base``, by its name in :data:`PRESETS` or itself, or else the defaults, with ``changes``.
+
+    Raises:
+        TypeError, ValueError: a preset or an option that is none, or a value that does not fit.
+    """
+    check_names(changes)
+    if base is None:
+        return Options(**changes)
+    if isinstance(base, str):
+        if base not in PRESETS:
+            raise ValueError(f"options is {base!r}; expected an atedm.Options or a preset: {', '.join(PRESETS)}")
+        base = PRESETS[base]
+    if not isinstance(base, Options):
+        raise TypeError(f"options is a {type(base).__name__}; expected an atedm.Options or the name of a preset")
+    return replace(base, **changes)
 
 
 def kept_tokens(tokens: int, ratio: float, keep_multiple: int = 1) -> int:

@@ -1,14 +1,13 @@
-"""A picture of what pruning did: the kept tokens of each attention block at some of the denoising steps."""
+"""A picture of what pruning did: kept tokens or scores of each attention block at some of the denoising steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atedm.recording import Ranked, Recording
+from atedm.recording import Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +23,15 @@ _DROPPED = np.array([20, 22, 38], dtype=np.float64)
 _LEVEL_TINTS = {2: (255, 214, 102), 3: (110, 231, 205)}
 _OTHER_TINT = (190, 180, 255)
 _INK, _FAINT = "#1f2233", "#8a8fa3"
+_SCORE_DECADES = 1  # of scores, above and below the mean, that colours tell apart
+_TITLES = {
+    "kept": "Which tokens each attention block computes",
+    "scores": "How each attention block ranks its tokens",
+}
+_KEYS = {
+    "kept": "bright: kept (yellow level 2, green level 3) · dark: dropped, filled in again",
+    "scores": "bright: ten times the mean score and more · dark: a tenth and less",
+}
 
 
 def steps_to_show(total: int, light: int, count: int = 9) -> list[int]:
@@ -39,28 +47,41 @@ def steps_to_show(total: int, light: int, count: int = 9) -> list[int]:
     return sorted(evenly | boundaries)
 
 
-def save_token_masks(
-    recording: Recording, blocks: Sequence[Block], image: Image, steps: int, path: Path, row: int = -1
-) -> None:
-    """Draw the kept tokens of every block (rows, as they run) at some steps (columns) and how often each was kept.
+def plot(
+    recording: Recording,
+    image: Image | None = None,
+    *,
+    what: str = "kept",
+    row: int = -1,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw every block (rows, as they run) at some steps (columns), and how often it kept each token.
 
     Args:
-        recording: of one whole run.
-        blocks: name, level and whether it is pruned, of every attention block of the UNet.
-        image: the finished picture; kept tokens show it, dropped ones are dark.
-        steps: denoising steps of the run.
-        path: of the PNG, written atomically.
+        recording: of one whole run, see :func:`atedm.record`.
+        image: the finished picture, under the tokens; plain gray without one.
+        what: ``"kept"``: kept tokens bright, dropped ones dark. ``"scores"``: what tokens were chosen by, on a
+            logarithmic scale about that of a map that treats all alike.
         row: of the batch; with guidance the last one is the prompt's, the first one the negative prompt's.
+        path: of a PNG to write as well, whole or not at all.
+
+    Returns:
+        The figure, which a notebook shows.
+
+    Raises:
+        ValueError: ``what`` is neither, the recording is empty, or its batch has no such ``row``.
     """
     from matplotlib.figure import Figure
 
-    masks = _masks(recording, row)
+    _check(recording, what, row)
+    masks, steps = _masks(recording, row), recording.steps
+    blocks = recording.blocks
     always = [name for name, _, pruned in blocks if pruned and all((name, step) in masks for step in range(steps))]
     light = _light_steps(masks, [name for name, _, pruned in blocks if pruned and name not in always], steps)
     shown = steps_to_show(steps, light)
 
     columns = len(shown) + 1
-    small = _thumbnail(image)
+    small = _background(recording) if image is None else _thumbnail(image)
     cell_height = 1.05 * small.shape[0] / small.shape[1]
     top, bottom, left = 1.3, 0.55, 1.5
     height = top + bottom + cell_height * len(blocks)
@@ -77,11 +98,15 @@ def save_token_masks(
         wspace=0.06,
         hspace=0.06,
     )
+    scores = _scores(recording, row) if what == "scores" else {}
     for i, block in enumerate(blocks):
         for j, step in enumerate(shown):
             axes = _bare(figure.add_subplot(grid[i, j]))
             mask = masks.get((block[0], step))
-            axes.imshow(_cell(small, mask, block[1]), interpolation="nearest")
+            if what == "scores" and mask is not None:
+                _show_scores(axes, scores[block[0], step], small)
+            else:
+                axes.imshow(_cell(small, mask, block[1]), interpolation="nearest")
             if mask is None:
                 _frame(axes)
             if i == 0:
@@ -89,22 +114,41 @@ def save_token_masks(
             if j == 0:
                 _label(axes, block)
         axes = _bare(figure.add_subplot(grid[i, len(shown) + 1]))
-        axes.imshow(_frequency(masks, block[0], steps, small), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        frequency = _frequency(masks, block[0], steps, small)
+        axes.imshow(frequency, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         if i == 0:
             axes.set_title("all steps", fontsize=9, color=_INK, pad=3)
-    _write_around(figure, shown, light, steps, (width, height, top))
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    _write_around(figure, what, shown, light, steps, (width, height, top))
+    if path is not None:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    return figure
+
+
+def _check(recording: Recording, what: str, row: int) -> None:
+    if what not in _TITLES:
+        raise ValueError(f"what is {what!r}; expected one of {', '.join(map(repr, _TITLES))}")
+    if not recording.calls:
+        raise ValueError("recording is empty; expected one in whose with block the pipeline ran")
+    rows = min((ranked.index.shape[0] for ranked in recording.ranked), default=1)
+    if not -rows <= row < rows:
+        raise ValueError(f"row is {row}; expected one of the batch's {rows}")
 
 
 def _masks(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
     """bool ``[height, width]`` by block and step; of a step with two UNet calls the last."""
-    return {(ranked.block, _step(ranked)): ranked.mask()[row].numpy() for ranked in recording.ranked}
+    return {(ranked.block, recording.step_of(ranked.call)): ranked.mask()[row].numpy() for ranked in recording.ranked}
 
 
-def _step(ranked: Ranked) -> int:
-    return ranked.call if ranked.step is None else ranked.step
+def _scores(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
+    """float ``[height, width]`` by block and step: how many times the mean score."""
+    found = {}
+    for ranked in recording.ranked:
+        scores = ranked.scores[row].double().numpy().reshape(ranked.height, ranked.width)
+        found[ranked.block, recording.step_of(ranked.call)] = scores / max(scores.mean(), np.finfo(float).tiny)
+    return found
 
 
 def _light_steps(masks: dict[tuple[str, int], np.ndarray], sometimes: list[str], steps: int) -> int:
@@ -119,6 +163,14 @@ def _thumbnail(image: Image) -> np.ndarray:
     scale = _CELL / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]
     return np.asarray(image.convert("RGB").resize(size), dtype=np.float64)
+
+
+def _background(recording: Recording) -> np.ndarray:
+    """Gray, with the sides of the largest feature map."""
+    sizes = [(ranked.height, ranked.width) for ranked in recording.ranked] or [(1, 1)]
+    height, width = max(sizes)
+    scale = _CELL / max(height, width)
+    return np.full((max(1, round(height * scale)), max(1, round(width * scale)), 3), 128.0)
 
 
 def _enlarged(field: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -136,6 +188,11 @@ def _cell(small: np.ndarray, mask: np.ndarray | None, level: int) -> np.ndarray:
         return bright.astype(np.uint8)
     dark = 0.1 * small + 0.9 * _DROPPED
     return np.where(_enlarged(mask, small)[..., None], bright, dark).astype(np.uint8)
+
+
+def _show_scores(axes: Axes, scores: np.ndarray, small: np.ndarray) -> None:
+    logarithm = np.log10(np.maximum(_enlarged(scores, small), 1e-6))
+    axes.imshow(logarithm, cmap="inferno", vmin=-_SCORE_DECADES, vmax=_SCORE_DECADES, interpolation="nearest")
 
 
 def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: int, small: np.ndarray) -> np.ndarray:
@@ -169,6 +226,7 @@ def _label(axes: Axes, block: Block) -> None:
 
 def _write_around(
     figure: Figure,
+    what: str,
     shown: list[int],
     light: int,
     steps: int,
@@ -180,7 +238,7 @@ def _write_around(
     def write(x: float, y: float, text: str, size: float, color: str, **style: object) -> None:
         figure.text(x / width, 1 - y / height, text, fontsize=size, color=color, va="center", **style)
 
-    write(0.2, 0.28, "Which tokens each attention block computes", 14, _INK, weight="bold")
+    write(0.2, 0.28, _TITLES[what], 14, _INK, weight="bold")
     write(
         0.2, 0.54, f"columns: {len(shown)} of {steps} steps · rows: blocks in the order in which they run", 8.5, _FAINT
     )
@@ -195,7 +253,7 @@ def _write_around(
         text = text if end - start > 0 else short
         figure.text((x0 + x1) / 2, y + 0.12 / height, text, fontsize=8.5, color=_INK, ha="center", va="center")
     for above_edge, text in (
-        (0.36, "bright: kept (yellow level 2, green level 3) · dark: dropped, filled in again"),
+        (0.36, _KEYS[what]),
         (0.18, "red frame: block left whole · right: how often kept, black never, white always"),
     ):
         write(0.2, height - above_edge, text, 8, _FAINT)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -14,55 +13,23 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from atedm.blocks import AttentionBlock, attention_blocks, why_not_prunable
-from atedm.options import Options
+from atedm.following import StepFollower
+from atedm.options import Options, resolve
 from atedm.pruning import PrunedForward, PruningState
 from atedm.recording import Recording
-from atedm.schedule import denoising_step, timestep_value
 
 logger = logging.getLogger("atedm")
 
 Pipeline = TypeVar("Pipeline")
 
 
-class _StepFollower:
-    """Forward pre-hook of the UNet: tells its blocks which phase of the schedule a call is in."""
-
-    def __init__(self, state: PruningState, patches: list[PrunedForward]) -> None:
-        self.state = state
-        self.patches = patches
-
-    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state, schedule = self.state, self.state.options.schedule
-        constant = False if schedule is None else schedule.constant_phase
-        if torch.compiler.is_compiling():
-            if constant is None:
-                raise RuntimeError(
-                    "schedule is DSAP and the whole UNet is one graph, in which the denoising step cannot be followed; "
-                    "expected schedule=None, regional compilation (unet.compile_repeated_blocks()), or fullgraph=False"
-                )
-            return
-        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-        pipeline = None if state.pipeline is None else state.pipeline()
-        if pipeline is not None:
-            # Asked anew at each call: pipe.scheduler may have been exchanged.
-            state.scheduler = pipeline.scheduler
-        wanted = constant is None or bool(state.recordings)
-        found = denoising_step(state.scheduler, timestep) if wanted and timestep is not None else None
-        state.call += 1
-        state.step = None if found is None else found[0]
-        if constant is not None:
-            state.light = constant
-        elif found is not None:
-            state.light = schedule.is_light(*found)
-        else:
-            value = None if timestep is None else timestep_value(timestep)
-            if value is None:
-                raise ValueError("timestep has no value (a meta tensor?); expected one with schedule=DSAP(...)")
-            state.light = schedule.is_light_at(value)
+def _denoiser_of(target: object) -> Any:
+    """What a pipeline calls as its UNet; itself where ``target`` is no pipeline."""
+    return getattr(target, "unet", target)
 
 
 def _unet_of(target: object) -> UNet2DConditionModel:
-    unet = getattr(target, "unet", target)
+    unet = _denoiser_of(target)
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(
@@ -72,9 +39,9 @@ def _unet_of(target: object) -> UNet2DConditionModel:
     return unet
 
 
-def _follower(unet: nn.Module) -> _StepFollower | None:
+def _follower(unet: nn.Module) -> StepFollower | None:
     """The hook that holds all there is to know about what was applied; None where nothing was."""
-    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, _StepFollower)), None)
+    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, StepFollower)), None)
 
 
 def _patches(unet: nn.Module) -> list[PrunedForward]:
@@ -104,16 +71,21 @@ def _uninstall(unet: nn.Module) -> None:
             del module.forward
         else:
             module.forward = patch.previous
-    for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, _StepFollower)]:
+    for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, StepFollower)]:
+        for undo in unet._forward_pre_hooks[key].undo:
+            undo()
         del unet._forward_pre_hooks[key]
         unet._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _install(unet: nn.Module, blocks: list[AttentionBlock], state: PruningState) -> None:
+def _install(target: nn.Module, unet: nn.Module, blocks: list[AttentionBlock], state: PruningState) -> None:
+    """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
     patches = [PrunedForward(block.name, block.module, block.level, block.whole_when_light, state) for block in blocks]
     for patch in patches:
         patch.module.forward = patch
-    unet.register_forward_pre_hook(_StepFollower(state, patches), with_kwargs=True)
+    follower = StepFollower(state, patches)
+    unet.register_forward_pre_hook(follower, with_kwargs=True)
+    follower.follow_outside(target, unet)
 
 
 def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
@@ -152,14 +124,18 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), PrunedForward)
 
 
-def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) -> Pipeline:
+def apply(
+    pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
+) -> Pipeline:
     """Prune the tokens of a Stable Diffusion XL pipeline's UNet from now on (AT-EDM); inference only.
 
     The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
     :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
 
     Args:
-        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet.
+        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet; compiled ones too.
+        options: all of what follows but ``scheduler``, as an :class:`atedm.Options`, or the name of a preset in
+            ``atedm.PRESETS``. Keywords change single ones of it.
         ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
             does not name stay whole). Default 0.63, the paper's main setting.
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
@@ -186,28 +162,21 @@ def apply(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) ->
             cannot be pruned; the message says which.
     """
     unet = _unet_of(pipe)
-    known = [f.name for f in fields(Options)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"apply got {unknown[0]!r}; expected some of {', '.join(known)}, scheduler")
+    settings = resolve(options, changes)
     if scheduler is not None and not hasattr(scheduler, "timesteps"):
         raise TypeError(f"scheduler is {scheduler!r}; expected a diffusers scheduler, which has timesteps")
-    settings = Options(**options)
     blocks = _blocks_to_prune(unet, settings)
     pipeline = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
     earlier = _state_of(unet)
     _uninstall(unet)
-    schedule = settings.schedule
-    # A compiled UNet is traced with this phase; one that depends on the step is told at each call.
-    light = schedule is not None and schedule.constant_phase is True
-    state = PruningState(settings, scheduler, pipeline, light=light)
+    state = PruningState(settings, scheduler, pipeline)
     if pipeline is not None:
         state.scheduler = pipe.scheduler
     if earlier is not None:  # an open recording goes on
         state.recordings, state.call = earlier.recordings, earlier.call
-    _install(unet, blocks, state)
+    _install(_denoiser_of(pipe), unet, blocks, state)
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 
@@ -224,17 +193,19 @@ def remove(pipe: Pipeline) -> Pipeline:
 
 
 @contextlib.contextmanager
-def applied(pipe: Pipeline, *, scheduler: object | None = None, **options: Any) -> Iterator[Pipeline]:
+def applied(
+    pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
+) -> Iterator[Pipeline]:
     """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again."""
     unet = _unet_of(pipe)
     earlier = _state_of(unet)
-    apply(pipe, scheduler=scheduler, **options)
+    apply(pipe, options, scheduler=scheduler, **changes)
     try:
         yield pipe
     finally:
         _uninstall(unet)
         if earlier is not None:
-            _install(unet, _blocks_to_prune(unet, earlier.options), earlier)
+            _install(_denoiser_of(pipe), unet, _blocks_to_prune(unet, earlier.options), earlier)
 
 
 def pruned_blocks(pipe: object) -> list[str]:
@@ -244,21 +215,26 @@ def pruned_blocks(pipe: object) -> list[str]:
 
 @contextlib.contextmanager
 def record(pipe: object) -> Iterator[Recording]:
-    """Collect the kept tokens of every block and step while the ``with`` block runs.
+    """Collect scores, kept tokens and iterations of every block and step while the ``with`` block runs.
 
-    Copies each kept set to the CPU, so it slows a GPU down: for looking, not for timing.
+    Copies each kept set to the CPU, so it slows a GPU down, and runs a compiled UNet uncompiled: for looking, not for
+    timing.
 
     Raises:
         ValueError: nothing is applied to ``pipe``.
     """
-    state = _state_of(_unet_of(pipe))
+    unet = _unet_of(pipe)
+    state = _state_of(unet)
     if state is None:
         raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
-    recording = Recording()
+    pruned = set(pruned_blocks(pipe))
+    recording = Recording([(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)])
     state.recordings.append(recording)
     state.call = -1
     try:
-        yield recording
+        # In a graph, what happens once is all that would be noted.
+        with torch.compiler.set_stance("force_eager"):
+            yield recording
     finally:
         # In place: applying again inside the block has handed the list on.
         state.recordings[:] = [other for other in state.recordings if other is not recording]

@@ -8,16 +8,21 @@ self-attention. All state of a call lives in its stand-ins, so an exception leav
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import atedm_kernels as kernels
-from atedm.blocks import why_not_plain
+from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
+from atedm_kernels.ops.select_tokens.reference import join_heads
+
+logger = logging.getLogger("atedm")
 
 # Keyword arguments for attention that are known to mean the same for a subset of the tokens.
 _TOKENWISE_KWARGS = frozenset({"scale"})
@@ -28,7 +33,9 @@ class PruningState:
     """Shared by the blocks of one UNet.
 
     Attributes:
-        light: whether the current UNet call is in DSAP's light phase.
+        light: whether the current UNet call is in DSAP's light phase. is_constant: whether every call is in the same.
+        has_spoken: whether it has been said that nothing is pruned somewhere.
+        is_told: whether ``light`` has been set for a call that a compiled graph has yet to begin.
         pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
             along, but the scheduler, which is copied with a copied pipeline.
         scheduler: the one that counts them: given instead of a pipeline, or last seen on it.
@@ -37,10 +44,20 @@ class PruningState:
     options: Options
     scheduler: object | None = None
     pipeline: Any = None
-    light: bool = False
+    light: bool = field(default=False, init=False)
+    is_constant: bool = field(default=True, init=False)
+    is_told: bool = field(default=False, init=False)
+    has_spoken: bool = field(default=False, init=False)
     step: int | None = None
     call: int = -1
     recordings: list[Recording] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        schedule = self.options.schedule
+        phase = False if schedule is None else schedule.constant_phase
+        # Told apart once: an attribute is what a compiled graph can be guarded by.
+        self.is_constant = phase is not None
+        self.light = phase is True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipeline": None, "recordings": []}
@@ -66,6 +83,15 @@ class PrunedForward:
         height, width = hidden_states.shape[-2:]
         options = self.state.options
         keep = kept_tokens(height * width, options.ratio_at(self.level), options.keep_multiple)
+        if keep == height * width and not self.state.has_spoken and not torch.compiler.is_compiling():
+            self.state.has_spoken = True
+            logger.warning(
+                "%s: ratio=%s and keep_multiple=%d keep all of its %d tokens, so nothing is pruned there at this size",
+                self.name,
+                options.ratio,
+                options.keep_multiple,
+                keep,
+            )
         if keep == height * width or (self.state.light and self.whole_when_light):
             return self.forward(self.module, hidden_states, *args, **kwargs)
         return self.forward(_CompactTransformer(self, keep, height, width), hidden_states, *args, **kwargs)
@@ -105,6 +131,11 @@ class _CompactTransformer:
         q, k, v = _project(layer.attn1, layer.norm1(hidden_states))
         scale = _scale(layer.attn1)
         attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
+        parts = PERTURBING_PROCESSORS.get(type(layer.attn1.processor).__name__)
+        if parts is not None:
+            # The ranking is that of the map as it would be.
+            perturbed = v.shape[0] // parts
+            attended = torch.cat([attended[:-perturbed], v[-perturbed:]])
         attended = attended.transpose(1, 2).flatten(2)
         rest = _WithoutSelfAttention(layer)
 
@@ -175,18 +206,19 @@ class _CompactTransformer:
     def _choose(self, scores: Tensor, iterations: Tensor | None) -> None:
         state = self._patch.state
         self._index = kernels.select_tokens(scores, self._keep, reduction=state.options.reduction)
-        for recording in state.recordings:
-            recording.ranked.append(
-                Ranked(
-                    state.call,
-                    state.step,
-                    self._patch.name,
-                    self._patch.level,
-                    *self._size,
-                    self._index.cpu(),
-                    None if iterations is None else iterations.cpu(),
-                )
+        if state.recordings:
+            ranked = Ranked(
+                state.call,
+                state.step,
+                self._patch.name,
+                self._patch.level,
+                *self._size,
+                join_heads(scores.cpu(), state.options.reduction).float(),
+                self._index.cpu(),
+                None if iterations is None else iterations.cpu(),
             )
+            for recording in state.recordings:
+                recording.ranked.append(ranked)
 
     def _find_sources(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
         recovery = self._patch.state.options.recovery

@@ -1,4 +1,4 @@
-"""A record of what pruning did: the kept tokens of each block and step."""
+"""A record of what pruning did: the scores and the kept tokens of each block and step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Ranked:
         step: denoising step, where the scheduler tells it.
         block: module path in the UNet. level: its resolution level.
         height, width: of the feature map. tokens: ``height · width``.
+        scores: float32 ``[B, tokens]`` on the CPU: what the tokens were chosen by, heads joined.
         index: int64 ``[B, K]`` on the CPU, the kept tokens.
         iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None for a ranking without one.
     """
@@ -26,6 +27,7 @@ class Ranked:
     level: int
     height: int
     width: int
+    scores: Tensor
     index: Tensor
     iterations: Tensor | None
 
@@ -41,6 +43,23 @@ class Ranked:
 
 @dataclass
 class Recording:
-    """What :func:`atedm.record` collects, in the order in which it happened."""
+    """What :func:`atedm.record` collects, in the order in which it happened.
 
+    Attributes:
+        blocks: name, level and whether it is pruned, of every attention block of the UNet.
+        calls: the denoising step of each UNet call, None where no scheduler tells it.
+    """
+
+    blocks: list[tuple[str, int, bool]] = field(default_factory=list)
     ranked: list[Ranked] = field(default_factory=list)
+    calls: list[int | None] = field(default_factory=list)
+
+    def step_of(self, call: int) -> int:
+        """The denoising step of a UNet call; the call itself where that is not known."""
+        step = self.calls[call] if call < len(self.calls) else None
+        return call if step is None else step
+
+    @property
+    def steps(self) -> int:
+        """How many denoising steps were recorded, counted from the first of the schedule."""
+        return max((self.step_of(call) + 1 for call in range(len(self.calls))), default=0)

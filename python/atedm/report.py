@@ -73,7 +73,8 @@ def command_line() -> str:
     return " ".join(["atedm", *sys.argv[1:]])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as tables show it."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -89,5 +90,5 @@ def print_table(
     for key, heading in columns.items():
         table.add_column(heading, justify="left" if key == "name" else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in columns))
+        table.add_row(*(cell(row.get(key)) for key in columns))
     (console or Console()).print(table)

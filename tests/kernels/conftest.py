@@ -20,13 +20,6 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
-
-
 # After the choice above: it loads no triton, but what a test module imports next does.
 from atedm_kernels import _native  # noqa: E402
 

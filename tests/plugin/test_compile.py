@@ -1,47 +1,149 @@
-"""torch.compile on a pruned UNet: one graph, the same result."""
+"""torch.compile on a pruned UNet: no graph break, as many graphs as there are phases and sizes, the same result."""
+
+import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
 
+NOISE, ALMOST_DONE = 999, 1  # timesteps in DSAP's light phase and after it
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter():
+    return CompileCounterWithBackend("eager")
+
+
+def in_place(unet, backend):
+    unet.compile(fullgraph=True, backend=backend)
+    return unet
+
+
+WHOLE = {
+    "torch.compile": lambda unet, backend: torch.compile(unet, fullgraph=True, backend=backend),
+    "unet.compile": in_place,
+}
+whole = pytest.mark.parametrize("compile_whole", WHOLE.values(), ids=WHOLE)
+
+
+def at(inputs, timestep):
+    return {**inputs, "timestep": torch.tensor(float(timestep))}
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
 
 @pytest.mark.parametrize("placement", ["early", "paper"])
-def test_a_pruned_unet_is_one_graph(unet, inputs, placement):
+@whole
+def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, placement, compile_whole):
+    counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
     atedm.apply(unet, schedule=None, placement=placement)
     expected = unet(**inputs).sample
-    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs).sample, expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    compiled = compile_whole(unet, counter)
+    for timestep in (NOISE, 600, ALMOST_DONE):
+        compiled(**at(inputs, timestep))
+    assert_same(compiled(**at(inputs, inputs["timestep"])).sample, expected)
+    assert counter.frame_count == 1
 
 
-def test_a_constant_light_phase_is_compiled_as_such(unet, inputs):
+def test_a_constant_light_phase_is_compiled_as_such(unet, inputs, counter):
     atedm.apply(unet, schedule=atedm.DSAP(1.0))
-    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")(**inputs).sample  # before any eager call
-    torch.testing.assert_close(compiled, unet(**inputs).sample, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)(**inputs).sample  # before any eager call
+    assert_same(compiled, unet(**inputs).sample)
 
 
-def test_a_schedule_that_cannot_be_followed_is_refused(unet, inputs):
+@whole
+def test_a_schedule_takes_two_graphs_a_size(unet, inputs, make_inputs, counter, compile_whole):
     atedm.apply(unet)
-    with pytest.raises(Exception, match="expected schedule=None, regional compilation"):
-        torch.compile(unet, fullgraph=True, backend="aot_eager")(**inputs)
-    torch._dynamo.reset()
+    sizes = [inputs, make_inputs(height=24, width=16)]
+    expected = [unet(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
+    atedm.remove(unet)
+    compiled = compile_whole(unet, counter)
+    assert atedm.apply(compiled) is compiled
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        got = [compiled(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+        assert counter.frame_count == 4
+        for t in (ALMOST_DONE, NOISE, 800, 2):
+            compiled(**at(inputs, t))
+    assert counter.frame_count == 4
 
 
-def test_a_schedule_is_followed_across_a_graph_break(unet, inputs):
+def test_regions_take_no_more_graphs_than_kinds_of_layers(unet, inputs, counter):
     atedm.apply(unet)
-    expected = [unet(**{**inputs, "timestep": t}).sample for t in (999, 1)]
-    compiled = torch.compile(unet, backend="aot_eager")
-    for timestep, sample in zip((999, 1), expected, strict=True):
-        torch.testing.assert_close(compiled(**{**inputs, "timestep": timestep}).sample, sample, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    expected = [unet(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
+    unet.compile_repeated_blocks(fullgraph=True, backend=counter)
+    for timestep, sample in zip((NOISE, ALMOST_DONE), expected, strict=True):
+        assert_same(unet(**at(inputs, timestep)).sample, sample)
+    graphs = counter.frame_count
+    for timestep in (NOISE, ALMOST_DONE, 800):
+        unet(**at(inputs, timestep))
+    assert counter.frame_count == graphs
 
 
-def test_regional_compilation_follows_the_schedule(unet, inputs):
+@whole
+def test_a_unet_compiled_after_apply_says_what_to_do(unet, inputs, counter, compile_whole):
     atedm.apply(unet)
-    expected = [unet(**{**inputs, "timestep": t}).sample for t in (999, 1)]
-    unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    for timestep, sample in zip((999, 1), expected, strict=True):
-        torch.testing.assert_close(unet(**{**inputs, "timestep": timestep}).sample, sample, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    compiled = compile_whole(unet, counter)
+    with pytest.raises(Exception, match=r"expected atedm\.apply once more, now on the compiled UNet"):
+        compiled(**at(inputs, NOISE))
+    atedm.apply(compiled)
+    got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
+    with torch.compiler.set_stance("force_eager"):
+        for sample, timestep in zip(got, (NOISE, ALMOST_DONE), strict=True):
+            assert_same(sample, unet(**at(inputs, timestep)).sample)
+
+
+def test_compiling_again_in_place_is_noticed(unet, inputs, counter):
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet)
+    unet(**at(inputs, NOISE))
+    unet.compile(fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"expected atedm\.apply once more"):
+        unet(**at(inputs, NOISE))
+
+
+@whole
+def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, compile_whole):
+    full = unet(**inputs).sample
+    compiled = compile_whole(unet, counter)
+    call = unet._compiled_call_impl
+    assert_same(compiled(**inputs).sample, full)
+    atedm.apply(compiled)
+    assert not torch.allclose(compiled(**inputs).sample, full)
+    atedm.remove(compiled)
+    assert unet._compiled_call_impl is call
+    assert not compiled._forward_pre_hooks and not unet._forward_pre_hooks
+    assert_same(compiled(**inputs).sample, full)
+
+
+@whole
+def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, compile_whole):
+    compiled = compile_whole(unet, counter)
+    atedm.apply(compiled)
+    compiled(**at(inputs, NOISE))
+    with atedm.record(compiled) as recording:
+        for timestep in (NOISE, ALMOST_DONE):
+            compiled(**at(inputs, timestep))
+    blocks = atedm.pruned_blocks(compiled)
+    assert {ranked.call for ranked in recording.ranked} == {0, 1}
+    assert [ranked.block for ranked in recording.ranked if ranked.call == 1] == blocks
+
+
+def test_a_copy_of_a_compiled_pruned_unet_runs(unet, inputs, counter):
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet)
+    expected = unet(**at(inputs, ALMOST_DONE)).sample
+    twin = copy.deepcopy(unet)
+    assert_same(twin(**at(inputs, ALMOST_DONE)).sample, expected)

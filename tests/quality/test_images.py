@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from atedm.bench.quality.images import Case, Sampling, make_pictures, picture_paths
+from atedm.bench.quality.images import make_setting, picture_paths
 from atedm.bench.quality.settings import Setting
+from atedm.many import Case, Sampling
 
 FULL = Setting("full", "full")
 CASES = [Case(f"prompt {n}", n) for n in range(7)]
@@ -28,7 +29,7 @@ class Recorder:
 
 def made(root, counts, **options):
     pipe = Recorder()
-    make_pictures(pipe, FULL, CASES, root, SAMPLING, on_picture=counts.append, **options)
+    make_setting(pipe, FULL, CASES, root, SAMPLING, on_picture=counts.append, **options)
     return pipe.prompts
 
 

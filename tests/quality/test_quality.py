@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from atedm.bench.quality.checker_training import held_out_renders
 from atedm.bench.quality.claims import CLAIMS
-from atedm.bench.quality.images import picture_path
 from atedm.bench.quality.lab import scene_cases
 from atedm.bench.quality.session import flops_of
 from atedm.bench.quality.settings import BUDGETS, Plan
 from atedm.bench.scenes.split import held_out
 from atedm.cli import app
 from atedm.embedded import WEIGHTS
+from atedm.many import picture_path
 
 SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
 

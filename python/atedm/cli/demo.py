@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.generate import (
+from atedm.cli.checks import (
     check_installed,
+    check_options,
     check_output,
     check_prompt,
-    check_settings,
     failing_clearly,
     parse_device,
 )
@@ -38,8 +38,7 @@ def demo(
     report_file = check_output(output, json)
     check_installed()
     place = parse_device(device)
-    settings = {"ratio": ratio}
-    check_settings(settings)
+    options = check_options(None, {"ratio": ratio})
     with failing_clearly():
         from atedm import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
@@ -50,7 +49,7 @@ def demo(
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
         pipe = embedded_pipeline().to(place)
         request = comparison.sized(comparison.Request(prompt, steps=steps, guidance=guidance, seed=seed), pipe)
-        found = comparison.compare(pipe, request, settings, output)
-        described = comparison.describe(request, settings, model="embedded", dtype="fp32")
+        found = comparison.compare(pipe, request, options, output)
+        described = comparison.describe(request, options, model="embedded", dtype="fp32")
         title = f"embedded model, {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)

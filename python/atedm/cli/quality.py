@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.extras import require
-from atedm.cli.generate import (
+from atedm.cli.checks import (
     DTYPES,
     bad,
     check_installed,
@@ -18,6 +17,7 @@ from atedm.cli.generate import (
     parse_device,
     parse_size,
 )
+from atedm.cli.extras import require
 
 if TYPE_CHECKING:
     from atedm.bench.quality.session import Request
@@ -73,6 +73,7 @@ def quality(
     require("quality", *_PACKAGES)
     check_installed()
     from atedm.bench.quality import session
+    from atedm.many import own_device
 
     request = session.Request(
         quick=quick,
@@ -93,7 +94,7 @@ def quality(
         fid_features=fid_features,
     )
     _check(request)
-    place = session.own_device(parse_device(device))
+    place = own_device(parse_device(device))
     request = session.resolved(request, place)
     check_output(request.out, request.json)
     with failing_clearly():

@@ -1,0 +1,172 @@
+"""What several commands ask of their options, before anything is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from atedm.cli.extras import require
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    from atedm.options import Options
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def bad(option: str, message: str) -> typer.BadParameter:
+    """A usage error that names ``option``; ends the command with exit status 2."""
+    return typer.BadParameter(message, param_hint=option if option.isupper() else f"--{option}")
+
+
+def check_prompt(prompt: str, option: str) -> None:
+    if not prompt.strip():
+        raise bad(option, "is empty; expected some text")
+
+
+def check_output(folder: Path, json: Path | None) -> Path:
+    """Make sure that results can be written, before anything is computed; returns the file for the figures."""
+    file = json or folder / "comparison.json"
+    if file.is_dir():
+        raise bad("json", f"{file} is a folder; expected a file")
+    for option, path in (("output", folder), ("json", file.parent)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # The mode bits do not tell for a read-only or full file system, so try.
+            with tempfile.NamedTemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise bad(option, f"cannot write to {path}: {error.strerror or error}") from None
+    return file
+
+
+def check_installed() -> None:
+    """Everything that pictures need beyond the plug-in itself; keeps transformers quiet."""
+    require("generate", "transformers", "matplotlib", "pillow")
+    from transformers.utils import logging
+
+    # Its advice on image processors that are not used here would hide our own lines.
+    logging.set_verbosity_error()
+
+
+def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
+    """Options from ``base`` with those of ``changes`` that are not None; usage error where one does not fit."""
+    from atedm.options import resolve
+
+    try:
+        return resolve(base, {name: value for name, value in changes.items() if value is not None})
+    except (ValueError, TypeError) as error:
+        # The message begins with the option's name.
+        raise bad(str(error).partition(" ")[0], str(error)) from None
+
+
+def check_applicable(options: Options, pipe: StableDiffusionXLPipeline) -> None:
+    """Usage error where :func:`atedm.apply` would refuse ``options`` for ``pipe``."""
+    import atedm
+
+    try:
+        with atedm.applied(pipe, options):
+            pass
+    except (ValueError, TypeError) as error:
+        name = str(error).partition(" ")[0]
+        raise bad(name if name in ("ratio", "levels") else "model", str(error)) from None
+
+
+def load_options(path: Path) -> Options:
+    """The options that a file holds; usage error where it holds none."""
+    from atedm.options import Options
+
+    try:
+        return Options.load(path)
+    except (OSError, ValueError) as error:
+        raise bad("options", str(error)) from None
+
+
+def parse_device(text: str | None) -> torch.device:
+    """The device named, or the best there is; usage error for one that is unknown or absent."""
+    import torch
+
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise bad("device", f"{text!r}; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise bad("device", f"{text!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise bad("device", f"{text!r}; torch sees {count} CUDA devices on this machine")
+    return device
+
+
+@contextlib.contextmanager
+def failing_clearly() -> Iterator[None]:
+    """A message instead of a traceback for what the user can mend: too little memory, a full disk."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        typer.echo(f"Error: out of memory, finished images are kept: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def parse_levels(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise bad("levels", f"{text!r}; expected level numbers separated by commas, such as 2,3")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    from atedm.models import image_size
+
+    try:
+        return image_size(text)
+    except ValueError as error:
+        raise bad("size", str(error)) from None
+
+
+def load_pipeline(model: str, dtype: str, variant: str | None, device: torch.device) -> StableDiffusionXLPipeline:
+    """The pipeline on ``device``; usage error where ``model`` is none, or not one of SDXL."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = Path(model).expanduser()
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if folder.is_file():
+        raise bad("model", f"{model} is a file; expected a diffusers folder or a hub id")
+    if not folder.exists() and looks_like_path:
+        raise bad("model", f"{model} does not exist; expected a diffusers folder or a hub id such as owner/name")
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise bad("model", f"{model} holds no model_index.json; expected the folder of a diffusers pipeline")
+    source = str(folder) if folder.exists() else model
+    try:
+        name = StableDiffusionXLPipeline.load_config(source).get("_class_name")
+        if not str(name).startswith("StableDiffusionXL"):
+            raise bad("model", f"{model} is a {name}; expected a Stable Diffusion XL pipeline")
+        with warnings.catch_warnings():
+            # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                source, torch_dtype=getattr(torch, DTYPES[dtype]), variant=variant, use_safetensors=True
+            )
+    except (OSError, ValueError, TypeError) as error:
+        # The first sentence says what is missing; what follows are pages of advice on the hub.
+        raise bad("model", f"{model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return pipe.to(device)

@@ -1,0 +1,227 @@
+"""Pictures of many prompts: one PNG each, so that an interrupted run goes on, shared out over processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import atedm
+from atedm import report
+from atedm.comparison import UNetTimer, save_image, tflops_of
+from atedm.options import Options
+
+_RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the seed of its starting noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made. ``width``, ``height``: in pixels. ``batch``: pictures at a time."""
+
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    batch: int
+    negative_prompt: str | None = None
+
+
+def own_device(device: torch.device) -> torch.device:
+    """``device``, or this process's own GPU where several processes share the work."""
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device if state.num_processes > 1 else device
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ValueError: there is none, or the file is no text. OSError: it cannot be read.
+    """
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is no UTF-8 text: {error}") from None
+    if not found:
+        raise ValueError(f"prompts: {path} holds no prompt; expected one a line")
+    return found
+
+
+def picture_path(folder: Path, n: int) -> Path:
+    """Where the picture of the ``n``-th case lies."""
+    return folder / f"{n:05d}.png"
+
+
+def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], settings: Mapping[str, Any]) -> None:
+    """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
+
+    A later run may have more cases, or fewer, and more settings.
+
+    Args:
+        described: what all pictures have in common. settings: what some have, by name. Both as JSON has it.
+
+    Raises:
+        ValueError: ``root`` holds pictures made in another way; the message says what differs.
+    """
+    path = root / _RUN
+    asked = [[case.prompt, case.seed] for case in cases]
+    described, settings = (json.loads(json.dumps(values)) for values in (described, settings))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        shorter = min(len(before["cases"]), len(asked))
+        differing = [name for name in described if before.get(name) != described[name]]
+        if before["cases"][:shorter] != asked[:shorter]:
+            differing.append("cases")
+        differing += [name for name, value in settings.items() if before["settings"].get(name, value) != value]
+        if differing:
+            raise ValueError(
+                f"{root} holds pictures of another run ({', '.join(differing)} differ); "
+                "expected an empty folder or the same run to go on with"
+            )
+        settings = before["settings"] | settings
+        asked = max(before["cases"], asked, key=len)
+    report.write_json({**described, "cases": asked, "settings": settings}, path)
+
+
+def make_pictures(
+    pipe: Any,
+    cases: Sequence[Case],
+    sampling: Sampling,
+    folder: Path,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    before_batch: Callable[[int], None] = lambda seed: None,
+    on_picture: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Make the pictures that ``folder`` lacks; this process makes every ``processes``-th batch.
+
+    Batches are the same however often a run was interrupted and whatever the number of processes.
+
+    Args:
+        before_batch: called with a number of its own for each batch. on_picture: with how many more there are.
+
+    Raises:
+        OSError: a picture cannot be written; the others stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
+    mine = batches[process::processes]
+    missing = [batch for batch in mine if not all(picture_path(folder, n).is_file() for n in batch)]
+    on_picture(sum(len(batch) for batch in mine) - sum(len(batch) for batch in missing))
+    pipe.set_progress_bar_config(disable=True)
+    for batch in missing:
+        before_batch(batch.start)
+        made = pipe(
+            prompt=[cases[n].prompt for n in batch],
+            negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(batch),
+            # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
+            generator=[torch.Generator().manual_seed(cases[n].seed) for n in batch],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            width=sampling.width,
+            height=sampling.height,
+        ).images
+        for n, image in zip(batch, made, strict=True):
+            save_image(image, picture_path(folder, n))
+        on_picture(len(batch))
+
+
+@dataclass
+class PromptRun:
+    """Pictures of many prompts, pruned in ``root/pruned`` and, ``with_full``, by the full UNet in ``root/full``."""
+
+    pipe: Any
+    model: str
+    dtype: str
+    cases: Sequence[Case]
+    sampling: Sampling
+    options: Options
+    root: Path
+    with_full: bool = False
+    seconds: dict[str, list[float]] = field(default_factory=dict, init=False)
+
+    @property
+    def names(self) -> list[str]:
+        return ["full", "pruned"] if self.with_full else ["pruned"]
+
+    def make(self) -> None:
+        """Make what is missing; each process its part, and all wait for the last one.
+
+        Raises:
+            ValueError: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
+        """
+        state = PartialState()
+        described = {"model": self.model, "dtype": self.dtype, "sampling": dataclasses.asdict(self.sampling)}
+        if state.is_main_process:
+            claim(self.root, described, self.cases, {"pruned": self.options.to_dict(), "full": None})
+        state.wait_for_everyone()
+        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True, quiet=not state.is_main_process)
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not state.is_main_process) as progress:
+            for name in self.names:
+                task = progress.add_task(name, total=len(self.cases))
+                self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
+        state.wait_for_everyone()
+
+    def _make(self, name: str, on_picture: Callable[[int], None]) -> None:
+        state, times = PartialState(), self.seconds.setdefault(name, [])
+        wanted = contextlib.nullcontext() if name == "full" else atedm.applied(self.pipe, self.options)
+        with wanted, UNetTimer(self.pipe.unet) as timer:
+
+            def note(count: int) -> None:
+                if timer.seconds:
+                    times.append(sum(timer.seconds) / count)
+                    timer.seconds.clear()
+                on_picture(count)
+
+            make_pictures(
+                self.pipe,
+                self.cases,
+                self.sampling,
+                self.root / name,
+                process=state.process_index,
+                processes=state.num_processes,
+                on_picture=note,
+            )
+
+    def write_report(self, device: torch.device, path: Path) -> None:
+        """Print a table and write the JSON: UNet seconds are the median over the batches made in this run."""
+        if not PartialState().is_main_process:
+            return
+        tflops = tflops_of(self.pipe, self.sampling.width, self.sampling.height, self.sampling.steps, self.options)
+        rows = [
+            {
+                "name": name,
+                "images": len(self.cases),
+                "folder": str(self.root / name),
+                "unet_seconds_per_image": statistics.median(self.seconds[name]) if self.seconds[name] else None,
+                "tflops": tflops[name],
+            }
+            for name in self.names
+        ]
+        described = {"model": self.model, "dtype": self.dtype, **dataclasses.asdict(self.sampling)}
+        described |= self.options.to_dict()
+        report.write_json(report.report(report.command_line(), device, described, rows), path)
+        columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds an image"}
+        report.print_table(
+            rows, {**columns, "tflops": "TFLOPs a call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"
+        )

@@ -1,0 +1,36 @@
+"""The embedded model's parts, in every pipeline that diffusers has for them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import atedm
+from atedm.embedded import embedded_pipeline
+
+# pytest's importlib mode leaves sys.path alone; the tests share running.py.
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def base():
+    """Session-wide: what a test applies it removes."""
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(base):
+    yield
+    assert atedm.pruned_blocks(base) == []
+    assert all("forward" not in module.__dict__ for module in base.unet.modules())
+
+
+@pytest.fixture(scope="session")
+def picture(base):
+    """A picture of the native size."""
+    side = base.unet.config.sample_size * base.vae_scale_factor
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))

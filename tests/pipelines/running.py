@@ -1,0 +1,35 @@
+"""Running a pipeline, and what must hold of every one."""
+
+import torch
+
+import atedm
+
+PROMPT = "a red circle left of a blue square"
+STEPS = 4
+
+
+def latents(pipe, **arguments):
+    """What ``pipe`` gives for a prompt and a seed, before decoding."""
+    defaults = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**{**defaults, "generator": generator, **arguments}).images
+
+
+def check(pipe, call=None, **options):
+    """Pruning takes part, ratio 0 changes nothing, removing gives the same bits back; returns full, pruned, recording.
+
+    ``call``: runs ``pipe`` and gives a tensor; :func:`latents` by default.
+    """
+    call = call or (lambda: latents(pipe))
+    options = {"ratio": 0.25, **options}
+    full = call()
+    with atedm.applied(pipe, ratio=0.0):
+        assert torch.equal(call(), full)
+    with atedm.applied(pipe, **options), atedm.record(pipe) as recording:
+        pruned = call()
+    assert recording.ranked
+    assert pruned.shape == full.shape and pruned.isfinite().all()
+    assert not torch.equal(pruned, full)
+    assert torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.5
+    assert torch.equal(call(), full)
+    return full, pruned, recording

@@ -1,0 +1,268 @@
+"""Every pipeline that diffusers makes of an SDXL UNet, pruned."""
+
+import copy
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import PROMPT, STEPS, check, latents
+
+import atedm
+
+
+def of(base, name, **more):
+    """``base``'s parts in another pipeline."""
+    pipe = getattr(diffusers, name).from_pipe(base, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def calls_of(recording):
+    return len(recording.calls)
+
+
+def test_text_to_image(base):
+    _, _, recording = check(base)
+    assert recording.calls == list(range(STEPS))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_few_steps_without_guidance(base, guidance):
+    """SDXL-Turbo and LCM: one row a picture, one to four steps."""
+    pipe = of(base, "StableDiffusionXLPipeline")
+    pipe.scheduler = diffusers.LCMScheduler.from_config(base.scheduler.config)
+    for steps in (1, 4):
+        _, _, recording = check(pipe, lambda n=steps: latents(pipe, guidance_scale=guidance, num_inference_steps=n))
+        assert recording.steps == steps
+        assert recording.ranked[0].index.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "DDIMScheduler"],
+)
+def test_schedulers(base, scheduler):
+    pipe = of(base, "StableDiffusionXLPipeline")
+    config = {key: value for key, value in base.scheduler.config.items() if key != "trained_betas"}
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(config, beta_schedule="scaled_linear")
+    _, _, recording = check(pipe)
+    assert recording.steps == STEPS and recording.calls == sorted(recording.calls)
+
+
+def test_batches_and_several_images_a_prompt(base):
+    _, _, recording = check(base, lambda: latents(base, prompt=[PROMPT, "a green star"], num_images_per_prompt=3))
+    assert recording.ranked[0].index.shape[0] == 12
+
+
+def test_image_to_image_counts_steps_from_where_it_starts(base, picture):
+    pipe = of(base, "StableDiffusionXLImg2ImgPipeline")
+    _, _, recording = check(pipe, lambda: latents(pipe, image=picture, strength=0.5))
+    assert recording.calls == [2, 3]
+
+
+def test_inpainting(base, picture):
+    mask = Image.fromarray(np.pad(np.full((40, 40), 255, np.uint8), 44))
+    pipe = of(base, "StableDiffusionXLInpaintPipeline")
+    size = {"width": picture.width, "height": picture.height}
+    _, pruned, _ = check(pipe, lambda: latents(pipe, image=picture, mask_image=mask, strength=0.9, **size))
+    assert pruned.shape[-1] == picture.width // pipe.vae_scale_factor
+
+
+def test_base_and_refiner(base):
+    refiner = of(base, "StableDiffusionXLImg2ImgPipeline", unet=copy.deepcopy(base.unet))
+    refiner.scheduler = copy.deepcopy(base.scheduler)
+
+    def both():
+        noisy = latents(base, denoising_end=0.5)
+        return latents(refiner, image=noisy, denoising_start=0.5)
+
+    full = both()
+    with (
+        atedm.applied(base, ratio=0.5),
+        atedm.applied(refiner, ratio=0.5),
+        atedm.record(base) as first,
+        atedm.record(refiner) as second,
+    ):
+        pruned = both()
+    assert first.ranked and second.ranked
+    assert first.calls == [0, 1] and second.calls == [2, 3]
+    assert pruned.isfinite().all() and not torch.equal(pruned, full)
+    assert torch.equal(both(), full)
+
+
+@pytest.fixture
+def controlnet(base):
+    torch.manual_seed(0)
+    net = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16, 32, 64)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():  # its outputs are zero where it was not trained
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return net.requires_grad_(False)
+
+
+def test_controlnet_residuals_still_add_up(base, picture, controlnet):
+    pipe = of(base, "StableDiffusionXLControlNetPipeline", controlnet=controlnet)
+
+    def call(scale=1.0):
+        return latents(pipe, image=picture, controlnet_conditioning_scale=scale)
+
+    full, pruned, _ = check(pipe, call)
+    # They count as much for the pruned UNet as for the full one.
+    without = call(0.0)
+    with atedm.applied(pipe, ratio=0.25):
+        pruned_without = call(0.0)
+    effect = (pruned - pruned_without).flatten(), (full - without).flatten()
+    assert torch.cosine_similarity(*effect, dim=0) > 0.5
+
+
+def test_t2i_adapter(base, picture):
+    torch.manual_seed(0)
+    adapter = diffusers.T2IAdapter(
+        in_channels=3, channels=[24, 48, 96, 96], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl"
+    )
+    pipe = of(base, "StableDiffusionXLAdapterPipeline", adapter=adapter.eval().requires_grad_(False))
+    check(pipe, lambda: latents(pipe, image=picture))
+
+
+def test_ip_adapter(base):
+    unet = copy.deepcopy(base.unet)
+    width, embedding = unet.config.cross_attention_dim, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    attention, key = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            module = unet.get_submodule(name.removesuffix(".processor"))
+            attention[f"{key}.to_k_ip.weight"] = normal(module.inner_dim, width)
+            attention[f"{key}.to_v_ip.weight"] = normal(module.inner_dim, width)
+            key += 2
+    projection = {"proj.weight": normal(4 * width, embedding), "proj.bias": normal(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}])
+    pipe = of(base, "StableDiffusionXLPipeline", unet=unet)
+    check(pipe, lambda: latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, embedding)]))
+    mask = torch.ones(1, 1, 32, 32)
+    with (
+        atedm.applied(pipe, ratio=0.5),
+        pytest.raises(ValueError, match="cross_attention_kwargs holds ip_adapter_masks"),
+    ):
+        latents(
+            pipe,
+            ip_adapter_image_embeds=[torch.ones(2, 1, embedding)],
+            cross_attention_kwargs={"ip_adapter_masks": [mask]},
+        )
+
+
+@pytest.mark.parametrize("layers", ["mid", ["mid_block", "down_blocks.1", "up_blocks.1"]])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_perturbed_attention_guidance(base, layers, guidance):
+    parts = {**base.components, "unet": copy.deepcopy(base.unet)}
+    pipe = diffusers.StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=layers)
+    pipe.set_progress_bar_config(disable=True)
+    _, _, recording = check(pipe, lambda: latents(pipe, guidance_scale=guidance, pag_scale=2.0))
+    assert recording.ranked[0].index.shape[0] == (3 if guidance > 1 else 2)
+
+
+def test_free_u(base):
+    pipe = of(base, "StableDiffusionXLPipeline", unet=copy.deepcopy(base.unet))
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    check(pipe)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 192), (104, 72), (256, 32)])
+def test_sizes_and_shapes(base, size):
+    width, height = size
+    _, _, recording = check(base, lambda: latents(base, width=width, height=height, num_inference_steps=2))
+    side = base.vae_scale_factor * 2
+    assert (recording.ranked[0].width, recording.ranked[0].height) == (-(-width // side), -(-height // side))
+
+
+def test_callbacks_and_interrupted_generation(base):
+    seen = []
+
+    def stop(pipe, step, timestep, tensors):
+        seen.append(step)
+        pipe._interrupt = step >= 1
+        return tensors
+
+    with atedm.applied(base, ratio=0.5), atedm.record(base) as recording:
+        latents(base, callback_on_step_end=stop)
+    assert calls_of(recording) == 2 and seen == [0, 1]
+    full = latents(base)
+    with atedm.applied(base, ratio=0.5):
+
+        def fail(pipe, step, timestep, tensors):
+            raise RuntimeError("stopped by hand")
+
+        with pytest.raises(RuntimeError, match="stopped by hand"):
+            latents(base, callback_on_step_end=fail)
+    assert torch.equal(latents(base), full)
+
+
+def test_two_pipelines_in_two_threads(base):
+    pipes = [of(base, "StableDiffusionXLPipeline", unet=copy.deepcopy(base.unet)) for _ in range(2)]
+    for pipe, ratio in zip(pipes, (0.3, 0.7), strict=True):
+        pipe.scheduler = copy.deepcopy(base.scheduler)
+        atedm.apply(pipe, ratio=ratio)
+    alone = [latents(pipe) for pipe in pipes]
+    together = [None, None]
+
+    def run(n):
+        together[n] = latents(pipes[n])
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(*alone)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_another_attention_processor(base):
+    unet = copy.deepcopy(base.unet)
+    pipe = of(base, "StableDiffusionXLPipeline", unet=unet)
+    unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+    check(pipe)
+    unet.fuse_qkv_projections()
+    check(pipe)
+    with diffusers.models.attention_dispatch.attention_backend("native"):
+        check(pipe)
+
+
+def test_attention_slicing(base):
+    pipe = of(base, "StableDiffusionXLPipeline", unet=copy.deepcopy(base.unet))
+    pipe.enable_attention_slicing()
+    check(pipe)
+
+
+def test_a_scheduler_exchanged_after_apply_is_followed(base):
+    pipe = of(base, "StableDiffusionXLPipeline")
+    with atedm.applied(pipe, ratio=0.5), atedm.record(pipe) as recording:
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config, beta_schedule="scaled_linear")
+        latents(pipe, num_inference_steps=10)
+    assert recording.calls == list(range(10))
+    whole = [name for name, _, _ in recording.blocks if sum(r.block == name for r in recording.ranked) == 7]
+    assert "down_blocks.1.attentions.0" in whole  # left whole in the first 3 of 10
+
+
+def test_nothing_to_prune_is_said_once(base, caplog):
+    with atedm.applied(base, ratio=0.5, keep_multiple=4096), caplog.at_level("WARNING", logger="atedm"):
+        latents(base)
+        latents(base)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "nothing is pruned there" in said[0]
+
+
+@pytest.mark.gpu
+def test_model_offload(base):
+    pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
+    pipe.enable_model_cpu_offload()
+    check(pipe)

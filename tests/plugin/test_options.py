@@ -1,0 +1,87 @@
+"""Options as a value: JSON, presets, changes."""
+
+import json
+
+import pytest
+import torch
+
+import atedm
+
+CHOSEN = [
+    atedm.Options(),
+    atedm.Options(ratio={2: 0.5, 3: 0.75}, levels=(2, 3), schedule=None, ranking="cross", tolerance=0.0),
+    atedm.Options(0.9, (3,), atedm.DSAP(0.25), "paper", "self", "bicubic", "mean", 64, 7, 0.01),
+    *atedm.PRESETS.values(),
+]
+
+
+@pytest.mark.parametrize("options", CHOSEN)
+def test_json_gives_the_same_options_back(options, tmp_path):
+    path = tmp_path / "options.json"
+    options.save(path)
+    assert atedm.Options.load(path) == options
+    assert atedm.Options.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+    assert [file.name for file in tmp_path.iterdir()] == ["options.json"]
+
+
+def test_what_a_file_leaves_out_is_the_default(tmp_path):
+    path = tmp_path / "options.json"
+    path.write_text('{"ratio": 0.5}')
+    assert atedm.Options.load(path) == atedm.Options(ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"ration": 0.5}', "'ration' is no option; expected some of ratio"),
+        ('{"ratio": 1.5}', "ratio is 1.5; expected from 0"),
+        ('{"ratio": {"two": 0.5}}', "ratio names level 'two'; expected a level number"),
+        ('{"schedule": {"part": 0.5}}', "schedule is .*expected .*fraction"),
+        ('{"schedule": 0.3}', r"schedule is 0\.3; expected an atedm.DSAP"),
+        ("[0.5]", "options are a list; expected a mapping"),
+        ('{"ratio": 0.', "holds no options"),
+        ("", "holds no options"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_with_what_is_wrong(text, message, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        atedm.Options.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_function_has_no_json(tmp_path):
+    options = atedm.Options(ranking=lambda q, k, lse: lse)
+    with pytest.raises(TypeError, match="ranking is <function"):
+        options.save(tmp_path / "options.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_apply_takes_presets_options_and_changes(unet, inputs):
+    def sample(*arguments, **changes):
+        with atedm.applied(unet, *arguments, **changes):
+            return unet(**inputs).sample
+
+    expected = sample(ratio=0.5, placement="paper", levels=(3,))
+    assert torch.equal(sample("paper-dagger", ratio=0.5), expected)
+    assert torch.equal(sample(atedm.Options(ratio=0.5, levels=(3,), placement="paper")), expected)
+    assert not torch.equal(sample("paper", ratio=0.5), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ("papper", ValueError, "options is 'papper'; expected an atedm.Options or a preset: paper, "),
+        (0.5, TypeError, "options is a float; expected an atedm.Options or the name of a preset"),
+    ],
+)
+def test_unknown_options_are_refused_and_nothing_is_applied(unet, options, error, message):
+    with pytest.raises(error, match=message):
+        atedm.apply(unet, options)
+    assert atedm.pruned_blocks(unet) == []
+
+
+def test_presets_cannot_be_changed():
+    with pytest.raises(TypeError):
+        atedm.PRESETS["mine"] = atedm.Options()
