@@ -48,7 +48,8 @@ def test_schedulers(base, scheduler):
     pipe = of(base, "StableDiffusionXLPipeline")
     config = {key: value for key, value in base.scheduler.config.items() if key != "trained_betas"}
     pipe.scheduler = getattr(diffusers, scheduler).from_config(config, beta_schedule="scaled_linear")
-    _, _, recording = check(pipe)
+    # Four steps of theirs make no picture.
+    _, _, recording = check(pipe, alike=-1)
     assert recording.steps == STEPS and recording.calls == sorted(recording.calls)
 
 
@@ -108,7 +109,7 @@ def test_controlnet_residuals_still_add_up(base, picture, controlnet):
     pipe = of(base, "StableDiffusionXLControlNetPipeline", controlnet=controlnet)
 
     def call(scale=1.0):
-        return latents(pipe, image=picture, controlnet_conditioning_scale=scale)
+        return latents(pipe, image=picture, controlnet_conditioning_scale=scale, num_inference_steps=1)
 
     full, pruned, _ = check(pipe, call)
     # They count as much for the pruned UNet as for the full one.
@@ -179,7 +180,7 @@ def test_free_u(base):
 @pytest.mark.parametrize("size", [(64, 64), (64, 192), (104, 72), (256, 32)])
 def test_sizes_and_shapes(base, size):
     width, height = size
-    _, _, recording = check(base, lambda: latents(base, width=width, height=height, num_inference_steps=2))
+    _, _, recording = check(base, lambda: latents(base, width=width, height=height, num_inference_steps=1), alike=0.3)
     side = base.vae_scale_factor * 2
     assert (recording.ranked[0].width, recording.ranked[0].height) == (-(-width // side), -(-height // side))
 
