@@ -1,11 +1,13 @@
 """``atedm demo`` and ``atedm generate``, end to end on the embedded model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import atedm
@@ -248,16 +250,19 @@ def test_generate_refuses(model_folder, tmp_path, arguments, expected):
     assert expected in message(result)
 
 
-def test_generate_wants_safetensors(model_folder, tmp_path):
-    import shutil
-
+def test_generate_wants_safetensors_unless_asked(model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
-    for file in (folder / "unet").glob("*.safetensors"):
-        file.rename(file.with_suffix(".bin"))
-    result = run("generate", "a star", "--model", folder, "--size", 64, "--device", "cpu", "--output", tmp_path / "out")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    arguments = ["generate", "a star", "--model", folder, "--size", 64, "--device", "cpu", "--steps", 1, "--no-compare"]
+    result = run(*arguments, "--output", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert "cannot be loaded" in message(result)
+    result = run(*arguments, "--allow-pickled", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "pruned.png").is_file()
 
 
 @pytest.mark.parametrize(("total", "light"), [(50, 15), (50, 0), (4, 2), (1, 1), (10, 9), (1000, 1)])

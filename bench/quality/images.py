@@ -63,7 +63,20 @@ def picture_paths(root: Path, setting: Setting, count: int) -> list[Path]:
     return [picture_path(folder_of(root, setting), n) for n in range(count)]
 
 
+def open_picture(path: Path) -> Image.Image:
+    """The whole picture, in RGB.
+
+    Raises:
+        OSError: the file is absent, truncated or no picture; the message names it.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
+        raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
+
+
 def load_pictures(paths: Sequence[Path]) -> Tensor:
     """uint8 ``[N, 3, H, W]``; all of one size."""
-    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    pixels = np.stack([np.asarray(open_picture(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

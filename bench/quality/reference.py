@@ -16,6 +16,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import FEATURES, load_checker, prepare
+from atedm.bench.quality.images import open_picture
 from atedm.bench.quality.lab import Figures
 from atedm.many import Case
 
@@ -77,8 +78,7 @@ def _load_clip(name: str) -> tuple[torch.nn.Module, Any]:
 
 def _square(path: Path) -> Tensor:
     """uint8 ``[1, 3, 299, 299]``."""
-    with Image.open(path) as picture:
-        resized = picture.convert("RGB").resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
+    resized = open_picture(path).resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
 
 
@@ -125,5 +125,4 @@ class ReferenceFigures:
 
 
 def _pixels(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.asarray(open_picture(path)).copy()).permute(2, 0, 1)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
         shutil.rmtree(target)
     pipe.save_pretrained(target, safe_serialization=True)
     _suit_older_releases(folder, target)
+    _forget_paths(target)
     return counter
 
 
@@ -52,3 +54,11 @@ def _suit_older_releases(folder: Path, target: Path) -> None:
     file = target / "text_encoder" / "model.safetensors"
     tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _forget_paths(target: Path) -> None:
+    """diffusers notes in each part's configuration where it was loaded from."""
+    for file in target.rglob("*.json"):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and document.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

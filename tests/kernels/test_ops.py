@@ -83,7 +83,7 @@ def prune_and_recover(q, k, v, x, residual):
     return out, tokens, atedm_kernels.recover_feature_map(compact, source, residual)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compiles_without_graph_breaks(backend, device, compiler):
     t = inputs(device, torch.float32)
     arguments = [t[name] for name in ("q", "k", "v", "x", "residual")]

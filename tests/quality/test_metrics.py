@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import FEATURES, SIZE, Checker, load_checker, prepare, save_checker
+from atedm.bench.quality.images import load_pictures
 
 
 def pictures(count, size=64, seed=0):
@@ -97,3 +99,14 @@ def test_saved_checker_sees_the_same(checker, tmp_path):
     loaded = load_checker(tmp_path / "checker.safetensors")
     x = prepare(pictures(2, SIZE))
     torch.testing.assert_close(loaded(x), checker(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
+def test_a_damaged_picture_is_named(content, tmp_path):
+    path = tmp_path / "00000.png"
+    if content == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        content = path.read_bytes()[:4000]
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"00000\.png cannot be read as a picture"):
+        load_pictures([path])

@@ -47,6 +47,8 @@ def test_export_is_a_half_precision_pipeline_that_follows_its_prompt(trained, tm
         files = list((tmp_path / "pipe" / part).glob("*.safetensors"))
         assert files
         assert {t.dtype for t in load_file(files[0]).values() if t.is_floating_point()} == {torch.float16}
+    configs = [file.read_text() for file in (tmp_path / "pipe").rglob("*.json")]
+    assert configs and not any(str(tmp_path.parent) in text or str(folder) in text for text in configs)
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 

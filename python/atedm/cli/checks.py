@@ -142,8 +142,13 @@ def parse_size(text: str) -> tuple[int, int]:
         raise bad("size", str(error)) from None
 
 
-def load_pipeline(model: str, dtype: str, variant: str | None, device: torch.device) -> StableDiffusionXLPipeline:
-    """The pipeline on ``device``; usage error where ``model`` is none, or not one of SDXL."""
+def load_pipeline(
+    model: str, dtype: str, variant: str | None, device: torch.device, allow_pickled: bool = False
+) -> StableDiffusionXLPipeline:
+    """The pipeline on ``device``; usage error where ``model`` is none, or not one of SDXL.
+
+    ``allow_pickled``: take weights that are no safetensors too. Reading them can run code that they hold.
+    """
     import torch
     from diffusers import StableDiffusionXLPipeline
 
@@ -164,7 +169,10 @@ def load_pipeline(model: str, dtype: str, variant: str | None, device: torch.dev
             # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
             warnings.simplefilter("ignore", FutureWarning)
             pipe = StableDiffusionXLPipeline.from_pretrained(
-                source, torch_dtype=getattr(torch, DTYPES[dtype]), variant=variant, use_safetensors=True
+                source,
+                torch_dtype=getattr(torch, DTYPES[dtype]),
+                variant=variant,
+                use_safetensors=None if allow_pickled else True,
             )
     except (OSError, ValueError, TypeError) as error:
         # The first sentence says what is missing; what follows are pages of advice on the hub.

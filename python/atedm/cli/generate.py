@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +26,7 @@ from atedm.cli.checks import (
 
 if TYPE_CHECKING:
     import torch
-
-    from atedm.options import Options
+    from diffusers import StableDiffusionXLPipeline
 
 WHY_SLOWER = (
     "Pruning did not pay here: at this size, on this device, choosing and refilling tokens costs more than it saves."
@@ -58,6 +58,9 @@ def generate(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
+    allow_pickled: Annotated[
+        bool, typer.Option("--allow-pickled", help="Also read weights that are no safetensors: they can run code.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/generate"),
     json: Annotated[Path | None, typer.Option(help="File for the figures. Default: comparison.json in it.")] = None,
@@ -87,17 +90,19 @@ def generate(
     pruning = check_options(preset if options is None else load_options(options), changes)
     width, height = parse_size(size)
     place = parse_device(device)
-    from atedm import comparison
+    from atedm import comparison, many
+
+    def load(device: torch.device) -> StableDiffusionXLPipeline:
+        return load_pipeline(model, dtype, variant, device, allow_pickled)
 
     if prompts is not None:
-        sampling = {"steps": steps, "guidance": guidance, "width": width, "height": height, "batch": batch}
-        sampling["negative_prompt"] = negative_prompt
-        with_full = bool(compare)
-        _generate_many(model, dtype, variant, place, prompts, seed, sampling, pruning, output, report_file, with_full)
+        sampling = many.Sampling(steps, guidance, width, height, batch, negative_prompt)
+        run = {"model": model, "dtype": dtype, "sampling": sampling, "options": pruning, "root": output}
+        _generate_many(load, place, prompts, seed, {**run, "with_full": bool(compare)}, report_file)
         return
     check_prompt(prompt, "PROMPT")
     with failing_clearly():
-        pipe = load_pipeline(model, dtype, variant, place)
+        pipe = load(place)
         check_applicable(pruning, pipe)
         request = comparison.Request(prompt, negative_prompt, steps, guidance, seed, width, height)
         with_full = compare is None or compare
@@ -112,18 +117,14 @@ def generate(
 
 
 def _generate_many(
-    model: str,
-    dtype: str,
-    variant: str | None,
+    load: Callable[[torch.device], StableDiffusionXLPipeline],
     device: torch.device,
     prompts: Path,
     seed: int,
-    sampling: dict[str, Any],
-    pruning: Options,
-    output: Path,
+    settings: dict[str, Any],
     report_file: Path,
-    with_full: bool,
 ) -> None:
+    """``settings``: the other fields of :class:`atedm.many.PromptRun`."""
     from atedm import many
 
     with failing_clearly():
@@ -132,14 +133,13 @@ def _generate_many(
         except ValueError as error:
             raise bad("prompts", str(error)) from None
         device = many.own_device(device)
-        pipe = load_pipeline(model, dtype, variant, device)
-        check_applicable(pruning, pipe)
-        run = many.PromptRun(pipe, model, dtype, cases, many.Sampling(**sampling), pruning, output, with_full)
+        run = many.PromptRun(load(device), cases=cases, **settings)
+        check_applicable(run.options, run.pipe)
         try:
             run.make()
         except ValueError as error:
             raise bad("output", str(error)) from None
         except KeyboardInterrupt:
-            typer.echo(f"Interrupted; the same command goes on from the pictures in {output}", err=True)
+            typer.echo(f"Interrupted; the same command goes on from the pictures in {run.root}", err=True)
             raise typer.Exit(130) from None
         run.write_report(device, report_file)

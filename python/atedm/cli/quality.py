@@ -43,6 +43,9 @@ def quality(
         Path | None, typer.Option(help="Folder of the pictures, plots and tables; an earlier run there goes on.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: quality.json in the folder.")] = None,
+    allow_pickled: Annotated[
+        bool, typer.Option("--allow-pickled", help="Also read weights that are no safetensors: they can run code.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
     convergence: Annotated[
         bool, typer.Option(help="Also study the power iteration on the model's maps (embedded model).")
@@ -102,7 +105,7 @@ def quality(
             if request.model is None:
                 session.run_embedded(request, place)
             else:
-                pipe = load_pipeline(request.model, request.dtype, variant, place)
+                pipe = load_pipeline(request.model, request.dtype, variant, place, allow_pickled)
                 session.run_checkpoint(request, place, pipe, parse_size(size))
         except ValueError as error:
             typer.echo(f"Error: {error}", err=True)
