@@ -21,7 +21,9 @@ def test_the_block_of_ones_own_runs_and_keeps_what_it_must():
         whole = block(x)
         block.ratio = 0.5
         pruned = block(x)
-    assert 0 < (whole - pruned).norm() < 0.5 * (whole - x).norm()
+    # The layers treat each token on its own: what was kept is as it would be.
+    same = torch.isclose(whole, pruned, rtol=1e-4, atol=1e-5).all(dim=2)
+    assert same.sum() == 15
 
 
 def test_links_lead_somewhere():

@@ -10,6 +10,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from atedm_kernels._checks import MAX_HEAD_DIM, MIN_HEAD_DIM
+
 # Self-attention processors whose computation is plain scaled dot-product attention over one set of projections,
 # so that ours, which also returns the logsumexp, stands in for them in the first layer of a pruned block.
 PLAIN_PROCESSORS = frozenset(
@@ -92,6 +94,9 @@ def why_not_rankable(layer: nn.Module) -> str | None:
         )
     if layer.only_cross_attention or layer.double_self_attention:
         return "its first layer has no pair of one self-attention and one cross-attention"
+    head_dim = layer.attn1.inner_dim // layer.attn1.heads
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"its heads have {head_dim} dimensions; expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     return why_not_plain(layer.attn1)
 
 

@@ -263,8 +263,8 @@ def test_nothing_to_prune_is_said_once(base, caplog):
 
 
 FAMILIES = {
-    "1.5": {"attention_head_dim": 4},
-    "2.1": {"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True, "upcast_attention": True},
+    "1.5": {"attention_head_dim": 2},
+    "2.1": {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True},
 }
 
 

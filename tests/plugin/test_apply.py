@@ -229,6 +229,13 @@ def test_unsupported_modules_are_named(unet, inputs):
         unet(**inputs)
 
 
+def test_heads_that_no_kernel_serves_are_refused_when_applied(make_unet):
+    unet = make_unet(attention_head_dim=(1, 2, 16))
+    with pytest.raises(ValueError, match="its heads have 4 dimensions; expected 8 to 256"):
+        atedm.apply(unet)
+    assert atedm.pruned_blocks(atedm.apply(unet, levels=(2,)))
+
+
 def test_a_forward_replaced_by_another_tool_is_refused(unet):
     block = unet.mid_block.attentions[0]
     block.forward = lambda *args, **kwargs: None
