@@ -56,7 +56,7 @@ setup(
     package_dir={"atedm_kernels": "atedm_kernels", "atedm": "python/atedm", "atedm.bench": "bench"},
     package_data={
         "atedm_kernels": ["ops/*/tiles.json"],
-        "atedm.embedded": ["README.md", "words.txt", "weights/**"],
+        "atedm.embedded": ["README.md", "words.txt", "training.json", "weights/**"],
         # Recipes and small networks; what was measured (bench/results) stays in the repository.
         **{name: ["*.yaml", "*.safetensors"] for name in BENCH},
     },

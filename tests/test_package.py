@@ -53,7 +53,9 @@ def test_the_wheel_holds_the_model_and_the_measurements(tmp_path):
     built = tmp_path / "lib" / "atedm"
 
     model = ROOT / "python" / "atedm" / "embedded"
-    assert kept_in(built / "embedded", "*") == kept_in(model, "*.py", "README.md", "words.txt", "weights/**/*")
+    assert kept_in(built / "embedded", "*") == kept_in(
+        model, "*.py", "README.md", "words.txt", "training.json", "weights/**/*"
+    )
     weights = {path.parent.name for path in built.glob("embedded/weights/*/*.safetensors")}
     assert weights == {"text_encoder", "text_encoder_2", "unet", "vae"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,8 +45,9 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One image to be made. ``guidance`` above 1 doubles the batch of a UNet call.
+    """What is to be made. ``guidance`` above 1 doubles the batch of a UNet call.
 
+    ``seed``: of the first image's noise; the n-th has ``seed + n``. ``images``: of the prompt, made at once.
     ``width``, ``height``: in pixels; None is the pipeline's native side, see :func:`sized`.
     """
 
@@ -56,15 +58,23 @@ class Request:
     seed: int = 0
     width: int | None = None
     height: int | None = None
+    images: int = 1
 
 
 @dataclass
 class Generated:
     """What one run gave. ``call_seconds``: of each UNet call. ``batch``: rows of a call."""
 
-    image: Image
+    images: list[Image]
     call_seconds: list[float]
     batch: int
+
+    @property
+    def image(self) -> Image:
+        """The images side by side."""
+        if len(self.images) == 1:
+            return self.images[0]
+        return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in self.images], axis=1))
 
 
 @dataclass
@@ -121,8 +131,8 @@ def generate_image(
     """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
     request = sized(request, pipe)
     with UNetTimer(pipe.unet) as timer:
-        image = _run(pipe, request, on_step).images[0]
-    return Generated(image, timer.seconds, timer.batch)
+        images = _run(pipe, request, on_step).images
+    return Generated(images, timer.seconds, timer.batch)
 
 
 def _run(
@@ -140,7 +150,8 @@ def _run(
         "width": request.width,
         "height": request.height,
         # Drawn on the CPU, so that a seed means the same noise on every device.
-        "generator": torch.Generator().manual_seed(request.seed),
+        "generator": [torch.Generator().manual_seed(request.seed + n) for n in range(request.images)],
+        "num_images_per_prompt": request.images,
         "callback_on_step_end": after_step,
     }
     pipe.set_progress_bar_config(disable=True)  # ours counts both runs
@@ -211,7 +222,7 @@ def compare(
             keep("pruned.png", lambda path: save_image(pruned.image, path))
             recording = recording or _recorded(pipe, request, progress)
     result.recording = recording
-    keep("tokens.png", lambda path: pictures.plot(recording, pruned.image, path=path))
+    keep("tokens.png", lambda path: pictures.plot(recording, pruned.images[-1], path=path))
 
     row = _row("pruned", pruned, pipe, request, flops["pruned"], options)
     if full is not None:
@@ -283,7 +294,7 @@ def _row(
         "seconds_per_call": sum(run.call_seconds) / calls,
         "fastest_call_seconds": min(run.call_seconds),
         "tflops": tflops,
-        "tflops_per_image": tflops * run.batch * calls,
+        "tflops_per_image": tflops * run.batch * calls / request.images,
         "speedup": None,
         "psnr_db": None,
     }

@@ -14,6 +14,7 @@ from atedm.cli.checks import (
     check_prompt,
     failing_clearly,
     parse_device,
+    parse_levels,
 )
 
 PROMPT = "a small red circle left of a large blue square on a green background"
@@ -26,19 +27,23 @@ WHY_SLOWER = (
 def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of the starting noise.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Drawn at once, each from noise of its own.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image's starting noise.")] = 0,
     ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    levels: Annotated[
+        str, typer.Option(help="Levels to prune, such as 2,3. Level 2 of so small a model bears no pruning.")
+    ] = "3",
     guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 switches it off.")] = 5.0,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     json: Annotated[Path | None, typer.Option(help="File for the figures. Default: comparison.json in it.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
-    """Make one image twice, full and pruned, with a small embedded model; no download."""
+    """Make a few images twice, full and pruned, with a small embedded model; no download."""
     check_prompt(prompt, "prompt")
     report_file = check_output(output, json)
     check_installed()
     place = parse_device(device)
-    options = check_options(None, {"ratio": ratio})
+    options = check_options(None, {"ratio": ratio, "levels": parse_levels(levels)})
     with failing_clearly():
         from atedm import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
@@ -48,8 +53,8 @@ def demo(
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
         pipe = embedded_pipeline().to(place)
-        request = comparison.sized(comparison.Request(prompt, steps=steps, guidance=guidance, seed=seed), pipe)
+        request = comparison.sized(comparison.Request(prompt, None, steps, guidance, seed, images=images), pipe)
         found = comparison.compare(pipe, request, options, output)
         described = comparison.describe(request, options, model="embedded", dtype="fp32")
-        title = f"embedded model, {request.width}×{request.height}, {steps} steps"
+        title = f"embedded model, {images} × {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)
