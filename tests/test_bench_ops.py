@@ -153,7 +153,8 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     bench = run.OpsBench(dataclasses.replace(settings, only=("select_tokens",)))
     monkeypatch.setattr(run, "Inputs", lambda *_: made)
     bench.run()
-    assert bench.failed and [row["name"] for row in bench.rows() if "error" in row] == ["select_tokens"]
+    # One row a backend: where the native library serves the CPU, the reference is measured too.
+    assert bench.failed and {row["name"] for row in bench.rows() if "error" in row} == {"select_tokens"}
 
 
 def test_without_time_shapes_are_named(quick):
