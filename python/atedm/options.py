@@ -18,7 +18,7 @@ from atedm_kernels.ops.select_tokens.op import REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
 RANKINGS = ("self", "cross")
-RECOVERIES = ("similarity", "zeros", "bicubic")
+RECOVERIES = ("similarity", "keys", "zeros", "bicubic")
 
 # The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
 DEFAULT_RATIO = 0.63

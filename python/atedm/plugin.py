@@ -147,7 +147,8 @@ def apply(
             up to rounding; early does less work.
         ranking: ``"self"`` or ``"cross"`` attention, or a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]``
             of the first self-attention to scores ``[B, H', N]`` (float32).
-        recovery: ``"similarity"``, ``"zeros"`` or ``"bicubic"``.
+        recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that it attends to most (the
+            paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.

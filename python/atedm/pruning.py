@@ -19,7 +19,7 @@ import atedm_kernels as kernels
 from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
-from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
+from atedm.recovery import append_zero_token, interpolate_bicubic, sources_by_keys, sources_or_zero
 from atedm_kernels.ops.select_tokens.reference import join_heads
 
 logger = logging.getLogger("atedm")
@@ -224,6 +224,8 @@ class _CompactTransformer:
         recovery = self._patch.state.options.recovery
         if recovery == "similarity":
             self._source = kernels.similarity_source(q, k, lse, self._index, scale=scale)
+        elif recovery == "keys":
+            self._source = sources_by_keys(k, self._index)
         elif recovery == "zeros":
             self._source = sources_or_zero(self._index, q.shape[2])
 

@@ -210,7 +210,9 @@ def test_callbacks_and_interrupted_generation(base):
 def test_two_pipelines_in_two_threads(base):
     pipes = [of(base, "StableDiffusionXLPipeline", unet=copy.deepcopy(base.unet)) for _ in range(2)]
     for pipe, ratio in zip(pipes, (0.3, 0.7), strict=True):
-        pipe.scheduler = copy.deepcopy(base.scheduler)
+        # A pipeline a thread shares neither: both keep state between calls, a fast tokenizer its padding.
+        for part in ("scheduler", "tokenizer", "tokenizer_2"):
+            setattr(pipe, part, copy.deepcopy(getattr(base, part)))
         atedm.apply(pipe, ratio=ratio)
     alone = [latents(pipe) for pipe in pipes]
     together = [None, None]

@@ -40,7 +40,13 @@ def page_rank_cross(attention_map, iterations):
     return torch.stack(scores)
 
 
-def slow_transformer(module, x, text, keep, *, ranking, iterations):
+def key_similarity(attention, tokens):
+    k = split(attention.to_k(tokens), attention.heads)
+    length = k.square().sum(-1).sqrt()
+    return ((k @ k.transpose(-1, -2)) / (length[..., None] * length[..., None, :])).exp()
+
+
+def slow_transformer(module, x, text, keep, *, ranking, recovery, iterations):
     """A ``Transformer2DModel`` pruned as the paper does: token by token, with the map in memory."""
     batch, channels, height, width = x.shape
     tokens = module.norm(x)
@@ -66,7 +72,7 @@ def slow_transformer(module, x, text, keep, *, ranking, iterations):
             compact = compact + layer.attn1(layer.norm1(compact))
             compact = compact + layer.attn2(layer.norm2(compact), encoder_hidden_states=text[b : b + 1])
             compact = compact + layer.ff(layer.norm3(compact))
-        similarity = self_map[b].mean(0)[:, kept]
+        similarity = (key_similarity(first.attn1, normed) if recovery == "keys" else self_map)[b].mean(0)[:, kept]
         for i in range(height * width):
             slot = kept.index(i) if i in kept else int(similarity[i].argmax())
             out[b, i] = compact[0, slot]
@@ -77,7 +83,7 @@ def slow_transformer(module, x, text, keep, *, ranking, iterations):
     return out + x
 
 
-def slow_unet(unet, inputs, ratio, levels, *, ranking="self", iterations=5):
+def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similarity", iterations=5):
     """The UNet with each block of ``levels`` replaced by the slow one."""
     level_of = {f"down_blocks.{i}": i + 1 for i in range(3)} | {f"up_blocks.{i}": 3 - i for i in range(3)}
     for name, module in unet.named_modules():
@@ -88,7 +94,8 @@ def slow_unet(unet, inputs, ratio, levels, *, ranking="self", iterations=5):
 
         def forward(x, encoder_hidden_states, module=module, **_):
             keep = math.floor((1 - ratio) * x.shape[2] * x.shape[3] + 0.5)
-            return (slow_transformer(module, x, encoder_hidden_states, keep, ranking=ranking, iterations=iterations),)
+            chosen = {"ranking": ranking, "recovery": recovery, "iterations": iterations}
+            return (slow_transformer(module, x, encoder_hidden_states, keep, **chosen),)
 
         module.forward = forward
     out = unet(**inputs).sample
@@ -117,6 +124,16 @@ def test_equals_the_slow_implementation(make_unet, make_inputs, placement, level
         unet, inputs, ratio=ratio, levels=levels, schedule=None, placement=placement, tolerance=0, max_iterations=5
     )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("placement", ["early", "paper"])
+def test_recovery_by_keys_equals_the_slow_implementation(make_unet, make_inputs, placement):
+    unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
+    expected = slow_unet(unet, inputs, 0.63, (2, 3), recovery="keys")
+    options = {"ratio": 0.63, "schedule": None, "placement": placement, "tolerance": 0, "max_iterations": 5}
+    out = run(unet, inputs, recovery="keys", **options)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(out, run(unet, inputs, **options), atol=1e-3)
 
 
 @pytest.mark.parametrize("placement", ["early", "paper"])

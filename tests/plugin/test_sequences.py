@@ -18,7 +18,7 @@ OPTIONS = st.fixed_dictionaries(
         "placement": st.sampled_from(["early", "paper"]),
         "schedule": st.sampled_from([None, atedm.DSAP(), atedm.DSAP(1.0)]),
         "levels": st.sampled_from([(2,), (3,), (2, 3)]),
-        "recovery": st.sampled_from(["similarity", "zeros", "bicubic"]),
+        "recovery": st.sampled_from(["similarity", "keys", "zeros", "bicubic"]),
         "ranking": st.sampled_from(["self", "cross"]),
         "keep_multiple": st.sampled_from([1, 16]),
     },

@@ -54,7 +54,7 @@ def generate(
     placement: Annotated[str | None, typer.Option(help="Where a block is pruned: early (default) or paper.")] = None,
     ranking: Annotated[str | None, typer.Option(help="Attention that ranks: self (default) or cross.")] = None,
     recovery: Annotated[
-        str | None, typer.Option(help="Dropped tokens: similarity (default), zeros or bicubic.")
+        str | None, typer.Option(help="Dropped tokens: similarity (default), keys, zeros or bicubic.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
