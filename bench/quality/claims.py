@@ -1,4 +1,4 @@
-"""What the paper claims, checked on a run's rows: does it hold here, by which numbers?"""
+"""What the paper claims, and what we do, checked on a run's rows: does it hold here, by which numbers?"""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ CLAIMS = (
     ),
     Claim("self-attention ranking beats cross-attention ranking", ((f"ours {MAIN}", "ranking: cross-attention"),)),
     Claim("RMS over heads beats their mean", ((f"ours {MAIN}", "heads: mean"),)),
+    # Not the paper's, but ours.
+    Claim("keys beat attention (by keys against ours)", tuple((f"keys {b}", f"ours {b}") for b in BUDGETS)),
+    Claim("by keys beats ToMe at equal FLOPs", tuple((f"keys {b}", f"tomesd {b}") for b in BUDGETS)),
+    Claim("by keys beats random pruning that recovers by keys", ((f"keys {MAIN}", "random, recovery: keys"),)),
+    Claim("recovery by keys beats similarity-based copy", (("recovery: keys", f"ours {MAIN}"),)),
+    Claim("a grid of kept tokens helps (by keys)", ((f"keys {MAIN}", "by keys, no grid"),)),
+    Claim("DSAP helps by keys (at equal FLOPs)", ((f"keys {MAIN}", "by keys, DSAP off, same FLOPs"),)),
 )
 
 

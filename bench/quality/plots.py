@@ -20,7 +20,8 @@ from atedm.bench.quality.images import folder_of
 from atedm.bench.quality.settings import Setting
 from atedm.many import Case, picture_path
 
-_COLORS = {"ours": "tab:blue", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
+_COLORS = {"ours": "tab:blue", "keys": "tab:green", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
+_NAMES = {"ours": "ours (AT-EDM)", "keys": "ours, by keys", "tomesd": "ToMe (tomesd)"}
 _LABELS = {
     "accuracy": "prompt accuracy",
     "frechet_distance": "Fréchet distance (checker's features)",
@@ -50,7 +51,7 @@ def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     [r[f"{measure}_high"] - r[measure] for r in line],
                 ]
                 errors = np.maximum(errors, 0)
-            axis.errorbar(x, y, errors, marker="o", capsize=3, color=color, label=kind, linewidth=1.5)
+            axis.errorbar(x, y, errors, marker="o", capsize=3, color=color, label=_NAMES.get(kind, kind), linewidth=1.5)
             if kind == "full":
                 axis.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
         axis.set_xlabel("UNet FLOPs a call, part of the full UNet's")

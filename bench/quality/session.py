@@ -36,8 +36,11 @@ _WATCHED = 8
 # Columns and rows of the contact sheets.
 _SHEET_PICTURES = 8
 SHEETS = {
-    "sheet-budgets": ("full", "ours c", "tomesd c", "random c", "ours a", "tomesd a", "random a"),
-    "sheet-ablations": ("full", "ours c", "recovery: zeros", "recovery: bicubic", "ranking: cross-attention"),
+    "sheet-budgets": ("full", "ours d", "keys d", "tomesd d", "random d", "ours b", "keys b", "tomesd b", "random b"),
+    "sheet-ablations": (
+        *("full", "ours c", "recovery: zeros", "recovery: bicubic", "ranking: cross-attention"),
+        *("recovery: keys", "by keys, no grid", "keys c"),
+    ),
 }
 
 COLUMNS = {
@@ -237,7 +240,7 @@ def _print(
         report.print_table(
             [{**row, "measures": f"{row['for']} for, {row['against']} against"} for row in claims],
             {"name": "claim", "better": "this", "worse": "against", "measures": "measures", "verdict": "verdict"},
-            "What the paper claims, on this model",
+            "What the paper claims, and ours by keys, on this model",
         )
     if watched:
         report.print_table(

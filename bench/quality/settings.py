@@ -26,8 +26,20 @@ BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
 REUSED_STEPS = (2, 3, 5)
 
+# Ranking, recovery and cover by keys: our own way beside the paper's.
+_BY_KEYS: dict[str, Any] = {"ranking": "keys", "recovery": "keys", "grid": 2}
+
+_COPY_BY_KEYS: dict[str, Any] = {"recovery": "keys"}
+
+# What of these changes the FLOPs.
+_COUNTED = ("levels", "placement", "ranking", "recovery")
+
 # Options of atedm.apply.
 _ABLATIONS: dict[str, dict[str, Any]] = {
+    "recovery: keys": _COPY_BY_KEYS,
+    "recovery: keys, with grid": {**_COPY_BY_KEYS, "grid": 2},
+    "by keys, no grid": {"ranking": "keys", "recovery": "keys"},
+    "by keys, DSAP off, same FLOPs": {**_BY_KEYS, "schedule": None},
     "recovery: zeros": {"recovery": "zeros"},
     "recovery: bicubic": {"recovery": "bicubic"},
     "DSAP off, same ratio": {"schedule": None},
@@ -45,7 +57,7 @@ class Setting:
     """One row of the table.
 
     Attributes:
-        kind: ``"full"``, ``"ours"``, ``"tomesd"`` or ``"random"``.
+        kind: ``"full"``, ``"ours"`` (AT-EDM), ``"keys"`` (ours by keys), ``"tomesd"`` or ``"random"``.
         group: the part of the table it belongs to: ``"budget"``, ``"ablation"`` or ``"cheaper"``.
         budget: ``"a"`` to ``"d"``; None for the full UNet.
         flops, scoring_flops: of the mean UNet call, one image.
@@ -82,9 +94,15 @@ class Plan:
         self.steps = steps
         self._ours = functools.cache(self._solve_ours)
         self.builders: dict[str, tuple[str, Callable[[str], Setting]]] = {"full": ("budget", self._full)}
-        for kind, build in (("ours", self._budget), ("tomesd", self._tomesd), ("random", self._random)):
+        for kind, build in (
+            ("ours", self._budget),
+            ("keys", self._by_keys),
+            ("tomesd", self._tomesd),
+            ("random", self._random),
+        ):
             self.builders |= {f"{kind} {budget}": ("budget", build) for budget in BUDGETS}
         self.builders |= dict.fromkeys(_ABLATIONS, ("ablation", self._ablation))
+        self.builders["random, recovery: keys"] = ("ablation", self._random_by_keys)
         studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
         studies["one ranking for both halves of guidance"] = "shared"
         if pooled_tokens is not None:
@@ -122,6 +140,11 @@ class Plan:
     def _budget(self, name: str) -> Setting:
         return self._ours(name.split()[1])
 
+    def _by_keys(self, name: str) -> Setting:
+        ours = self._ours(name.split()[1])
+        mean = self._mean(ours.ratio, _BY_KEYS)
+        return dataclasses.replace(ours, name=name, kind="keys", scoring_flops=mean.scoring, options=_BY_KEYS)
+
     def _tomesd(self, name: str) -> Setting:
         ours = self._ours(name.split()[1])
         ratio = self.flops.nearest_merge_ratio(ours.flops)
@@ -133,6 +156,9 @@ class Plan:
         ours = self._ours(name.split()[1])
         return Setting(name, "random", "budget", ours.budget, ours.ratio, ours.flops)
 
+    def _random_by_keys(self, name: str) -> Setting:
+        return dataclasses.replace(self._random(f"random {MAIN}"), name=name, group="ablation", options=_COPY_BY_KEYS)
+
     def _ablation(self, name: str) -> Setting:
         options, main = _ABLATIONS[name], self._ours(MAIN)
         ratio, note = main.ratio, ""
@@ -143,7 +169,7 @@ class Plan:
         return Setting(name, "ours", "ablation", MAIN, ratio, mean.unet, mean.scoring, options, note=note)
 
     def _mean(self, ratio: float, options: dict[str, Any]) -> Flops:
-        counted = {key: options[key] for key in ("levels", "placement") if key in options}
+        counted = {key: options[key] for key in _COUNTED if key in options}
         if options.get("schedule", True) is None:
             return self.flops.pruned(ratio, **counted)
         return self.flops.average(ratio, steps=self.steps, **counted)

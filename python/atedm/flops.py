@@ -150,11 +150,14 @@ class UNetFlops:
         levels: tuple[int, ...] | None = None,
         placement: str = "early",
         light: bool = False,
+        ranking: str = "self",
+        recovery: str = "similarity",
     ) -> Flops:
         """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
 
         Args:
             light: count the light phase of DSAP instead of the one that prunes every block.
+            ranking, recovery: these change only what is spent on scoring.
 
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
@@ -162,11 +165,13 @@ class UNetFlops:
 
         def count() -> Flops:
             schedule = atedm.DSAP(fraction=1.0) if light else None
-            applied = atedm.applied(self.unet, ratio=ratio, levels=levels, placement=placement, schedule=schedule)
-            with applied:
+            settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
+            with atedm.applied(self.unet, ratio=ratio, schedule=schedule, **settings):
                 return count_flops(lambda: self._call(self.unet))
 
-        return self._count_once(("pruned", ratio, levels, placement, light), count)
+        if ratio == 0:  # Nothing is pruned, which apply would say.
+            return self.full()
+        return self._count_once(("pruned", ratio, levels, placement, light, ranking, recovery), count)
 
     def average(self, ratio: float, *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any) -> Flops:
         """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""

@@ -17,7 +17,7 @@ from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 from atedm_kernels.ops.select_tokens.op import REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
-RANKINGS = ("self", "cross")
+RANKINGS = ("self", "cross", "keys")
 RECOVERIES = ("similarity", "keys", "zeros", "bicubic")
 
 # The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
@@ -56,6 +56,7 @@ class Options:
     keep_multiple: int = 1
     max_iterations: int = DEFAULT_MAX_ITERATIONS
     tolerance: float = DEFAULT_TOLERANCE
+    grid: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
@@ -75,6 +76,8 @@ class Options:
         if not callable(self.ranking):
             _one_of("ranking", self.ranking, RANKINGS)
         _one_of("recovery", self.recovery, RECOVERIES)
+        if self.grid is not None and (isinstance(self.grid, bool) or not isinstance(self.grid, int) or self.grid < 2):
+            raise ValueError(f"grid is {self.grid!r}; expected None or an integer of at least 2")
         _one_of("reduction", self.reduction, REDUCTIONS)
         for name in ("keep_multiple", "max_iterations"):
             value = getattr(self, name)

@@ -145,10 +145,14 @@ def apply(
         placement: ``"early"`` prunes right after the first layer's self-attention and recovers after the output
             projection; ``"paper"`` prunes after that layer and recovers before the projection. The result is the same
             up to rounding; early does less work.
-        ranking: ``"self"`` or ``"cross"`` attention, or a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]``
-            of the first self-attention to scores ``[B, H', N]`` (float32).
+        ranking: what the kept tokens are chosen by. ``"self"``: PageRank on self-attention (the paper's), ``"cross"``:
+            on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); or a function
+            from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores ``[B, H', N]``
+            (float32, not negative).
         recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that it attends to most (the
             paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
+        grid: keep the tokens at every ``grid``-th row and column before all others, so that some are kept everywhere;
+            None, the default, for none.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.

@@ -9,6 +9,7 @@ self-attention. All state of a call lives in its stand-ins, so an exception leav
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 import atedm_kernels as kernels
 from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
+from atedm.keys import rank_by_keys, sources_by_keys, unit_keys
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
-from atedm.recovery import append_zero_token, interpolate_bicubic, sources_by_keys, sources_or_zero
+from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
 from atedm_kernels.ops.select_tokens.reference import join_heads
 
 logger = logging.getLogger("atedm")
@@ -190,6 +192,8 @@ class _CompactTransformer:
             if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (q.shape[0], q.shape[2]):
                 raise ValueError(f"ranking returned {shape}; expected scores [{q.shape[0]}, heads, {q.shape[2]}]")
             return scores, None
+        if options.ranking == "keys":
+            return rank_by_keys(unit_keys(k)), None
         return kernels.weighted_page_rank(
             q, k, lse, scale=scale, max_iterations=options.max_iterations, tolerance=options.tolerance
         )
@@ -205,7 +209,10 @@ class _CompactTransformer:
 
     def _choose(self, scores: Tensor, iterations: Tensor | None) -> None:
         state = self._patch.state
-        self._index = kernels.select_tokens(scores, self._keep, reduction=state.options.reduction)
+        stride, chosen_by = state.options.grid, scores
+        if stride is not None:
+            chosen_by = _grid_first(scores, *self._size, stride, self._keep)
+        self._index = kernels.select_tokens(chosen_by, self._keep, reduction=state.options.reduction)
         if state.recordings:
             ranked = Ranked(
                 state.call,
@@ -225,7 +232,7 @@ class _CompactTransformer:
         if recovery == "similarity":
             self._source = kernels.similarity_source(q, k, lse, self._index, scale=scale)
         elif recovery == "keys":
-            self._source = sources_by_keys(k, self._index)
+            self._source = sources_by_keys(unit_keys(k), self._index)
         elif recovery == "zeros":
             self._source = sources_or_zero(self._index, q.shape[2])
 
@@ -266,6 +273,15 @@ class _WithoutSelfAttention:
 
     def attn1(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states.new_zeros(())
+
+
+def _grid_first(scores: Tensor, height: int, width: int, stride: int, keep: int) -> Tensor:
+    """``scores`` ``[B, H, N]`` by which the tokens at every ``stride``-th row and column are chosen before others."""
+    grid = torch.zeros(height, width, dtype=torch.bool, device=scores.device)
+    grid[::stride, ::stride] = True
+    if keep < math.ceil(height / stride) * math.ceil(width / stride):
+        return scores.masked_fill(~grid.flatten(), 0.0)  # not even all of these: the best of them
+    return scores.masked_fill(grid.flatten(), math.inf)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

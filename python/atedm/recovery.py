@@ -1,30 +1,10 @@
-"""Recoveries other than the paper's similarity-based copy: by likeness of keys (ours), and those of its ablation."""
+"""Recoveries other than a copy of a kept token, for comparison (AT-EDM, ablation)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import atedm_kernels as kernels
-
-
-def sources_by_keys(k: Tensor, index: Tensor) -> Tensor:
-    """A source map by likeness of keys: a dropped token copies the kept one whose keys point most nearly as its own do.
-
-    For a dropped token ``i`` the source is the slot ``j`` with the greatest ``Σ_h exp(cos(k_hi, k_hj))``, ties to the
-    lowest: the attention map of keys of length 1 with themselves, without a softmax. Attention says what a token looks
-    at, which need not be like it; keys were found to be what tokens are most alike by in ToMe (section 3).
-
-    Args:
-        k: ``[B, H, N, D]``, the first self-attention's keys. index: int64 ``[B, K]``, the kept tokens.
-
-    Returns:
-        int64 ``[B, N]``; a kept token has its own slot.
-    """
-    unit = F.normalize(k, dim=-1)
-    no_softmax = torch.zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
-    return kernels.similarity_source(unit, unit, no_softmax, index, scale=1.0)
 
 
 def sources_or_zero(index: Tensor, tokens: int) -> Tensor:

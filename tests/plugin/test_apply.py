@@ -172,6 +172,8 @@ def test_no_random_numbers_are_drawn(unet, inputs):
         ({"placement": "late"}, ValueError, "placement is 'late'"),
         ({"ranking": "random"}, ValueError, "ranking is 'random'"),
         ({"recovery": "mean"}, ValueError, "recovery is 'mean'"),
+        ({"grid": 1}, ValueError, "grid is 1; expected None or an integer of at least 2"),
+        ({"grid": True}, ValueError, "grid is True"),
         ({"reduction": "max"}, ValueError, "reduction is 'max'"),
         ({"keep_multiple": 0}, ValueError, "keep_multiple is 0"),
         ({"max_iterations": 0}, ValueError, "max_iterations is 0"),

@@ -43,11 +43,14 @@ def assert_same(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("placement", ["early", "paper"])
+BY_KEYS = {"ranking": "keys", "recovery": "keys", "grid": 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "paper"}, BY_KEYS], ids=["early", "paper", "keys"])
 @whole
-def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, placement, compile_whole):
+def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options, compile_whole):
     counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
-    atedm.apply(unet, schedule=None, placement=placement)
+    atedm.apply(unet, schedule=None, **options)
     expected = unet(**inputs).sample
     compiled = compile_whole(unet, counter)
     for timestep in (NOISE, 600, ALMOST_DONE):

@@ -46,7 +46,7 @@ def key_similarity(attention, tokens):
     return ((k @ k.transpose(-1, -2)) / (length[..., None] * length[..., None, :])).exp()
 
 
-def slow_transformer(module, x, text, keep, *, ranking, recovery, iterations):
+def slow_transformer(module, x, text, keep, *, ranking, recovery, grid, iterations):
     """A ``Transformer2DModel`` pruned as the paper does: token by token, with the map in memory."""
     batch, channels, height, width = x.shape
     tokens = module.norm(x)
@@ -64,9 +64,14 @@ def slow_transformer(module, x, text, keep, *, ranking, recovery, iterations):
     tokens = tokens + first.ff(first.norm3(tokens))
     out = torch.empty(batch, height * width, channels, dtype=x.dtype)
     for b in range(batch):
-        scores = page_rank(self_map[b], iterations) if ranking == "self" else page_rank_cross(cross_map[b], iterations)
+        scores = {
+            "self": lambda: page_rank(self_map[b], iterations),  # noqa: B023 (called at once)
+            "cross": lambda: page_rank_cross(cross_map[b], iterations),  # noqa: B023
+            "keys": lambda: 1 / key_similarity(first.attn1, normed)[b].mean(1),  # noqa: B023
+        }[ranking]()
         importance = scores.square().mean(0).sqrt().tolist()
-        kept = sorted(sorted(range(height * width), key=lambda i: (-importance[i], i))[:keep])
+        on_grid = [grid is not None and i // width % grid == 0 and i % width % grid == 0 for i in range(height * width)]
+        kept = sorted(sorted(range(height * width), key=lambda i: (not on_grid[i], -importance[i], i))[:keep])
         compact = tokens[b : b + 1, kept]
         for layer in rest:
             compact = compact + layer.attn1(layer.norm1(compact))
@@ -83,7 +88,7 @@ def slow_transformer(module, x, text, keep, *, ranking, recovery, iterations):
     return out + x
 
 
-def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similarity", iterations=5):
+def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similarity", grid=None, iterations=5):
     """The UNet with each block of ``levels`` replaced by the slow one."""
     level_of = {f"down_blocks.{i}": i + 1 for i in range(3)} | {f"up_blocks.{i}": 3 - i for i in range(3)}
     for name, module in unet.named_modules():
@@ -94,7 +99,7 @@ def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similari
 
         def forward(x, encoder_hidden_states, module=module, **_):
             keep = math.floor((1 - ratio) * x.shape[2] * x.shape[3] + 0.5)
-            chosen = {"ranking": ranking, "recovery": recovery, "iterations": iterations}
+            chosen = {"ranking": ranking, "recovery": recovery, "grid": grid, "iterations": iterations}
             return (slow_transformer(module, x, encoder_hidden_states, keep, **chosen),)
 
         module.forward = forward
@@ -134,6 +139,35 @@ def test_recovery_by_keys_equals_the_slow_implementation(make_unet, make_inputs,
     out = run(unet, inputs, recovery="keys", **options)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(out, run(unet, inputs, **options), atol=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.63, 0.9])
+def test_ranking_by_keys_on_a_grid_equals_the_slow_implementation(make_unet, make_inputs, ratio):
+    unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
+    expected = slow_unet(unet, inputs, ratio, (2, 3), ranking="keys", recovery="keys", grid=2)
+    options = {"ratio": ratio, "schedule": None, "ranking": "keys", "recovery": "keys"}
+    with atedm.record(atedm.apply(unet, grid=2, **options)) as recording:
+        out = unet(**inputs).sample
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(out, run(unet, inputs, **options), atol=1e-3)
+    for ranked in recording.ranked:
+        assert ranked.scores.isfinite().all()
+        assert ranked.iterations is None
+        on_grid = ranked.mask()[:, ::2, ::2]
+        # 0.63 leaves more than a quarter of the tokens, 0.9 fewer.
+        assert on_grid.all() if ratio == 0.63 else on_grid.sum() == ranked.index.numel()
+
+
+@pytest.mark.parametrize("stride", [2, 3, 50])
+def test_a_grid_has_whole_rows_and_columns_at_odd_sizes(make_unet, make_inputs, stride):
+    unet, inputs = make_unet(torch.float32), make_inputs(torch.float32, height=18, width=26)
+    with atedm.applied(unet, ratio=0.5, grid=stride, schedule=None), atedm.record(unet) as recording:
+        unet(**inputs)
+    sizes = {(ranked.height, ranked.width) for ranked in recording.ranked}
+    assert sizes == {(9, 13), (5, 7)}
+    for ranked in recording.ranked:
+        assert ranked.mask()[:, ::stride, ::stride].all()
+        assert ranked.index.shape[1] == math.floor(0.5 * ranked.tokens + 0.5)
 
 
 @pytest.mark.parametrize("placement", ["early", "paper"])

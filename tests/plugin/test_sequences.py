@@ -19,7 +19,8 @@ OPTIONS = st.fixed_dictionaries(
         "schedule": st.sampled_from([None, atedm.DSAP(), atedm.DSAP(1.0)]),
         "levels": st.sampled_from([(2,), (3,), (2, 3)]),
         "recovery": st.sampled_from(["similarity", "keys", "zeros", "bicubic"]),
-        "ranking": st.sampled_from(["self", "cross"]),
+        "ranking": st.sampled_from(["self", "cross", "keys"]),
+        "grid": st.sampled_from([None, 2, 3]),
         "keep_multiple": st.sampled_from([1, 16]),
     },
 )

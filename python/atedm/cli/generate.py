@@ -52,10 +52,13 @@ def generate(
     ratio: Annotated[float | None, typer.Option(help="Part of the tokens to drop. Default: 0.63.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
     placement: Annotated[str | None, typer.Option(help="Where a block is pruned: early (default) or paper.")] = None,
-    ranking: Annotated[str | None, typer.Option(help="Attention that ranks: self (default) or cross.")] = None,
+    ranking: Annotated[
+        str | None, typer.Option(help="What ranks: attention, self (default) or cross, or keys.")
+    ] = None,
     recovery: Annotated[
         str | None, typer.Option(help="Dropped tokens: similarity (default), keys, zeros or bicubic.")
     ] = None,
+    grid: Annotated[int | None, typer.Option(help="Keep every GRID-th row and column's tokens. Default: no.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     allow_pickled: Annotated[
@@ -86,7 +89,7 @@ def generate(
     report_file = check_output(output, json)
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
-    changes |= {"ranking": ranking, "recovery": recovery}
+    changes |= {"ranking": ranking, "recovery": recovery, "grid": grid}
     pruning = check_options(preset if options is None else load_options(options), changes)
     width, height = parse_size(size)
     place = parse_device(device)
