@@ -22,6 +22,7 @@ from atedm.bench.measure import Graphs, error_line, op_seconds_of, peak_memory_o
 from atedm.bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
 from atedm.flops import Flops, UNetFlops, apply_tomesd
 from atedm.models import unet_inputs
+from atedm.options import BY_KEYS
 from atedm.recording import Recording
 from atedm_kernels._backends import choose
 from atedm_kernels._library import IMPLEMENTATIONS
@@ -37,8 +38,9 @@ STAGES = {
 }
 
 FULL, OURS, LIGHT, PAPER, TOMESD = "full", "ours", "ours DSAP light phase", "ours paper placement", "tomesd"
+KEYS = "ours by keys"
 AVERAGE = "ours DSAP average"
-VARIANTS = (FULL, OURS, LIGHT, PAPER, TOMESD)
+VARIANTS = (FULL, OURS, LIGHT, PAPER, KEYS, TOMESD)
 
 # Ends of the names of what runs the same thing in another way: compiled, or as a CUDA graph, which leaves the host out.
 COMPILED, GRAPH = " compiled", " graph"
@@ -209,6 +211,7 @@ class UNetBench:
             OURS: {"ratio": ratio, "schedule": None},
             LIGHT: {"ratio": ratio, "schedule": atedm.DSAP(fraction=1.0)},
             PAPER: {"ratio": ratio, "schedule": None, "placement": "paper"},
+            KEYS: {"ratio": ratio, "schedule": None, **BY_KEYS},
             TOMESD: None,
         }
         return {
@@ -222,6 +225,7 @@ class UNetBench:
             OURS: counter.pruned(ratio),
             LIGHT: counter.pruned(ratio, light=True),
             PAPER: counter.pruned(ratio, placement="paper"),
+            KEYS: counter.pruned(ratio, ranking="keys", recovery="keys"),
         }
         if TOMESD not in self._wanted():
             return flops
@@ -238,7 +242,7 @@ class UNetBench:
         elif options is not None:
             atedm.apply(unet, **options)
         positional, kwargs = self._inputs
-        ours = kind in (OURS, LIGHT, PAPER)
+        ours = kind in (OURS, LIGHT, PAPER, KEYS)
         flops = self._flops[kind]
         fields = {
             "tflops": flops.tflops,

@@ -13,10 +13,11 @@ from atedm_kernels._library import define_op
 
 _BACKENDS = ("triton", "native", "reference")
 
-# Provisional until they are chosen on trained attention maps: after five iterations the kept sets of synthetic maps
-# no longer change, and an L1 change of 1e-3 in a distribution moves no more than rounding does in bf16.
+# Chosen on the trained maps of the embedded model (bench/results, "convergence"), by the overlap (Jaccard index) of the
+# kept set with the converged one, mean over blocks and steps: 0.96 after at most 3 iterations, 0.98 after 5, 0.99 after
+# 10. A tolerance of 1e-2 takes 3.7 of the 5, 1e-3 takes 4.4, and the overlaps are 0.978 and 0.979.
 DEFAULT_MAX_ITERATIONS = 5
-DEFAULT_TOLERANCE = 1e-3
+DEFAULT_TOLERANCE = 1e-2
 
 # (q, k, lse, scale, max_iterations, tolerance) → (scores, iterations)
 Ranking = Callable[[Tensor, Tensor, Tensor, float, int, float], tuple[Tensor, Tensor]]

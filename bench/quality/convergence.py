@@ -21,14 +21,21 @@ TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 LIMIT = 60
 
+# What stopping at each tolerance costs in overlap and saves in iterations is looked at with these limits.
+STOP_LIMITS = (3, 5, 10)
+
 
 @dataclass
 class _Seen:
-    """Of one block and step: iterations to each tolerance, one number a head; Jaccard per iteration, one a row."""
+    """Of one block and step: iterations to each tolerance, one number a head; Jaccard per iteration, one a row.
+
+    ``stopped``: by (tolerance, limit), iterations (one number a head) and Jaccard (one a row).
+    """
 
     tokens: int = 0
     iterations: dict[float, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     jaccard: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    stopped: dict[tuple[float, int], list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
 
 
 def _kept(scores: Tensor, keep: int) -> Tensor:
@@ -37,13 +44,18 @@ def _kept(scores: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(joined, dtype=torch.bool).scatter_(1, joined.topk(keep, dim=1).indices, True)
 
 
+def _overlap(mask: Tensor, last: Tensor) -> Tensor:
+    """Jaccard index of each row's kept sets: ``[B]``."""
+    return ((mask & last).sum(1) / (mask | last).sum(1)).cpu()
+
+
 def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tensor:
     """Iterate in float64 on the stored map; returns the converged scores."""
     scale = q.shape[3] ** -0.5
     attention = torch.exp(q.double() @ k.double().transpose(2, 3) * scale - lse.double()[..., None])
     scores = torch.full(q.shape[:3], 1 / q.shape[2], dtype=torch.float64, device=q.device)
     reached = {tolerance: torch.full(q.shape[:2], LIMIT) for tolerance in TOLERANCES}
-    masks = {}
+    masks, history = {}, [scores]
     for iteration in range(1, LIMIT + 1):
         before = scores
         scores = (scores[:, :, None] @ attention)[:, :, 0]
@@ -51,6 +63,8 @@ def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tenso
         change = (scores - before).abs().sum(2).cpu()
         for tolerance, found in reached.items():
             found[(change < tolerance) & (found == LIMIT)] = iteration
+        if iteration <= max(STOP_LIMITS):
+            history.append(scores)
         if iteration in ITERATIONS:
             masks[iteration] = _kept(scores, keep)
     last = _kept(scores, keep)
@@ -58,8 +72,15 @@ def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tenso
     for tolerance, found in reached.items():
         seen.iterations[tolerance].append(found.flatten())
     for iteration, mask in masks.items():
-        both, either = (mask & last).sum(1), (mask | last).sum(1)
-        seen.jaccard[iteration].append((both / either).cpu())
+        seen.jaccard[iteration].append(_overlap(mask, last))
+    series = torch.stack(history)  # [iterations + 1, B, H, N]
+    for tolerance, found in reached.items():
+        for limit in STOP_LIMITS:
+            # Each head stops on its own, as in weighted_page_rank.
+            taken = found.clamp(max=limit)
+            at = taken.to(series.device)[None, :, :, None].expand(1, *series.shape[1:])
+            kept = _kept(series.gather(0, at)[0], keep)
+            seen.stopped[tolerance, limit].append((taken.flatten(), _overlap(kept, last)))
     return scores.float()
 
 
@@ -73,6 +94,12 @@ def _row(name: str, seen: Sequence[_Seen]) -> dict[str, Any]:
         found = torch.cat([x for s in seen for x in s.jaccard[iteration]]).double()
         row[f"jaccard_{iteration}"] = float(found.mean())
         row[f"jaccard_{iteration}_min"] = float(found.min())
+    for tolerance in TOLERANCES:
+        for limit in STOP_LIMITS:
+            pairs = [pair for s in seen for pair in s.stopped[tolerance, limit]]
+            taken, overlap = (torch.cat(part).double() for part in zip(*pairs, strict=True))
+            name = f"stopped_{tolerance:g}_of_{limit}"
+            row |= {f"{name}_iterations": float(taken.mean()), f"{name}_jaccard": float(overlap.mean())}
     return row
 
 
@@ -83,6 +110,7 @@ def study(pipe: Any, cases: Sequence[Case], ratio: float, sampling: Sampling) ->
         Flat rows: one a block (its ``step`` is None), then one a block and step. ``iterations_to_T``: mean over heads
         until the scores change by less than ``T`` (60: never); ``jaccard_n``: mean over pictures of the overlap
         between the set kept after n iterations and after 60; ``_max`` and ``_min`` are the worst.
+        ``stopped_T_of_n``: with tolerance ``T`` and at most n iterations, those taken and that overlap.
     """
     seen: dict[tuple[str, int], _Seen] = defaultdict(_Seen)
     step = 0

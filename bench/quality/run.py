@@ -15,6 +15,7 @@ from atedm.bench.quality.images import make_setting
 from atedm.bench.quality.lab import Figures, rows_of
 from atedm.bench.quality.settings import Setting
 from atedm.many import Case, Sampling, claim
+from atedm.options import Options
 
 
 @dataclass
@@ -30,7 +31,11 @@ class Run:
 
     def _setting(self, setting: Setting) -> dict[str, Any]:
         kept = ("kind", "ratio", "options", "study")
-        return {key: getattr(setting, key) for key in kept}
+        described = {key: getattr(setting, key) for key in kept}
+        if setting.kind not in ("full", "tomesd"):
+            # Whole, because a default may change between two versions.
+            described["options"] = Options(ratio=setting.ratio, **setting.options).to_dict()
+        return described
 
     def check_root(self) -> None:
         """Make ``root`` this run's, or make sure that it is already: pictures of another run must not mix with it.

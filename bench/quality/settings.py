@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,12 @@ from atedm.bench.quality.rankings import (
     shared_between_halves,
 )
 from atedm.flops import MAX_RATIO, Flops, UNetFlops, apply_tomesd, solve_decreasing
+from atedm.options import BY_KEYS
 
 # The paper's tables: TFLOPs of a call that prunes every block, of 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
 REUSED_STEPS = (2, 3, 5)
-
-# Ranking, recovery and cover by keys: our own way beside the paper's.
-_BY_KEYS: dict[str, Any] = {"ranking": "keys", "recovery": "keys", "grid": 2}
 
 _COPY_BY_KEYS: dict[str, Any] = {"recovery": "keys"}
 
@@ -39,7 +37,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "recovery: keys": _COPY_BY_KEYS,
     "recovery: keys, with grid": {**_COPY_BY_KEYS, "grid": 2},
     "by keys, no grid": {"ranking": "keys", "recovery": "keys"},
-    "by keys, DSAP off, same FLOPs": {**_BY_KEYS, "schedule": None},
+    "by keys, DSAP off, same FLOPs": {**BY_KEYS, "schedule": None},
     "recovery: zeros": {"recovery": "zeros"},
     "recovery: bicubic": {"recovery": "bicubic"},
     "DSAP off, same ratio": {"schedule": None},
@@ -142,8 +140,8 @@ class Plan:
 
     def _by_keys(self, name: str) -> Setting:
         ours = self._ours(name.split()[1])
-        mean = self._mean(ours.ratio, _BY_KEYS)
-        return dataclasses.replace(ours, name=name, kind="keys", scoring_flops=mean.scoring, options=_BY_KEYS)
+        mean = self._mean(ours.ratio, BY_KEYS)
+        return dataclasses.replace(ours, name=name, kind="keys", scoring_flops=mean.scoring, options=dict(BY_KEYS))
 
     def _tomesd(self, name: str) -> Setting:
         ours = self._ours(name.split()[1])
@@ -168,7 +166,7 @@ class Plan:
         mean = self._mean(ratio, options)
         return Setting(name, "ours", "ablation", MAIN, ratio, mean.unet, mean.scoring, options, note=note)
 
-    def _mean(self, ratio: float, options: dict[str, Any]) -> Flops:
+    def _mean(self, ratio: float, options: Mapping[str, Any]) -> Flops:
         counted = {key: options[key] for key in _COUNTED if key in options}
         if options.get("schedule", True) is None:
             return self.flops.pruned(ratio, **counted)

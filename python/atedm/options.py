@@ -20,6 +20,9 @@ PLACEMENTS = ("early", "paper")
 RANKINGS = ("self", "cross", "keys")
 RECOVERIES = ("similarity", "keys", "zeros", "bicubic")
 
+# Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.keys`.
+BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "keys", "grid": 2})
+
 # The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
 DEFAULT_RATIO = 0.63
 
