@@ -43,7 +43,8 @@ class Run:
         Raises:
             ValueError: ``root`` holds pictures made in another way; the message says what differs.
         """
-        described = {"model": self.model, "sampling": dataclasses.asdict(self.sampling)}
+        dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
+        described = {"model": self.model, "dtype": dtype, "sampling": dataclasses.asdict(self.sampling)}
         claim(self.root, described, self.cases, {setting.name: self._setting(setting) for setting in self.settings})
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:

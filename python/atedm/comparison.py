@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import atedm
 from atedm import report
 from atedm.blocks import attention_blocks
+from atedm.files import whole_file
 from atedm.models import LATENT_SCALE
 from atedm.options import Options, kept_tokens
 from atedm.recording import Recording
@@ -160,9 +161,8 @@ def _run(
 
 def save_image(image: Image, path: Path) -> None:
     """Write a PNG atomically: an interrupted run never leaves half a file."""
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")
 
 
 def psnr_db(image: Image, reference: Image) -> float | None:

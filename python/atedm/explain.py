@@ -15,6 +15,7 @@ from PIL import Image
 
 from atedm import pictures, report
 from atedm.comparison import COLUMNS, Comparison
+from atedm.files import whole_file
 from atedm.recording import Recording
 
 _PAGE = Template("""<!doctype html>
@@ -84,14 +85,10 @@ def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.d
         kept=_plotted(recording, image, "kept"),
         scores=_plotted(recording, image, "scores"),
         blocks=_blocks(recording),
-        settings="".join(
-            f"<dt>{html.escape(name)}</dt><dd>{html.escape(report.cell(value))}</dd>"
-            for name, value in settings.items()
-        ),
+        settings="".join(_setting(name, value) for name, value in settings.items()),
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -85,7 +85,10 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], setti
     asked = [[case.prompt, case.seed] for case in cases]
     described, settings = (json.loads(json.dumps(values)) for values in (described, settings))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
         shorter = min(len(before["cases"]), len(asked))
         differing = [name for name in described if before.get(name) != described[name]]
         if before["cases"][:shorter] != asked[:shorter]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atedm.files import whole_file
 from atedm.schedule import DSAP
 from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
 from atedm_kernels.ops.select_tokens.op import REDUCTIONS
@@ -137,11 +138,9 @@ class Options:
         Raises:
             TypeError: see :meth:`to_dict`. OSError: the file cannot be written.
         """
-        path = Path(path)
         text = json.dumps(self.to_dict(), indent=1) + "\n"
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole_file(Path(path)) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Options:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atedm.files import whole_file
 from atedm.recording import Recording
 
 if TYPE_CHECKING:
@@ -120,10 +121,8 @@ def plot(
             axes.set_title("all steps", fontsize=9, color=_INK, pad=3)
     _write_around(figure, what, shown, light, steps, (width, height, top))
     if path is not None:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+        with whole_file(Path(path)) as partial:
+            figure.savefig(partial, format="png")
     return figure
 
 

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from atedm.files import whole_file
+
 PACKAGES = ("atedm-kernels", "torch", "triton", "diffusers", "transformers", "tomesd")
 
 
@@ -63,9 +65,8 @@ def report(command: str, device: torch.device | str, settings: dict[str, Any], r
 def write_json(document: dict, path: Path) -> None:
     """Write atomically: a reader or an interrupted run never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def command_line() -> str:

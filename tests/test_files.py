@@ -1,0 +1,96 @@
+"""Files are written whole or not at all; a full disk is named and loses no finished picture."""
+
+import errno
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import atedm
+from atedm import embedded
+from atedm.cli import app
+from atedm.files import whole_file
+
+
+@pytest.mark.parametrize("before", [None, "before"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_half_way_changes_nothing(tmp_path, before, error):
+    path = tmp_path / "file.txt"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(type(error)) as caught, whole_file(path) as partial:
+        partial.write_text("half")
+        raise error
+    assert (path.read_text() if path.exists() else None) == before
+    assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else ["file.txt"])
+    if isinstance(error, OSError):
+        assert str(path) in str(caught.value)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_options_cannot_be_saved_where_there_is_no_folder(tmp_path):
+    path = tmp_path / "absent" / "options.json"
+    with pytest.raises(FileNotFoundError, match=r"options\.json"):
+        atedm.Options().save(path)
+
+
+class Disk:
+    """A disk with room for so many pictures; of the next one it takes a part."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.save = room, Image.Image.save
+        monkeypatch.setattr(Image.Image, "save", lambda image, path, **how: self.write(image, path, how))
+
+    def write(self, image, path, how):
+        if self.room == 0:
+            path.write_bytes(b"\x89PNG")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= 1
+        self.save(image, path, **how)
+
+
+def command(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue ring\na green star\n")
+    pipe = embedded.embedded_pipeline()
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    sampling = ["--steps", 2, "--size", side, "--batch", 1, "--dtype", "fp32", "--device", "cpu"]
+    prompts = ["--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out"]
+    return [str(word) for word in ["generate", "--model", embedded.WEIGHTS, *sampling, *prompts]]
+
+
+def test_a_full_disk_loses_no_finished_picture(tmp_path, monkeypatch):
+    arguments = command(tmp_path)
+    with monkeypatch.context() as full:
+        Disk(full, room=2)
+        failed = CliRunner().invoke(app, arguments)
+    third = tmp_path / "out" / "pruned" / "00002.png"
+    assert failed.exit_code == 1
+    assert "No space left on device" in failed.stderr and third.name in failed.stderr.replace("\n", "")
+    made = sorted((tmp_path / "out" / "pruned").iterdir())
+    assert [path.name for path in made] == ["00000.png", "00001.png"]
+    before = [np.asarray(Image.open(path)) for path in made]
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert all(np.array_equal(np.asarray(Image.open(path)), a) for path, a in zip(made, before, strict=True))
+    assert third.is_file()
+
+
+def test_a_damaged_record_of_a_run_is_named(tmp_path):
+    arguments = command(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"model": ')
+    failed = CliRunner().invoke(app, arguments)
+    assert failed.exit_code == 2
+    assert "run.json" in failed.stderr.replace("\n", "") and "damaged" in failed.stderr
+
+
+@pytest.mark.parametrize("output", ["/proc/atedm", "{file}"])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, output):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = command(tmp_path)
+    arguments[-1] = output.format(file=file)
+    failed = CliRunner().invoke(app, arguments)
+    assert failed.exit_code == 2
+    assert "cannot write to" in " ".join(failed.stderr.replace("│", " ").split())
