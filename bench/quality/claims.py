@@ -30,21 +30,40 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]
 
 
+_LEVEL_3 = "level 2 whole, same FLOPs"
+
 CLAIMS = (
     Claim("ours beats ToMe at equal FLOPs", tuple((f"ours {b}", f"tomesd {b}") for b in BUDGETS)),
+    Claim("ours beats ToMe at equal FLOPs, level 3 alone", ((_LEVEL_3, f"tomesd {MAIN}"),)),
     Claim("ours beats random pruning at equal FLOPs", tuple((f"ours {b}", f"random {b}") for b in BUDGETS)),
-    Claim("DSAP helps (at equal FLOPs)", ((f"ours {MAIN}", "DSAP off, same FLOPs"),)),
+    Claim("ours beats random pruning, level 3 alone", ((_LEVEL_3, "level 2 whole, random"),)),
+    Claim(
+        "DSAP helps (at equal FLOPs)",
+        ((f"ours {MAIN}", "DSAP off, same FLOPs"), (_LEVEL_3, "level 2 whole, DSAP off")),
+    ),
     Claim(
         "similarity-based copy beats the other recoveries",
-        ((f"ours {MAIN}", "recovery: zeros"), (f"ours {MAIN}", "recovery: bicubic")),
+        (
+            *((f"ours {MAIN}", f"recovery: {other}") for other in ("zeros", "bicubic")),
+            *((_LEVEL_3, f"level 2 whole, recovery: {other}") for other in ("zeros", "bicubic")),
+        ),
     ),
-    Claim("self-attention ranking beats cross-attention ranking", ((f"ours {MAIN}", "ranking: cross-attention"),)),
-    Claim("RMS over heads beats their mean", ((f"ours {MAIN}", "heads: mean"),)),
+    Claim(
+        "self-attention ranking beats cross-attention ranking",
+        ((f"ours {MAIN}", "ranking: cross-attention"), (_LEVEL_3, "level 2 whole, ranking: cross-attention")),
+    ),
+    Claim(
+        "RMS over heads beats their mean",
+        ((f"ours {MAIN}", "heads: mean"), (_LEVEL_3, "level 2 whole, heads: mean")),
+    ),
     # Not the paper's, but ours.
     Claim("keys beat attention (by keys against ours)", tuple((f"keys {b}", f"ours {b}") for b in BUDGETS)),
     Claim("by keys beats ToMe at equal FLOPs", tuple((f"keys {b}", f"tomesd {b}") for b in BUDGETS)),
     Claim("by keys beats random pruning that recovers by keys", ((f"keys {MAIN}", "random, recovery: keys"),)),
-    Claim("recovery by keys beats similarity-based copy", (("recovery: keys", f"ours {MAIN}"),)),
+    Claim(
+        "recovery by keys beats similarity-based copy",
+        (("recovery: keys", f"ours {MAIN}"), ("level 2 whole, recovery: keys", _LEVEL_3)),
+    ),
     Claim("a grid of kept tokens helps (by keys)", ((f"keys {MAIN}", "by keys, no grid"),)),
     Claim("DSAP helps by keys (at equal FLOPs)", ((f"keys {MAIN}", "by keys, DSAP off, same FLOPs"),)),
 )

@@ -28,26 +28,42 @@ MAIN = "c"
 REUSED_STEPS = (2, 3, 5)
 
 _COPY_BY_KEYS: dict[str, Any] = {"recovery": "keys"}
+_ON_GRID: dict[str, Any] = {**_COPY_BY_KEYS, "grid": 2}
+_LEVEL_3: dict[str, Any] = {"levels": (3,)}
 
 # What of these changes the FLOPs.
 _COUNTED = ("levels", "placement", "ranking", "recovery")
 
-# Options of atedm.apply.
+# Options of atedm.apply, with the ratio of ours at MAIN.
 _ABLATIONS: dict[str, dict[str, Any]] = {
-    "recovery: keys": _COPY_BY_KEYS,
-    "recovery: keys, with grid": {**_COPY_BY_KEYS, "grid": 2},
-    "by keys, no grid": {"ranking": "keys", "recovery": "keys"},
-    "by keys, DSAP off, same FLOPs": {**BY_KEYS, "schedule": None},
     "recovery: zeros": {"recovery": "zeros"},
     "recovery: bicubic": {"recovery": "bicubic"},
+    "recovery: keys": _COPY_BY_KEYS,
+    "recovery: keys, with grid": _ON_GRID,
+    "by keys, no grid": {"ranking": "keys", "recovery": "keys"},
     "DSAP off, same ratio": {"schedule": None},
-    "DSAP off, same FLOPs": {"schedule": None},
     "ranking: cross-attention": {"ranking": "cross"},
     "heads: mean": {"reduction": "mean"},
-    "level 2 whole, same ratio": {"levels": (3,)},
-    "level 2 whole, same FLOPs": {"levels": (3,)},
+    "level 2 whole, same ratio": _LEVEL_3,
     "placement: paper": {"placement": "paper"},
 }
+
+# With the ratio that gives the FLOPs of ours at MAIN. Pruning of level 3 alone is ablated as well.
+_AT_EQUAL_FLOPS: dict[str, dict[str, Any]] = {
+    "DSAP off, same FLOPs": {"schedule": None},
+    "by keys, DSAP off, same FLOPs": {**BY_KEYS, "schedule": None},
+    "level 2 whole, same FLOPs": _LEVEL_3,
+    "level 2 whole, DSAP off": {**_LEVEL_3, "schedule": None},
+    "level 2 whole, recovery: zeros": {**_LEVEL_3, "recovery": "zeros"},
+    "level 2 whole, recovery: bicubic": {**_LEVEL_3, "recovery": "bicubic"},
+    "level 2 whole, recovery: keys": {**_LEVEL_3, "recovery": "keys"},
+    "level 2 whole, by keys": {**_LEVEL_3, **BY_KEYS},
+    "level 2 whole, ranking: cross-attention": {**_LEVEL_3, "ranking": "cross"},
+    "level 2 whole, heads: mean": {**_LEVEL_3, "reduction": "mean"},
+}
+
+# Random pruning, with the ratio and FLOPs of the row whose options it has.
+_RANDOM = {"random, recovery: keys": _COPY_BY_KEYS, "level 2 whole, random": _LEVEL_3}
 
 
 @dataclass(frozen=True)
@@ -80,8 +96,8 @@ class Plan:
 
     A budget is a part of the full UNet's FLOPs and fixes ours as the paper does: by a call that prunes every block.
     tomesd and random pruning get the FLOPs of ours averaged over the ``steps`` steps, DSAP's light ones included, so
-    a budget's rows cost the same. Ablations are made at budget ``MAIN`` with ours' ratio, unless their name says
-    "same FLOPs".
+    a budget's rows cost the same. Ablations are made at budget ``MAIN``, with ours' ratio or at its FLOPs. The cheaper
+    rankings are looked at where the ranking tells: with recovery by keys on a grid ("recovery: keys, with grid").
 
     Args:
         pooled_tokens: tokens of level 2 where its maps are square with even sides: these can be ranked pooled.
@@ -99,8 +115,8 @@ class Plan:
             ("random", self._random),
         ):
             self.builders |= {f"{kind} {budget}": ("budget", build) for budget in BUDGETS}
-        self.builders |= dict.fromkeys(_ABLATIONS, ("ablation", self._ablation))
-        self.builders["random, recovery: keys"] = ("ablation", self._random_by_keys)
+        self.builders |= dict.fromkeys([*_ABLATIONS, *_AT_EQUAL_FLOPS], ("ablation", self._ablation))
+        self.builders |= dict.fromkeys(_RANDOM, ("ablation", self._random_ablation))
         studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
         studies["one ranking for both halves of guidance"] = "shared"
         if pooled_tokens is not None:
@@ -154,17 +170,23 @@ class Plan:
         ours = self._ours(name.split()[1])
         return Setting(name, "random", "budget", ours.budget, ours.ratio, ours.flops)
 
-    def _random_by_keys(self, name: str) -> Setting:
-        return dataclasses.replace(self._random(f"random {MAIN}"), name=name, group="ablation", options=_COPY_BY_KEYS)
-
     def _ablation(self, name: str) -> Setting:
-        options, main = _ABLATIONS[name], self._ours(MAIN)
-        ratio, note = main.ratio, ""
-        if name.endswith("same FLOPs"):
-            ratio, reached = _ratio_for(main.flops, lambda r: self._mean(r, options).unet)
-            note = "" if reached else "ours' FLOPs are out of reach: the largest ratio"
+        if name in _ABLATIONS:
+            return self._main(name, _ABLATIONS[name], self._ours(MAIN).ratio)
+        return self._at_equal_flops(name, _AT_EQUAL_FLOPS[name])
+
+    def _main(self, name: str, options: dict[str, Any], ratio: float, note: str = "") -> Setting:
         mean = self._mean(ratio, options)
         return Setting(name, "ours", "ablation", MAIN, ratio, mean.unet, mean.scoring, options, note=note)
+
+    def _at_equal_flops(self, name: str, options: dict[str, Any]) -> Setting:
+        ratio, reached = _ratio_for(self._ours(MAIN).flops, lambda r: self._mean(r, options).unet)
+        note = "" if reached else "ours' FLOPs are out of reach: the largest ratio"
+        return self._main(name, options, ratio, note)
+
+    def _random_ablation(self, name: str) -> Setting:
+        like = self._at_equal_flops(name, _RANDOM[name])
+        return dataclasses.replace(like, kind="random", scoring_flops=0)
 
     def _mean(self, ratio: float, options: Mapping[str, Any]) -> Flops:
         counted = {key: options[key] for key in _COUNTED if key in options}
@@ -173,7 +195,8 @@ class Plan:
         return self.flops.average(ratio, steps=self.steps, **counted)
 
     def _cheaper(self, name: str) -> Setting:
-        return dataclasses.replace(self._ours(MAIN), name=name, group="cheaper", study=self._studies[name])
+        like = self._main(name, _ON_GRID, self._ours(MAIN).ratio)
+        return dataclasses.replace(like, group="cheaper", study=self._studies[name])
 
 
 def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:
