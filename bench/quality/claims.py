@@ -7,34 +7,55 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
-from atedm.bench.quality.metrics import paired_difference
-from atedm.bench.quality.settings import BUDGETS, MAIN
+from atedm.bench.quality.metrics import draws_difference, paired_difference
+from atedm.bench.quality.settings import BUDGETS, MAIN, REUSED_STEPS
 
-# Figures that are compared, and whether more is better.
+# A verdict's tests are at this level, since there are a few dozen of them.
+LEVEL = 0.99
+
+# Two settings are compared only where their FLOPs are as near as this part.
+_NEAR = 0.02
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``more``: whether more is better. ``decides``: whether it judges the picture, not its likeness to another.
+
+    ``draws``: whether the samples are draws of a bootstrap, and not one number a picture.
+    """
+
+    more: bool
+    decides: bool
+    draws: bool = False
+
+
 MEASURES = {
-    "accuracy": True,
-    "frechet_distance": False,
-    "clip_score": True,
-    "psnr_db": True,
-    "ssim": True,
-    "perceptual_distance": False,
+    "accuracy": Measure(True, True),
+    "frechet_distance": Measure(False, True, draws=True),
+    "fid": Measure(False, True, draws=True),
+    "clip_score": Measure(True, True),
+    "psnr_db": Measure(True, False),
+    "ssim": Measure(True, False),
+    "perceptual_distance": Measure(False, False),
 }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` should beat ``worse`` (names of rows)."""
+    """``better`` should beat ``worse`` (names of rows). ``ours``: we say so, not the paper."""
 
     text: str
     pairs: tuple[tuple[str, str], ...]
+    ours: bool = False
 
 
 _LEVEL_3 = "level 2 whole, same FLOPs"
 
 CLAIMS = (
     Claim("ours beats ToMe at equal FLOPs", tuple((f"ours {b}", f"tomesd {b}") for b in BUDGETS)),
-    Claim("ours beats ToMe at equal FLOPs, level 3 alone", ((_LEVEL_3, f"tomesd {MAIN}"),)),
+    Claim("ours at level 3 alone beats ToMe at equal FLOPs", ((_LEVEL_3, f"tomesd {MAIN}"),)),
     Claim("ours beats random pruning at equal FLOPs", tuple((f"ours {b}", f"random {b}") for b in BUDGETS)),
     Claim("ours beats random pruning, level 3 alone", ((_LEVEL_3, "level 2 whole, random"),)),
     Claim(
@@ -52,26 +73,76 @@ CLAIMS = (
         "self-attention ranking beats cross-attention ranking",
         ((f"ours {MAIN}", "ranking: cross-attention"), (_LEVEL_3, "level 2 whole, ranking: cross-attention")),
     ),
+    Claim("RMS over heads beats their mean", ((f"ours {MAIN}", "heads: mean"),)),
+    Claim("by keys beats ours", tuple((f"keys {b}", f"ours {b}") for b in BUDGETS), ours=True),
+    Claim("by keys beats ToMe at equal FLOPs", tuple((f"keys {b}", f"tomesd {b}") for b in BUDGETS), ours=True),
     Claim(
-        "RMS over heads beats their mean",
-        ((f"ours {MAIN}", "heads: mean"), (_LEVEL_3, "level 2 whole, heads: mean")),
+        "ranking by keys beats random and PageRank (recovery by keys)",
+        (
+            (f"keys {MAIN}", "random, recovery: keys, with grid"),
+            (f"keys {MAIN}", "recovery: keys, with grid"),
+            ("by keys, no grid", "random, recovery: keys"),
+            ("by keys, no grid", "recovery: keys"),
+        ),
+        ours=True,
     ),
-    # Not the paper's, but ours.
-    Claim("keys beat attention (by keys against ours)", tuple((f"keys {b}", f"ours {b}") for b in BUDGETS)),
-    Claim("by keys beats ToMe at equal FLOPs", tuple((f"keys {b}", f"tomesd {b}") for b in BUDGETS)),
-    Claim("by keys beats random pruning that recovers by keys", ((f"keys {MAIN}", "random, recovery: keys"),)),
     Claim(
         "recovery by keys beats similarity-based copy",
         (("recovery: keys", f"ours {MAIN}"), ("level 2 whole, recovery: keys", _LEVEL_3)),
+        ours=True,
     ),
-    Claim("a grid of kept tokens helps (by keys)", ((f"keys {MAIN}", "by keys, no grid"),)),
-    Claim("DSAP helps by keys (at equal FLOPs)", ((f"keys {MAIN}", "by keys, DSAP off, same FLOPs"),)),
+    Claim("a grid of kept tokens helps (by keys)", ((f"keys {MAIN}", "by keys, no grid"),), ours=True),
+    Claim("DSAP helps by keys (at equal FLOPs)", ((f"keys {MAIN}", "by keys, DSAP off, same FLOPs"),), ours=True),
+    Claim(
+        "ranking at every step beats cheaper rankings",
+        (
+            *((_LEVEL_3, f"ranked every {n} steps") for n in REUSED_STEPS),
+            (_LEVEL_3, "one ranking for both halves of guidance"),
+            ("recovery: keys", "level 2 ranked on 2×2-pooled maps"),
+        ),
+        ours=True,
+    ),
 )
 
 
-def _apart(low: float, high: float) -> int:
-    """1 or -1: the side of 0 that an interval lies on; 0 where it holds 0."""
+def _sign(measure: Measure, a: np.ndarray, b: np.ndarray, low: float, high: float) -> int:
+    """1 or -1: which of two settings has more, at ``LEVEL``; 0 where that cannot be told."""
+    if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+        # McNemar's exact test: only the pictures that are right in one setting alone tell them apart.
+        only_a, only_b = int((a > b).sum()), int((a < b).sum())
+        if only_a + only_b == 0 or binomtest(only_a, only_a + only_b).pvalue > 1 - LEVEL:
+            return 0
+        return 1 if only_a > only_b else -1
     return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _agreed(signs: Sequence[int], words: tuple[str, str, str, str]) -> str:
+    """``words``: for only wins, only losses, both, and neither."""
+    won, lost = 1 in signs, -1 in signs
+    return words[2] if won and lost else words[0] if won else words[1] if lost else words[3]
+
+
+def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
+    """``row`` with every measure that both have, and the verdict."""
+    signs: dict[bool, list[int]] = {True: [], False: []}
+    for name, measure in MEASURES.items():
+        if name not in a or name not in b:
+            continue
+        row |= {name: a[name], f"{name}_of_worse": b[name]}
+        ours, theirs = (samples.get(x["name"], {}).get(name) for x in (a, b))
+        if ours is None or theirs is None:
+            continue  # without samples nothing can be told
+        find = draws_difference if measure.draws else paired_difference
+        difference, low, high = find(ours, theirs, LEVEL)
+        row |= {f"{name}_difference": difference, f"{name}_difference_low": low, f"{name}_difference_high": high}
+        sign = _sign(measure, ours, theirs, low, high)
+        signs[measure.decides].append(sign if measure.more else -sign)
+    row |= {"flops_part": a["flops_part"], "flops_part_of_worse": b["flops_part"]}
+    row["likeness"] = _agreed(signs[False], ("for", "against", "mixed", "undecided"))
+    row["verdict"] = _agreed(signs[True], ("holds", "does not hold", "mixed", "undecided"))
+    if abs(a["flops_part"] / b["flops_part"] - 1) > _NEAR:
+        row["verdict"] = "not comparable"
+    return row
 
 
 def check_claims(
@@ -79,37 +150,29 @@ def check_claims(
 ) -> list[dict[str, Any]]:
     """Flat rows, one a claim and pair of settings that were both run.
 
-    A measure tells two settings apart where the 95 % interval of their difference excludes 0: paired by picture where
-    ``samples`` (setting → measure → one number a picture) has it, else by the rows' own intervals, which must not
-    overlap. ``verdict``: "holds" where more measures are for the claim than against it, "does not hold" where fewer
-    are, "undecided" otherwise.
+    ``verdict``: "holds" or "does not hold" where a measure of the pictures themselves (prompt accuracy and Fréchet
+    distance, or CLIP score) tells the two apart at ``LEVEL``, paired by picture; "mixed" where two contradict each
+    other, "undecided" where none does, "not comparable" where the FLOPs differ. ``likeness``: the same of their
+    likeness to the full model's pictures, which counts for no verdict. ``claim_verdict``: of all pairs of the claim.
+
+    Args:
+        samples: setting → measure → one number a picture, or draws of a bootstrap, see :class:`Measure`.
     """
     by_name = {row["name"]: row for row in rows}
     found = []
     for claim in CLAIMS:
-        for better, worse in claim.pairs:
-            if better in by_name and worse in by_name:
-                row: dict[str, Any] = {"name": claim.text, "better": better, "worse": worse}
-                signs = []
-                for measure, more in MEASURES.items():
-                    a, b = by_name[better], by_name[worse]
-                    if measure not in a or measure not in b:
-                        continue
-                    row |= {measure: a[measure], f"{measure}_of_worse": b[measure]}
-                    if measure in samples.get(better, {}) and measure in samples.get(worse, {}):
-                        difference = paired_difference(samples[better][measure], samples[worse][measure])
-                        keys = ("difference", "difference_low", "difference_high")
-                        row |= {f"{measure}_{key}": value for key, value in zip(keys, difference, strict=True)}
-                        sign = _apart(*difference[1:])
-                    elif f"{measure}_low" in a:
-                        sign = _apart(
-                            a[f"{measure}_low"] - b[f"{measure}_high"], a[f"{measure}_high"] - b[f"{measure}_low"]
-                        )
-                    else:
-                        continue  # without an interval nothing can be said
-                    signs.append(sign if more else -sign)
-                row["for"], row["against"] = signs.count(1), signs.count(-1)
-                total = sum(signs)
-                row["verdict"] = "holds" if total > 0 else "does not hold" if total < 0 else "undecided"
-                found.append(row)
+        of_claim = [
+            _compare(
+                {"name": claim.text, "of": "ours" if claim.ours else "paper", "better": better, "worse": worse},
+                by_name[better],
+                by_name[worse],
+                samples,
+            )
+            for better, worse in claim.pairs
+            if better in by_name and worse in by_name
+        ]
+        verdicts = [row["verdict"] for row in of_claim]
+        signs = [{"holds": 1, "does not hold": -1}.get(verdict, 0) for verdict in verdicts]
+        overall = "mixed" if "mixed" in verdicts else _agreed(signs, ("holds", "does not hold", "mixed", "undecided"))
+        found += [{**row, "claim_verdict": overall} for row in of_claim]
     return found

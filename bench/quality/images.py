@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ def make_setting(
         )
 
 
-def picture_paths(root: Path, setting: Setting, count: int) -> list[Path]:
-    """The first ``count`` pictures of a setting."""
-    return [picture_path(folder_of(root, setting), n) for n in range(count)]
+def picture_paths(root: Path, setting: Setting, chosen: Iterable[int]) -> list[Path]:
+    """The pictures of these cases of a setting."""
+    return [picture_path(folder_of(root, setting), n) for n in chosen]
 
 
 def open_picture(path: Path) -> Image.Image:

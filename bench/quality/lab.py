@@ -37,7 +37,10 @@ def scene_cases(count: int, seed: int = 0) -> list[SceneCase]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one setting. ``row``: flat, for the table; ``samples``: of some of its figures, one number a picture."""
+    """Of one setting. ``row``: flat, for the table.
+
+    ``samples``: of some of its figures, one number a picture, or draws of a bootstrap (the Fréchet distance).
+    """
 
     row: dict[str, Any]
     samples: dict[str, np.ndarray]
@@ -63,16 +66,14 @@ class SceneFigures:
         verdicts = self.verdicts(pixels)
         samples = {"accuracy": np.array([float(v.right) for v in verdicts])}
         low, high = metrics.share_interval(sum(v.right for v in verdicts), len(verdicts))
-        distance, nearest, farthest = self.distance(pixels)
+        distance, samples["frechet_distance"] = self.distance(pixels)
         row: dict[str, Any] = {
             "accuracy": float(samples["accuracy"].mean()),
             "accuracy_low": low,
             "accuracy_high": high,
             "objects": sum(v.objects for v in verdicts) / sum(v.asked for v in verdicts),
             "extra_objects": sum(v.extra for v in verdicts) / len(verdicts),
-            "frechet_distance": distance,
-            "frechet_distance_low": nearest,
-            "frechet_distance_high": farthest,
+            **metrics.spread_of("frechet_distance", distance, samples["frechet_distance"]),
         }
         if paths is not full:
             pairs = list(zip(pixels.split(metrics.BATCH), load_pictures(full).split(metrics.BATCH), strict=True))
@@ -90,7 +91,7 @@ class SceneFigures:
 def rows_of(
     settings: Sequence[Setting],
     root: Path,
-    count: int,
+    chosen: Sequence[int],
     figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
     seconds: Mapping[str, float],
     on_setting: Callable[[str], None] = lambda name: None,
@@ -98,18 +99,18 @@ def rows_of(
     """One flat row a setting, and by a setting's name the samples behind its row.
 
     Args:
-        seconds: of the UNet a picture, by a setting's name.
+        chosen: the cases that figures are of. seconds: of the UNet a picture, by a setting's name.
 
     Raises:
         ValueError: the first setting is not the full model.
     """
     if not settings or settings[0].kind != "full":
         raise ValueError("settings do not begin with the full model; expected it first: the others are compared to it")
-    full = picture_paths(root, settings[0], count)
+    full = picture_paths(root, settings[0], chosen)
     rows, samples = [], {}
     for setting in settings:
         on_setting(setting.name)
-        paths = full if setting.kind == "full" else picture_paths(root, setting, count)
+        paths = full if setting.kind == "full" else picture_paths(root, setting, chosen)
         found = figures(paths, full)
         samples[setting.name] = found.samples
         rows.append(
@@ -119,7 +120,7 @@ def rows_of(
                 "group": setting.group,
                 "budget": setting.budget,
                 "ratio": setting.ratio,
-                "images": count,
+                "images": len(chosen),
                 "gflops": setting.flops / 1e9,
                 "gflops_scoring": setting.scoring_flops / 1e9,
                 "flops_part": setting.flops / settings[0].flops,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -24,11 +24,16 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean, by a seeded bootstrap."""
+def _between(level: float) -> tuple[float, float]:
+    """The quantiles that hold this part of a distribution."""
+    return (1 - level) / 2, (1 + level) / 2
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean, by a seeded bootstrap."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(1)
-    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    return tuple(float(q) for q in np.quantile(means, _between(level)))
 
 
 def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
@@ -37,12 +42,22 @@ def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean of ``a − b`` and its 95 % interval; the two hold a figure of the same pictures in the same order.
+def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of ``a − b`` and its interval; the two hold a figure of the same pictures in the same order.
 
     Pictures of one prompt and seed have much in common, so this tells settings apart that their own intervals do not.
     """
-    return (float((a - b).mean()), *mean_interval(a - b))
+    return (float((a - b).mean()), *mean_interval(a - b, level))
+
+
+def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """The same of two figures of whole sets, given draws of a bootstrap that took the same pictures for both.
+
+    What resampling adds to such a figure, it adds to both. Too few are drawn for far quantiles: taken as normal.
+    """
+    difference = a - b
+    half = float(norm.ppf(_between(level)[1]) * difference.std(ddof=1))
+    return float(difference.mean()), float(difference.mean()) - half, float(difference.mean()) + half
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
@@ -104,14 +119,20 @@ class FeatureDistance:
         self.metric.update(features, real=False)
         return float(self.metric.compute())
 
-    def __call__(self, pixels: Tensor) -> tuple[float, float, float]:
-        """The distance and its 95 % interval, by a seeded bootstrap over the generated pictures.
-
-        A resampled set repeats pictures, which raises the distance: the interval is reflected about the estimate.
-        """
+    def __call__(self, pixels: Tensor) -> tuple[float, np.ndarray]:
+        """The distance, and draws of it by a seeded bootstrap over the pictures: the same ones for as many pictures."""
         features = self._features(pixels)
-        value = self._distance(features)
         rng = np.random.default_rng(0)
         draws = rng.integers(len(features), size=(_FRECHET_BOOTSTRAP, len(features)))
-        low, high = np.quantile([self._distance(features[torch.from_numpy(draw)]) for draw in draws], (0.025, 0.975))
-        return value, max(0.0, 2 * value - float(high)), 2 * value - float(low)
+        found = [self._distance(features[torch.from_numpy(draw)]) for draw in draws]
+        return self._distance(features), np.array(found)
+
+
+def spread_of(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
+    """``name``: the value, ``name_low`` and ``name_high``: 95 % of its spread.
+
+    A resampled set repeats pictures, which raises a Fréchet distance: what the draws are above it on average is left
+    out.
+    """
+    low, high = np.quantile(draws - draws.mean(), _between(0.95))
+    return {name: value, f"{name}_low": max(0.0, value + float(low)), f"{name}_high": value + float(high)}

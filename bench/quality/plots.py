@@ -11,13 +11,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
 from atedm.bench.quality.convergence import ITERATIONS
 from atedm.bench.quality.images import folder_of
 from atedm.bench.quality.settings import Setting
+from atedm.comparison import save_image
+from atedm.files import whole_file
 from atedm.many import Case, picture_path
 
 _COLORS = {"ours": "tab:blue", "keys": "tab:green", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
@@ -50,7 +51,6 @@ def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     [r[measure] - r[f"{measure}_low"] for r in line],
                     [r[f"{measure}_high"] - r[measure] for r in line],
                 ]
-                errors = np.maximum(errors, 0)
             axis.errorbar(x, y, errors, marker="o", capsize=3, color=color, label=_NAMES.get(kind, kind), linewidth=1.5)
             if kind == "full":
                 axis.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
@@ -85,7 +85,8 @@ def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -109,4 +110,4 @@ def contact_sheet(
             with Image.open(picture_path(folder_of(root, setting), n)) as picture:
                 sheet.paste(picture.convert("RGB").resize((side, side)), (label + column * side, top + row * side))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_image(sheet, path)

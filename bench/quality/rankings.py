@@ -24,6 +24,11 @@ def page_rank(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
     return kernels.weighted_page_rank(q, k, lse)[0]
 
 
+def no_ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    """Equal scores, which cost nothing: to count what is spent besides the ranking."""
+    return q.new_zeros((q.shape[0], 1, q.shape[2]), dtype=torch.float32)
+
+
 class RandomRanking:
     """Scores that know nothing: any tokens may go. Seeded; :meth:`restart` begins the same series again."""
 

@@ -20,7 +20,10 @@ from atedm.options import Options
 
 @dataclass
 class Run:
-    """What is to be made. ``settings[0]`` is the full model; ``root``: the folder of all that the run writes."""
+    """What is to be made. ``settings[0]`` is the full model; ``root``: the folder of all that the run writes.
+
+    ``skip``: so many cases at the beginning are left out of the figures.
+    """
 
     pipe: Any
     model: str
@@ -28,6 +31,12 @@ class Run:
     cases: Sequence[Case]
     sampling: Sampling
     root: Path
+    skip: int = 0
+
+    @property
+    def chosen(self) -> range:
+        """The cases that figures are of."""
+        return range(self.skip, len(self.cases))
 
     def _setting(self, setting: Setting) -> dict[str, Any]:
         kept = ("kind", "ratio", "options", "study")
@@ -70,4 +79,4 @@ class Run:
         on_setting: Callable[[str], None] = lambda name: None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
         """See :func:`atedm.bench.quality.lab.rows_of`."""
-        return rows_of(self.settings, self.root, len(self.cases), figures, seconds, on_setting)
+        return rows_of(self.settings, self.root, self.chosen, figures, seconds, on_setting)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atedm import report
 from atedm.bench.quality import plots
-from atedm.bench.quality.claims import check_claims
+from atedm.bench.quality.claims import MEASURES, check_claims
 from atedm.bench.quality.convergence import study
 from atedm.bench.quality.lab import SceneFigures, scene_cases
 from atedm.bench.quality.reference import ReferenceFigures
@@ -36,7 +36,10 @@ _WATCHED = 8
 # Columns and rows of the contact sheets.
 _SHEET_PICTURES = 8
 SHEETS = {
-    "sheet-budgets": ("full", "ours d", "keys d", "tomesd d", "random d", "ours b", "keys b", "tomesd b", "random b"),
+    "sheet-budgets": (
+        "full",
+        *(f"{kind} {budget}" for budget in "cb" for kind in ("ours", "keys", "tomesd", "random")),
+    ),
     "sheet-ablations": (
         *("full", "ours c", "recovery: zeros", "recovery: bicubic", "ranking: cross-attention"),
         *("recovery: keys", "by keys, no grid", "keys c"),
@@ -68,6 +71,7 @@ class Request:
     batch: int | None = None
     settings: str | None = None
     seed: int = 0
+    skip: int = 0
     out: Path | None = None
     json: Path | None = None
     convergence: bool = True
@@ -118,21 +122,25 @@ def run_embedded(request: Request, device: torch.device) -> None:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         torch.nn.Module.to(part, dtype)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    cases = scene_cases(request.images, request.seed)
+    cases = scene_cases(request.skip + request.images, request.seed)
     sampling = Sampling(request.steps, request.guidance, side, side, request.batch)
-    _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases, side))
+    _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases[request.skip :], side))
 
 
 def run_checkpoint(request: Request, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
     """The lab on a real checkpoint: FID and CLIP score."""
-    prompts = read_prompts(request.prompts)[: request.images]
-    if request.quick:
-        prompts = prompts[:QUICK_IMAGES]
+    prompts = read_prompts(request.prompts)
+    count = QUICK_IMAGES if request.quick else request.images or len(prompts)
+    if request.skip >= len(prompts):
+        raise ValueError(f"skip is {request.skip}; expected fewer than the {len(prompts)} prompts")
+    prompts = prompts[: request.skip + count]
     cases = [Case(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
 
     def figures() -> ReferenceFigures:
-        return ReferenceFigures(cases, request.references, request.fid_features, request.clip_model, device)
+        return ReferenceFigures(
+            cases[request.skip :], request.references, request.fid_features, request.clip_model, device
+        )
 
     _run(request, device, pipe, request.model, cases, sampling, figures)
 
@@ -154,7 +162,7 @@ def _run(
     with console.status("counting FLOPs"):
         wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
         settings = Plan(counter, sampling.steps, side * side if square else None).settings(wanted)
-    run = Run(pipe, model, settings, cases, sampling, request.out)
+    run = Run(pipe, model, settings, cases, sampling, request.out, request.skip)
     if main:
         run.check_root()
     PartialState().wait_for_everyone()
@@ -176,13 +184,14 @@ def _run(
             progress.add_task("the power iteration", total=None)
             budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
             ratio = budget.ratio if budget is not None else 0.63
-            watched = study(pipe, cases[:_WATCHED], ratio, sampling)
+            watched = study(pipe, cases[request.skip :][:_WATCHED], ratio, sampling)
         timed = progress.add_task("time", total=ROUNDS * len(settings))
         seconds = unet_seconds(
             pipe,
             settings,
-            cases,
+            cases[request.skip :],
             sampling,
+            request.out / "unet-seconds.json",
             lambda name: progress.update(timed, description=f"time: {name}", advance=1),
         )
         measured = progress.add_task("figures", total=len(settings))
@@ -202,7 +211,13 @@ def _write(
     claims: list[dict[str, Any]],
     watched: list[dict[str, Any]],
 ) -> None:
-    described = {"model": run.model, **dataclasses.asdict(run.sampling), "images": len(run.cases), "seed": request.seed}
+    described = {
+        "model": run.model,
+        **dataclasses.asdict(run.sampling),
+        "images": len(run.chosen),
+        "seed": request.seed,
+    }
+    described["skipped"] = request.skip
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
     command = report.command_line()
     report.write_json(report.report(command, device, described, rows), request.json)
@@ -211,7 +226,7 @@ def _write(
     written = [request.json, claims_path]
     plots.plot_trade_off(rows, request.out / "trade-off.png")
     written.append(request.out / "trade-off.png")
-    chosen = range(min(_SHEET_PICTURES, len(run.cases)))
+    chosen = run.chosen[:_SHEET_PICTURES]
     for name, wanted in SHEETS.items():
         shown = [s for w in wanted for s in run.settings if s.name == w]
         if len(shown) > 1:
@@ -238,9 +253,13 @@ def _print(
     report.print_table([_shown(row) for row in rows], columns, f"{title}, on {report.device_name(device)}")
     if claims:
         report.print_table(
-            [{**row, "measures": f"{row['for']} for, {row['against']} against"} for row in claims],
-            {"name": "claim", "better": "this", "worse": "against", "measures": "measures", "verdict": "verdict"},
-            "What the paper claims, and ours by keys, on this model",
+            [_shown_claim(row) for row in claims],
+            {
+                **{"name": "claim", "of": "of", "better": "this", "worse": "against"},
+                **{key: COLUMNS[key] for key in MEASURES if MEASURES[key].decides and key in claims[0]},
+                **{"likeness": "likeness", "verdict": "verdict", "claim_verdict": "of all"},
+            },
+            "What the paper claims, and what we do, on this model (at 99 %)",
         )
     if watched:
         report.print_table(
@@ -261,6 +280,14 @@ def _print(
             Console().print(f"{row['name']}: {row['note']}", style="dim")
 
 
+def _shown_claim(row: dict[str, Any]) -> dict[str, Any]:
+    shown = dict(row)
+    for key in MEASURES:
+        if key in row:
+            shown[key] = f"{row[key]:.3g} / {row[f'{key}_of_worse']:.3g}"
+    return shown
+
+
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     shown = dict(row, flops_part=f"{row['flops_part']:.0%}")
     if "accuracy" in row:
@@ -273,6 +300,6 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         ("clip_score", 2),
     ):
         if key in row and f"{key}_low" in row:
-            half = (row[f"{key}_high"] - row[f"{key}_low"]) / 2
+            half = max(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key])
             shown[key] = f"{row[key]:.{digits}f} ± {half:.{digits}f}"
     return shown

@@ -17,6 +17,7 @@ from atedm.bench.quality.rankings import (
     RandomRanking,
     ReusedRanking,
     RunningBlock,
+    no_ranking,
     shared_between_halves,
 )
 from atedm.flops import MAX_RATIO, Flops, UNetFlops, apply_tomesd, solve_decreasing
@@ -48,22 +49,28 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "placement: paper": {"placement": "paper"},
 }
 
-# With the ratio that gives the FLOPs of ours at MAIN. Pruning of level 3 alone is ablated as well.
+# With the ratio that gives the FLOPs of ours at MAIN.
 _AT_EQUAL_FLOPS: dict[str, dict[str, Any]] = {
     "DSAP off, same FLOPs": {"schedule": None},
     "by keys, DSAP off, same FLOPs": {**BY_KEYS, "schedule": None},
     "level 2 whole, same FLOPs": _LEVEL_3,
     "level 2 whole, DSAP off": {**_LEVEL_3, "schedule": None},
-    "level 2 whole, recovery: zeros": {**_LEVEL_3, "recovery": "zeros"},
-    "level 2 whole, recovery: bicubic": {**_LEVEL_3, "recovery": "bicubic"},
-    "level 2 whole, recovery: keys": {**_LEVEL_3, "recovery": "keys"},
-    "level 2 whole, by keys": {**_LEVEL_3, **BY_KEYS},
-    "level 2 whole, ranking: cross-attention": {**_LEVEL_3, "ranking": "cross"},
-    "level 2 whole, heads: mean": {**_LEVEL_3, "reduction": "mean"},
 }
 
-# Random pruning, with the ratio and FLOPs of the row whose options it has.
-_RANDOM = {"random, recovery: keys": _COPY_BY_KEYS, "level 2 whole, random": _LEVEL_3}
+# With the ratio of "level 2 whole, same FLOPs".
+_AT_LEVEL_3: dict[str, dict[str, Any]] = {
+    "level 2 whole, recovery: zeros": {**_LEVEL_3, "recovery": "zeros"},
+    "level 2 whole, recovery: bicubic": {**_LEVEL_3, "recovery": "bicubic"},
+    "level 2 whole, recovery: keys": {**_LEVEL_3, **_COPY_BY_KEYS},
+    "level 2 whole, ranking: cross-attention": {**_LEVEL_3, "ranking": "cross"},
+}
+
+# Random pruning otherwise like ours with these options, at the same ratio.
+_RANDOM: dict[str, dict[str, Any]] = {
+    "random, recovery: keys": _COPY_BY_KEYS,
+    "random, recovery: keys, with grid": _ON_GRID,
+    "level 2 whole, random": _LEVEL_3,
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ class Plan:
     A budget is a part of the full UNet's FLOPs and fixes ours as the paper does: by a call that prunes every block.
     tomesd and random pruning get the FLOPs of ours averaged over the ``steps`` steps, DSAP's light ones included, so
     a budget's rows cost the same. Ablations are made at budget ``MAIN``, with ours' ratio or at its FLOPs. The cheaper
-    rankings are looked at where the ranking tells: with recovery by keys on a grid ("recovery: keys, with grid").
+    rankings are to be compared with "level 2 whole, same FLOPs", the pooled one, which is for level 2, with
+    "recovery: keys".
 
     Args:
         pooled_tokens: tokens of level 2 where its maps are square with even sides: these can be ranked pooled.
@@ -115,7 +123,7 @@ class Plan:
             ("random", self._random),
         ):
             self.builders |= {f"{kind} {budget}": ("budget", build) for budget in BUDGETS}
-        self.builders |= dict.fromkeys([*_ABLATIONS, *_AT_EQUAL_FLOPS], ("ablation", self._ablation))
+        self.builders |= dict.fromkeys([*_ABLATIONS, *_AT_EQUAL_FLOPS, *_AT_LEVEL_3], ("ablation", self._ablation))
         self.builders |= dict.fromkeys(_RANDOM, ("ablation", self._random_ablation))
         studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
         studies["one ranking for both halves of guidance"] = "shared"
@@ -168,25 +176,38 @@ class Plan:
 
     def _random(self, name: str) -> Setting:
         ours = self._ours(name.split()[1])
-        return Setting(name, "random", "budget", ours.budget, ours.ratio, ours.flops)
+        found = dataclasses.replace(ours, name=name, kind="random")
+        return dataclasses.replace(found, scoring_flops=self._without_ranking(found))
 
     def _ablation(self, name: str) -> Setting:
         if name in _ABLATIONS:
-            return self._main(name, _ABLATIONS[name], self._ours(MAIN).ratio)
-        return self._at_equal_flops(name, _AT_EQUAL_FLOPS[name])
-
-    def _main(self, name: str, options: dict[str, Any], ratio: float, note: str = "") -> Setting:
-        mean = self._mean(ratio, options)
-        return Setting(name, "ours", "ablation", MAIN, ratio, mean.unet, mean.scoring, options, note=note)
-
-    def _at_equal_flops(self, name: str, options: dict[str, Any]) -> Setting:
+            return self._with(name, _ABLATIONS[name], self._ours(MAIN).ratio)
+        if name in _AT_LEVEL_3:
+            return self._with(name, _AT_LEVEL_3[name])
+        options = _AT_EQUAL_FLOPS[name]
         ratio, reached = _ratio_for(self._ours(MAIN).flops, lambda r: self._mean(r, options).unet)
         note = "" if reached else "ours' FLOPs are out of reach: the largest ratio"
-        return self._main(name, options, ratio, note)
+        return self._with(name, options, ratio, note=note)
+
+    def _with(self, name: str, options: Mapping[str, Any], ratio: float | None = None, **fields: Any) -> Setting:
+        """An ablation; by default at the ratio of ours, or of level 3 alone where that is what it prunes."""
+        if ratio is None:
+            ratio = self._level_3.ratio if options.get("levels") == (3,) else self._ours(MAIN).ratio
+        mean = self._mean(ratio, options)
+        fields = {"kind": "ours", "group": "ablation", "scoring_flops": mean.scoring, **fields}
+        return Setting(name, budget=MAIN, ratio=ratio, flops=mean.unet, options=dict(options), **fields)
+
+    @functools.cached_property
+    def _level_3(self) -> Setting:
+        return self._ablation("level 2 whole, same FLOPs")
 
     def _random_ablation(self, name: str) -> Setting:
-        like = self._at_equal_flops(name, _RANDOM[name])
-        return dataclasses.replace(like, kind="random", scoring_flops=0)
+        found = self._with(name, _RANDOM[name], kind="random")
+        return dataclasses.replace(found, scoring_flops=self._without_ranking(found))
+
+    def _without_ranking(self, setting: Setting) -> int:
+        """What of its scoring is the source map's."""
+        return self._mean(setting.ratio, {**setting.options, "ranking": no_ranking}).scoring
 
     def _mean(self, ratio: float, options: Mapping[str, Any]) -> Flops:
         counted = {key: options[key] for key in _COUNTED if key in options}
@@ -195,8 +216,16 @@ class Plan:
         return self.flops.average(ratio, steps=self.steps, **counted)
 
     def _cheaper(self, name: str) -> Setting:
-        like = self._main(name, _ON_GRID, self._ours(MAIN).ratio)
-        return dataclasses.replace(like, group="cheaper", study=self._studies[name])
+        study = self._studies[name]
+        found = self._with(
+            name, _COPY_BY_KEYS if study.startswith("pooled") else _LEVEL_3, group="cheaper", study=study
+        )
+        if study.startswith("pooled"):
+            pooled = self._mean(found.ratio, {**found.options, "ranking": PooledRanking(int(study.split()[1]))})
+            return dataclasses.replace(found, scoring_flops=pooled.scoring)
+        sources = self._without_ranking(found)
+        share = 2 if study == "shared" else int(study.split()[1])
+        return dataclasses.replace(found, scoring_flops=sources + (found.scoring_flops - sources) // share)
 
 
 def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:

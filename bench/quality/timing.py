@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from atedm import report
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.comparison import UNetTimer
 from atedm.many import Case, Sampling
@@ -21,11 +25,16 @@ def unet_seconds(
     settings: Sequence[Setting],
     cases: Sequence[Case],
     sampling: Sampling,
+    path: Path,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """Seconds of UNet a picture of ``sampling.steps`` steps, by setting: the median of ``ROUNDS`` rounds.
 
     A round runs every setting for ``STEPS`` steps on the same prompts, and begins with another setting than the last.
+
+    Args:
+        path: file that every time is kept in, so that an interrupted run goes on. Times of another device, size or
+            batch are not taken from it.
     """
     pictures = min(PICTURES, sampling.batch, len(cases))
     steps = min(STEPS, sampling.steps)
@@ -45,12 +54,27 @@ def unet_seconds(
             )
         return sum(timer.seconds) / count * sampling.steps / pictures
 
-    found: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    described = {
+        **{"device": report.device_name(pipe.device), "dtype": str(pipe.unet.dtype), "pictures": pictures},
+        **{"steps": steps, **dataclasses.asdict(sampling)},
+    }
+    found = _kept_times(path, described)
     for n in range(ROUNDS):
         start = n * len(settings) // ROUNDS
         for setting in [*settings[start:], *settings[:start]]:
             on_run(setting.name)
+            times = found.setdefault(setting.name, [])
+            if len(times) > n:
+                continue
             if n == 0:
                 run(setting, min(2, steps))  # warms up
-            found[setting.name].append(run(setting, steps))
-    return {name: statistics.median(values) for name, values in found.items()}
+            times.append(run(setting, steps))
+            report.write_json({**described, "seconds": found}, path)
+    return {setting.name: statistics.median(found[setting.name]) for setting in settings}
+
+
+def _kept_times(path: Path, described: dict[str, Any]) -> dict[str, list[float]]:
+    if not path.is_file():
+        return {}
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept.pop("seconds") if {**kept, "seconds": None} == {**described, "seconds": None} else {}

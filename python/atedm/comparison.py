@@ -269,9 +269,9 @@ def tflops_of(
     tokens = pipe.tokenizer_2.model_max_length
     counter = UNetFlops(dict(pipe.unet.config), width=width, height=height, tokens=tokens)
     schedule = atedm.DSAP(0) if options.schedule is None else options.schedule
-    mean = counter.average(
-        options.ratio, steps=steps, schedule=schedule, levels=options.levels, placement=options.placement
-    )
+    settings = {"levels": options.levels, "placement": options.placement}
+    settings |= {"ranking": options.ranking, "recovery": options.recovery}
+    mean = counter.average(options.ratio, steps=steps, schedule=schedule, **settings)
     return {"full": counter.full().tflops, "pruned": mean.tflops}
 
 

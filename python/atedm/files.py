@@ -21,7 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
             # Not every library names the file; a full disk needs it named.
-            raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import atedm
 import atedm_kernels  # noqa: F401 (registers the ops that are counted)
 from atedm.models import meta_unet, unet_inputs
+from atedm.options import Ranking
 
 # The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
 TOMESD_MAX_RATIO = 0.75
@@ -150,14 +151,14 @@ class UNetFlops:
         levels: tuple[int, ...] | None = None,
         placement: str = "early",
         light: bool = False,
-        ranking: str = "self",
+        ranking: str | Ranking = "self",
         recovery: str = "similarity",
     ) -> Flops:
         """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
 
         Args:
             light: count the light phase of DSAP instead of the one that prunes every block.
-            ranking, recovery: these change only what is spent on scoring.
+            ranking, recovery: what another one than the defaults adds to the call, or saves, is counted as scoring.
 
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
@@ -171,7 +172,11 @@ class UNetFlops:
 
         if ratio == 0:  # Nothing is pruned, which apply would say.
             return self.full()
-        return self._count_once(("pruned", ratio, levels, placement, light, ranking, recovery), count)
+        found = self._count_once(("pruned", ratio, levels, placement, light, ranking, recovery), count)
+        if (ranking, recovery) == ("self", "similarity"):
+            return found
+        unet = self.pruned(ratio, levels=levels, placement=placement, light=light).unet
+        return Flops(unet, found.unet + found.scoring - unet)
 
     def average(self, ratio: float, *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any) -> Flops:
         """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""

@@ -151,8 +151,8 @@ def apply(
             (float32, not negative).
         recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that it attends to most (the
             paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
-        grid: keep the tokens at every ``grid``-th row and column before all others, so that some are kept everywhere;
-            None, the default, for none.
+        grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
+            kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.

@@ -109,6 +109,7 @@ class _CompactTransformer:
         self._size = (height, width)
         self._index: Tensor | None = None
         self._source: Tensor | None = None
+        self._unit: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
@@ -193,7 +194,7 @@ class _CompactTransformer:
                 raise ValueError(f"ranking returned {shape}; expected scores [{q.shape[0]}, heads, {q.shape[2]}]")
             return scores, None
         if options.ranking == "keys":
-            return rank_by_keys(unit_keys(k)), None
+            return rank_by_keys(self._unit_keys(k)), None
         return kernels.weighted_page_rank(
             q, k, lse, scale=scale, max_iterations=options.max_iterations, tolerance=options.tolerance
         )
@@ -227,12 +228,17 @@ class _CompactTransformer:
             for recording in state.recordings:
                 recording.ranked.append(ranked)
 
+    def _unit_keys(self, k: Tensor) -> Tensor:
+        if self._unit is None:
+            self._unit = unit_keys(k)
+        return self._unit
+
     def _find_sources(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
         recovery = self._patch.state.options.recovery
         if recovery == "similarity":
             self._source = kernels.similarity_source(q, k, lse, self._index, scale=scale)
         elif recovery == "keys":
-            self._source = sources_by_keys(unit_keys(k), self._index)
+            self._source = sources_by_keys(self._unit_keys(k), self._index)
         elif recovery == "zeros":
             self._source = sources_or_zero(self._index, q.shape[2])
 
@@ -276,12 +282,15 @@ class _WithoutSelfAttention:
 
 
 def _grid_first(scores: Tensor, height: int, width: int, stride: int, keep: int) -> Tensor:
-    """``scores`` ``[B, H, N]`` by which the tokens at every ``stride``-th row and column are chosen before others."""
-    grid = torch.zeros(height, width, dtype=torch.bool, device=scores.device)
-    grid[::stride, ::stride] = True
-    if keep < math.ceil(height / stride) * math.ceil(width / stride):
-        return scores.masked_fill(~grid.flatten(), 0.0)  # not even all of these: the best of them
-    return scores.masked_fill(grid.flatten(), math.inf)
+    """``scores`` ``[B, H, N]`` by which the tokens at the crossings of a grid are chosen before all others.
+
+    The grid is made as much coarser than ``stride`` as it takes to keep all of its crossings.
+    """
+    while -(-height // stride) * -(-width // stride) > keep:
+        stride += 1
+    crossing = torch.zeros(height, width, dtype=torch.bool, device=scores.device)
+    crossing[::stride, ::stride] = True
+    return scores.masked_fill(crossing.flatten(), math.inf)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

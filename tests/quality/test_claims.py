@@ -1,66 +1,102 @@
-"""Verdicts on the paper's claims follow from the rows."""
+"""Verdicts on claims follow from the rows and from the samples behind them."""
 
 import numpy as np
 import pytest
 
-from atedm.bench.quality.claims import check_claims
+from atedm.bench.quality.claims import CLAIMS, check_claims
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.normal(0, 5, 200)
 
 
-def row(name, accuracy, distance):
-    return {
-        "name": name,
-        "accuracy": accuracy,
-        "accuracy_low": accuracy - 0.02,
-        "accuracy_high": accuracy + 0.02,
-        "psnr_db": distance,
-        "psnr_db_low": distance - 1,
-        "psnr_db_high": distance + 1,
+def right(count):
+    """200 pictures, the first ``count`` of them right."""
+    return (np.arange(200) < count).astype(float)
+
+
+def setting(name, accuracy=160, distance=1.0, psnr=20.0, flops=0.5):
+    samples = {
+        "accuracy": right(accuracy),
+        "frechet_distance": distance + NOISE[:100] * 0.01,
+        "psnr_db": psnr + NOISE,
     }
+    row = {"name": name, "flops_part": flops} | {key: float(value.mean()) for key, value in samples.items()}
+    return row, samples
+
+
+def verdict(ours, other, names=("ours c", "tomesd c")):
+    made = [setting(name, **values) for name, values in zip(names, (ours, other), strict=True)]
+    found = check_claims([row for row, _ in made], {row["name"]: samples for row, samples in made})
+    assert {(row["better"], row["worse"]) for row in found} == {names}
+    return found[0]
 
 
 @pytest.mark.parametrize(
-    ("ours", "other", "verdict"),
+    ("ours", "other", "expected", "likeness"),
     [
-        ((0.9, 20.0), (0.8, 15.0), "holds"),
-        ((0.9, 20.0), (0.89, 15.0), "holds"),
-        ((0.8, 15.0), (0.9, 20.0), "does not hold"),
-        ((0.9, 20.0), (0.91, 20.5), "undecided"),
-        ((0.9, 15.0), (0.8, 20.0), "undecided"),
+        ({"accuracy": 180}, {}, "holds", "undecided"),
+        ({"accuracy": 140}, {}, "does not hold", "undecided"),
+        ({"distance": 0.5}, {}, "holds", "undecided"),
+        ({"distance": 1.5}, {}, "does not hold", "undecided"),
+        ({"accuracy": 180, "distance": 1.5}, {}, "mixed", "undecided"),
+        ({}, {}, "undecided", "undecided"),
+        # Likeness to another picture is told, and decides nothing.
+        ({"psnr": 21.0}, {}, "undecided", "for"),
+        ({"accuracy": 140, "psnr": 21.0}, {}, "does not hold", "for"),
+        ({"accuracy": 180, "psnr": 19.0}, {}, "holds", "against"),
+        # Of 200 pictures, 4 that are right in one alone are chance (McNemar: p = 0.125), 8 are not (p = 0.008).
+        ({"accuracy": 164}, {}, "undecided", "undecided"),
+        ({"accuracy": 168}, {}, "holds", "undecided"),
+        ({"accuracy": 180, "flops": 0.52}, {}, "not comparable", "undecided"),
+        ({"accuracy": 180, "flops": 0.505}, {}, "holds", "undecided"),
     ],
 )
-def test_verdict(ours, other, verdict):
-    found = check_claims([row("ours c", *ours), row("tomesd c", *other)], {})
-    assert [(r["better"], r["worse"], r["verdict"]) for r in found] == [("ours c", "tomesd c", verdict)]
-    assert found[0]["accuracy"] == ours[0]
-    assert found[0]["accuracy_of_worse"] == other[0]
+def test_verdict(ours, other, expected, likeness):
+    found = verdict(ours, other)
+    assert (found["verdict"], found["likeness"]) == (expected, likeness)
+    assert found["accuracy"] == ours.get("accuracy", 160) / 200
+    assert found["accuracy_of_worse"] == 0.8
 
 
-def test_smaller_is_better_for_distances():
-    a = {"name": "ours c", "perceptual_distance": 1.0, "perceptual_distance_low": 0.9, "perceptual_distance_high": 1.1}
-    b = {
-        "name": "recovery: zeros",
-        "perceptual_distance": 2.0,
-        "perceptual_distance_low": 1.8,
-        "perceptual_distance_high": 2.2,
-    }
-    assert check_claims([a, b], {})[0]["verdict"] == "holds"
+def test_a_claim_has_the_verdict_that_its_pairs_agree_on():
+    def overall(*accuracies):
+        made = []
+        for budget, accuracy in zip("abcd", accuracies, strict=False):
+            made += [setting(f"ours {budget}", accuracy=accuracy), setting(f"tomesd {budget}")]
+        found = check_claims([row for row, _ in made], {row["name"]: samples for row, samples in made})
+        assert len(found) == len(accuracies)
+        return {row["claim_verdict"] for row in found}
+
+    assert overall(180, 180) == overall(180, 160) == {"holds"}
+    assert overall(140, 160) == {"does not hold"}
+    assert overall(140, 180) == {"mixed"}
+    assert overall(160, 160) == {"undecided"}
+
+
+def test_differences_that_intervals_hide_show_in_pairs():
+    found = verdict({"psnr": 20.3}, {})
+    assert found["likeness"] == "for"
+    assert found["psnr_db_difference"] == pytest.approx(0.3)
+    assert found["psnr_db_difference_low"] <= found["psnr_db_difference"] <= found["psnr_db_difference_high"]
+
+
+def test_figures_without_samples_are_quoted_and_tell_nothing():
+    rows = [
+        {"name": name, "flops_part": 0.5, "fid": fid, "clip_score": clip}
+        for name, fid, clip in (("ours c", 10.0, 30.0), ("tomesd c", 20.0, 31.0))
+    ]
+    samples = {row["name"]: {"clip_score": row["clip_score"] + NOISE} for row in rows}
+    found = check_claims(rows, samples)[0]
+    assert (found["fid"], found["fid_of_worse"]) == (10.0, 20.0)
+    assert found["verdict"] == "does not hold"  # by the CLIP score
 
 
 def test_claims_about_settings_that_were_not_run_are_left_out():
-    assert check_claims([row("full", 0.9, 20.0)], {}) == []
+    row, samples = setting("full")
+    assert check_claims([row], {"full": samples}) == []
 
 
-def test_pictures_of_the_same_prompts_are_compared_in_pairs():
-    """Differences that the rows' intervals hide show where every picture is a little better."""
-    rng = np.random.default_rng(0)
-    worse = rng.normal(20, 5, 100)
-    samples = {"ours c": {"psnr_db": worse + 0.3 + rng.normal(0, 0.2, 100)}, "random c": {"psnr_db": worse}}
-    rows = [
-        {"name": name, "psnr_db": x["psnr_db"].mean(), "psnr_db_low": 19.0, "psnr_db_high": 21.0}
-        for name, x in samples.items()
-    ]
-    found = check_claims(rows, samples)[0]
-    assert found["verdict"] == "holds"
-    assert 0.2 < found["psnr_db_difference_low"] < found["psnr_db_difference"] < found["psnr_db_difference_high"] < 0.4
-    swapped = {"ours c": samples["random c"], "random c": samples["ours c"]}
-    assert check_claims(rows, swapped)[0]["verdict"] == "does not hold"
+def test_the_papers_claims_are_told_from_ours():
+    assert {claim.ours for claim in CLAIMS} == {True, False}
+    assert verdict({}, {}, ("keys c", "tomesd c"))["of"] == "ours"
+    assert verdict({}, {}, ("ours c", "tomesd c"))["of"] == "paper"

@@ -39,12 +39,12 @@ def test_processes_make_every_picture_once_in_the_batches_of_one(tmp_path):
     shared = [made(tmp_path / "shared", counts[n], process=n, processes=2) for n in range(2)]
     assert shared == [alone[0::2], alone[1::2]]
     assert [sum(count) for count in counts] == [4, 3]
-    assert all(path.is_file() for path in picture_paths(tmp_path / "shared", FULL, len(CASES)))
+    assert all(path.is_file() for path in picture_paths(tmp_path / "shared", FULL, range(len(CASES))))
 
 
 def test_a_batch_with_a_missing_picture_is_made_again_and_no_other(tmp_path):
     made(tmp_path, [])
-    picture_paths(tmp_path, FULL, len(CASES))[3].unlink()
+    picture_paths(tmp_path, FULL, range(len(CASES)))[3].unlink()
     counts = []
     assert made(tmp_path, counts) == [["prompt 2", "prompt 3"]]
     assert counts == [5, 2]

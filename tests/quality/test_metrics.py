@@ -72,7 +72,7 @@ def test_perceptual_distance_is_zero_for_equal_pictures_and_grows(checker):
 
 def test_frechet_distance_is_the_formula(checker):
     reference, made = pictures(200), pictures(150, seed=1) // 2
-    value, low, high = metrics.FeatureDistance(checker, reference)(made)
+    value, draws = metrics.FeatureDistance(checker, reference)(made)
     features = [checker.stages(prepare(x))[-1].mean((2, 3)).double().numpy() for x in (reference, made)]
     means = [x.mean(0) for x in features]
     covariances = [np.cov(x, rowvar=False) for x in features]
@@ -83,15 +83,27 @@ def test_frechet_distance_is_the_formula(checker):
         - 2 * np.sqrt(product.astype(complex)).real.sum()
     )
     assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert 0 <= low <= high
+    spread = metrics.spread_of("d", value, draws)
+    assert 0 <= spread["d_low"] < spread["d"] == value < spread["d_high"]
     assert features[0].shape[1] == FEATURES
 
 
 def test_frechet_distance_can_be_asked_again(checker):
     distance = metrics.FeatureDistance(checker, pictures(100))
-    first = distance(pictures(80, seed=1))
+    first, draws = distance(pictures(80, seed=1))
     distance(pictures(80, seed=2))
-    assert distance(pictures(80, seed=1)) == first
+    again, others = distance(pictures(80, seed=1))
+    assert again == first
+    assert np.array_equal(draws, others)
+
+
+def test_sets_of_like_pictures_are_told_apart_by_paired_draws(checker):
+    """What resampling adds to both, it does not take for a difference."""
+    distance = metrics.FeatureDistance(checker, pictures(100))
+    near, far = (distance(made)[1] for made in (pictures(80, seed=1), pictures(80, seed=1) // 3))
+    low, high = metrics.draws_difference(far, near, 0.99)[1:]
+    assert 0 < low < high
+    assert metrics.draws_difference(near, near + 0.0, 0.99) == (0.0, 0.0, 0.0)
 
 
 def test_saved_checker_sees_the_same(checker, tmp_path):

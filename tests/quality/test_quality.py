@@ -25,7 +25,9 @@ SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
 
 
 def call(*arguments):
-    result = CliRunner().invoke(app, ["quality", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["quality", *map(str, arguments)], catch_exceptions=False, env={"COLUMNS": "200", "TERM": "dumb"}
+    )
     return result.exit_code, result.output
 
 
@@ -106,6 +108,23 @@ def test_pictures_of_another_run_are_refused(finished):
     assert len(list(folder.rglob("random-c/*.png"))) == 4
 
 
+def test_skipped_cases_are_made_and_left_out_of_the_figures(finished, tmp_path):
+    arguments, folder, _ = finished
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    times = json.loads((again / "unet-seconds.json").read_text())
+    code, output = call(*arguments[:-1], again, "--images", 2, "--skip", 2, "--no-convergence")
+    assert code == 0, output
+    document = json.loads((again / "quality.json").read_text())
+    assert (document["settings"]["images"], document["settings"]["skipped"]) == (2, 2)
+    rows, before = (json.loads((f / "quality.json").read_text())["rows"] for f in (again, folder))
+    assert [row["images"] for row in rows] == [2] * len(rows)
+    assert [row["frechet_distance"] for row in rows] != [row["frechet_distance"] for row in before]
+    # Times are of the same setting, device and size, so they are not taken again.
+    assert json.loads((again / "unet-seconds.json").read_text()) == times
+    assert [row["unet_seconds"] for row in rows] == [row["unet_seconds"] for row in before]
+
+
 def test_convergence_rows(finished):
     _, folder, _ = finished
     rows = json.loads((folder / "quality-convergence.json").read_text())["rows"]
@@ -116,6 +135,11 @@ def test_convergence_rows(finished):
         assert 1 <= row["iterations_to_0.1"] <= row["iterations_to_0.01"] <= row["iterations_to_0.001"] <= 60
         assert 0 <= row["jaccard_1_min"] <= row["jaccard_1"] <= 1
         assert row["jaccard_15"] >= 0.9
+        # Hardly any head settles to 1e-4 before 5 iterations, and those that do no longer change.
+        assert row["stopped_0.0001_of_5_jaccard"] == pytest.approx(row["jaccard_5"], abs=0.02)
+        assert row["stopped_0.0001_of_3_iterations"] <= 3
+        assert 1 <= row["stopped_0.1_of_10_iterations"] <= row["stopped_0.001_of_10_iterations"] <= 10
+        assert row["stopped_0.1_of_10_iterations"] == pytest.approx(row["iterations_to_0.1"], abs=0.5)
 
 
 def test_plots_and_sheets_are_written(finished):
@@ -139,8 +163,22 @@ def test_settings_cover_the_budgets_and_ablations_at_their_flops():
         assert flops.pruned(ours.ratio).unet / full == pytest.approx(part, rel=0.01)
         assert found[f"tomesd {budget}"].flops == pytest.approx(ours.flops, rel=0.02)
         assert found[f"random {budget}"].flops == ours.flops
-    for name in ("DSAP off, same FLOPs", "level 2 whole, same FLOPs"):
+        assert found[f"keys {budget}"].flops == ours.flops
+    for name in ("DSAP off, same FLOPs", "level 2 whole, same FLOPs", "by keys, DSAP off, same FLOPs"):
         assert found[name].note or found[name].flops == pytest.approx(found["ours c"].flops, rel=0.01)
+    for name, setting in found.items():
+        if name.startswith("level 2 whole, r"):
+            assert setting.ratio == found["level 2 whole, same FLOPs"].ratio
+        if name.startswith("random, "):
+            assert setting.ratio == found["ours c"].ratio
+    # PageRank's iterations; one pass by keys; the source map alone.
+    scoring = [found[name].scoring_flops for name in ("ours c", "keys c", "random c")]
+    assert scoring[0] > 2 * scoring[1] > 4 * scoring[2] > 0
+    base = found["level 2 whole, same FLOPs"].scoring_flops
+    saved = [base - found[f"ranked every {n} steps"].scoring_flops for n in (2, 3, 5)]
+    assert 0 < saved[0] < saved[1] < saved[2] < base
+    assert found["one ranking for both halves of guidance"].scoring_flops == base - saved[0]
+    assert found["level 2 ranked on 2×2-pooled maps"].scoring_flops < found["recovery: keys"].scoring_flops / 2
     assert found["DSAP off, same ratio"].flops < found["ours c"].flops < found["level 2 whole, same ratio"].flops
     assert found["placement: paper"].flops > found["ours c"].flops
     assert {name for claim in CLAIMS for pair in claim.pairs for name in pair} <= set(found)

@@ -58,7 +58,9 @@ def generate(
     recovery: Annotated[
         str | None, typer.Option(help="Dropped tokens: similarity (default), keys, zeros or bicubic.")
     ] = None,
-    grid: Annotated[int | None, typer.Option(help="Keep every GRID-th row and column's tokens. Default: no.")] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     allow_pickled: Annotated[

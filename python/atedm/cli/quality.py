@@ -39,6 +39,9 @@ def quality(
         str | None, typer.Option(help="Names or groups (budget, ablation, cheaper), by comma. Default: all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture's noise; the n-th has seed + n.")] = 0,
+    skip: Annotated[
+        int, typer.Option(min=0, help="Leave the first captions out of the figures: those looked at before.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the pictures, plots and tables; an earlier run there goes on.")
     ] = None,
@@ -86,6 +89,7 @@ def quality(
         batch=batch,
         settings=settings,
         seed=seed,
+        skip=skip,
         out=out,
         json=json,
         convergence=convergence,
