@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from atedm.bench.quality.metrics import draws_difference, paired_difference
-from atedm.bench.quality.settings import BUDGETS, MAIN, REUSED_STEPS
+from atedm.bench.quality.settings import BUDGETS, MAIN, RANK_EVERY
 
 # A verdict's tests are at this level, since there are a few dozen of them.
 LEVEL = 0.99
@@ -96,7 +96,7 @@ CLAIMS = (
     Claim(
         "ranking at every step beats cheaper rankings",
         (
-            *((_LEVEL_3, f"ranked every {n} steps") for n in REUSED_STEPS),
+            *((_LEVEL_3, f"ranked every {n} steps") for n in RANK_EVERY),
             (_LEVEL_3, "one ranking for both halves of guidance"),
             ("recovery: keys", "level 2 ranked on 2×2-pooled maps"),
         ),

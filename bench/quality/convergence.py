@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import atedm
-from atedm.bench.quality.rankings import RunningBlock
+from atedm.blocks import attention_blocks
 from atedm.many import Case, Sampling
 from atedm.options import kept_tokens
 
@@ -101,6 +102,32 @@ def _row(name: str, seen: Sequence[_Seen]) -> dict[str, Any]:
             name = f"stopped_{tolerance:g}_of_{limit}"
             row |= {f"{name}_iterations": float(taken.mean()), f"{name}_jaccard": float(overlap.mean())}
     return row
+
+
+class RunningBlock:
+    """Knows which attention block of ``unet`` is running, while its ``with`` block does."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self.name = ""
+
+    def __enter__(self) -> RunningBlock:
+        self._handles = [
+            block.module.register_forward_pre_hook(self._watch(block.name)) for block in attention_blocks(self.unet)
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        def remember(*_: object) -> None:
+            self.name = name
+
+        return remember
 
 
 def study(pipe: Any, cases: Sequence[Case], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Other ways to choose the tokens: a random one to be compared with, and cheaper ones to be looked into.
+"""Other ways to choose the tokens: a random one to be compared with, and a cheaper one to be looked into.
 
 Each is a ``ranking`` for :func:`atedm.apply`: a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` to scores.
 """
@@ -6,17 +6,12 @@ Each is a ``ranking`` for :func:`atedm.apply`: a function from ``q, k [B, H, N, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import atedm_kernels as kernels
-from atedm.blocks import attention_blocks
-
-Ranking = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def page_rank(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
@@ -44,14 +39,6 @@ class RandomRanking:
         return scores.to(q.device)
 
 
-def shared_between_halves(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    """One ranking for both halves of classifier-free guidance, from the second, the conditional half."""
-    if len(q) % 2:
-        raise ValueError(f"q has {len(q)} rows; expected an even number: both halves of classifier-free guidance")
-    half = len(q) // 2
-    return page_rank(q[half:], k[half:], lse[half:]).repeat(2, 1, 1)
-
-
 class PooledRanking:
     """Ranks square maps of ``tokens`` tokens on 2×2-pooled queries and keys: a sixteenth of the cost.
 
@@ -77,50 +64,3 @@ class PooledRanking:
         _, lse = kernels.attention_with_logsumexp(q, k, k)
         scores = page_rank(q, k, lse).view(batch, heads, side // 2, side // 2)
         return F.interpolate(scores, scale_factor=2, mode="nearest").flatten(2)
-
-
-class RunningBlock:
-    """Knows which attention block of ``unet`` is running, while its ``with`` block does."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
-        self.name = ""
-
-    def __enter__(self) -> RunningBlock:
-        self._handles = [
-            block.module.register_forward_pre_hook(self._watch(block.name)) for block in attention_blocks(self.unet)
-        ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _watch(self, name: str) -> Callable[..., None]:
-        def remember(*_: object) -> None:
-            self.name = name
-
-        return remember
-
-
-class ReusedRanking:
-    """Ranks a block anew only at every ``every``-th call of it, and keeps its scores in between."""
-
-    def __init__(self, running: RunningBlock, every: int, ranking: Ranking = page_rank) -> None:
-        self.running = running
-        self.every = every
-        self.ranking = ranking
-        self._kept: dict[str, tuple[int, Tensor]] = {}
-
-    def restart(self) -> None:
-        """Forget the scores: another image comes."""
-        self._kept.clear()
-
-    def __call__(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-        age, scores = self._kept.get(self.running.name, (self.every, None))
-        if age >= self.every or scores.shape[0] != q.shape[0]:
-            age, scores = 0, self.ranking(q, k, lse)
-        self._kept[self.running.name] = (age + 1, scores)
-        return scores

@@ -39,7 +39,7 @@ class Run:
         return range(self.skip, len(self.cases))
 
     def _setting(self, setting: Setting) -> dict[str, Any]:
-        kept = ("kind", "ratio", "options", "study")
+        kept = ("kind", "ratio", "options", "pooled")
         described = {key: getattr(setting, key) for key in kept}
         if setting.kind not in ("full", "tomesd"):
             # Whole, because a default may change between two versions.

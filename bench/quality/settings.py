@@ -12,21 +12,14 @@ from typing import Any
 import torch
 
 import atedm
-from atedm.bench.quality.rankings import (
-    PooledRanking,
-    RandomRanking,
-    ReusedRanking,
-    RunningBlock,
-    no_ranking,
-    shared_between_halves,
-)
+from atedm.bench.quality.rankings import PooledRanking, RandomRanking, no_ranking
 from atedm.flops import MAX_RATIO, Flops, UNetFlops, apply_tomesd, solve_decreasing
 from atedm.options import BY_KEYS
 
 # The paper's tables: TFLOPs of a call that prunes every block, of 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
-REUSED_STEPS = (2, 3, 5)
+RANK_EVERY = (2, 3, 5)
 
 _COPY_BY_KEYS: dict[str, Any] = {"recovery": "keys"}
 _ON_GRID: dict[str, Any] = {**_COPY_BY_KEYS, "grid": 2}
@@ -72,6 +65,13 @@ _RANDOM: dict[str, dict[str, Any]] = {
     "level 2 whole, random": _LEVEL_3,
 }
 
+# Cheaper rankings of level 3 alone, with the part of the rankings that is left of them.
+_CHEAPER: dict[str, tuple[dict[str, Any], int]] = {
+    **{f"ranked every {n} steps": ({"rank_every": n}, n) for n in RANK_EVERY},
+    "one ranking for both halves of guidance": ({"share_guidance": True}, 2),
+}
+_POOLED = "level 2 ranked on 2×2-pooled maps"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -83,7 +83,7 @@ class Setting:
         budget: ``"a"`` to ``"d"``; None for the full UNet.
         flops, scoring_flops: of the mean UNet call, one image.
         options: of :func:`atedm.apply` besides the ratio.
-        study: a cheaper ranking: ``"shared"``, ``"pooled"`` or ``"every N"``.
+        pooled: so many tokens are ranked on 2×2-pooled queries and keys.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Setting:
     flops: int = 0
     scoring_flops: int = 0
     options: dict[str, Any] = field(default_factory=dict)
-    study: str | None = None
+    pooled: int | None = None
     note: str = ""
 
 
@@ -125,12 +125,10 @@ class Plan:
             self.builders |= {f"{kind} {budget}": ("budget", build) for budget in BUDGETS}
         self.builders |= dict.fromkeys([*_ABLATIONS, *_AT_EQUAL_FLOPS, *_AT_LEVEL_3], ("ablation", self._ablation))
         self.builders |= dict.fromkeys(_RANDOM, ("ablation", self._random_ablation))
-        studies = {f"ranked every {n} steps": f"every {n}" for n in REUSED_STEPS}
-        studies["one ranking for both halves of guidance"] = "shared"
+        self.builders |= dict.fromkeys(_CHEAPER, ("cheaper", self._cheaper))
+        self._pooled_tokens = pooled_tokens
         if pooled_tokens is not None:
-            studies["level 2 ranked on 2×2-pooled maps"] = f"pooled {pooled_tokens}"
-        self._studies = studies
-        self.builders |= dict.fromkeys(studies, ("cheaper", self._cheaper))
+            self.builders[_POOLED] = ("cheaper", self._pooled)
 
     def settings(self, wanted: Sequence[str] | None = None) -> list[Setting]:
         """Those that ``wanted`` names, by name or group; the full model first in any case. Default: all.
@@ -216,16 +214,15 @@ class Plan:
         return self.flops.average(ratio, steps=self.steps, **counted)
 
     def _cheaper(self, name: str) -> Setting:
-        study = self._studies[name]
-        found = self._with(
-            name, _COPY_BY_KEYS if study.startswith("pooled") else _LEVEL_3, group="cheaper", study=study
-        )
-        if study.startswith("pooled"):
-            pooled = self._mean(found.ratio, {**found.options, "ranking": PooledRanking(int(study.split()[1]))})
-            return dataclasses.replace(found, scoring_flops=pooled.scoring)
+        options, share = _CHEAPER[name]
+        found = self._with(name, {**_LEVEL_3, **options}, group="cheaper")
         sources = self._without_ranking(found)
-        share = 2 if study == "shared" else int(study.split()[1])
         return dataclasses.replace(found, scoring_flops=sources + (found.scoring_flops - sources) // share)
+
+    def _pooled(self, name: str) -> Setting:
+        found = self._with(name, _COPY_BY_KEYS, group="cheaper", pooled=self._pooled_tokens)
+        pooled = self._mean(found.ratio, {**found.options, "ranking": PooledRanking(self._pooled_tokens)})
+        return dataclasses.replace(found, scoring_flops=pooled.scoring)
 
 
 def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:
@@ -258,16 +255,9 @@ def in_force(pipe: Any, setting: Setting) -> Iterator[Callable[[int], None]]:
 
         with atedm.applied(pipe, ratio=setting.ratio, ranking=ranking, **setting.options):
             yield restart
-    elif setting.study is not None and setting.study.startswith("every"):
-        with RunningBlock(pipe.unet) as running:
-            reused = ReusedRanking(running, int(setting.study.split()[1]))
-            with atedm.applied(pipe, ratio=setting.ratio, ranking=reused, **setting.options):
-                yield lambda seed: reused.restart()
     else:
         options = dict(setting.options)
-        if setting.study == "shared":
-            options["ranking"] = shared_between_halves
-        elif setting.study is not None:
-            options["ranking"] = PooledRanking(int(setting.study.split()[1]))
+        if setting.pooled is not None:
+            options["ranking"] = PooledRanking(setting.pooled)
         with atedm.applied(pipe, ratio=setting.ratio, **options):
             yield lambda seed: None

@@ -32,8 +32,9 @@ class StepFollower:
             if not state.is_constant:
                 if not state.is_told:
                     raise RuntimeError(
-                        "schedule is DSAP and the whole UNet was compiled after atedm.apply, so its graph cannot be "
-                        "told the denoising step; expected atedm.apply once more, now on the compiled UNet or pipeline"
+                        "schedule, rank_every or share_guidance depends on the step, of which a graph of the whole "
+                        "UNet that was compiled after atedm.apply knows nothing; expected atedm.apply once more, "
+                        "now on the compiled UNet or pipeline"
                     )
                 state.is_told = False
             return
@@ -69,23 +70,31 @@ class StepFollower:
 
 
 def _follow(state: PruningState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set ``state.step`` and ``state.light`` for a call of the UNet with these arguments."""
+    """Set what of ``state`` depends on the call of the UNet, for one with these arguments."""
     state.is_told = True
     timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
     pipeline = None if state.pipeline is None else state.pipeline()
     if pipeline is not None:
         # Asked anew at each call: pipe.scheduler may have been exchanged.
         state.scheduler = pipeline.scheduler
-    wanted = not state.is_constant or bool(state.recordings)
+    options = state.options
+    wanted = not options.is_constant or bool(state.recordings)
     found = denoising_step(state.scheduler, timestep) if wanted and timestep is not None else None
     state.step = None if found is None else found[0]
-    if state.is_constant:
+    if options.share_guidance:
+        # A UNet on its own is taken at the user's word.
+        state.halves = pipeline is None or getattr(pipeline, "do_classifier_free_guidance", True)
+    has_phases = options.schedule is not None and options.schedule.constant_phase is None
+    if not has_phases and options.rank_every == 1:
         return
-    schedule = state.options.schedule
-    if found is not None:
-        state.light = schedule.is_light(*found)
-    else:
+    value = None
+    if found is None:
         value = None if timestep is None else timestep_value(timestep)
         if value is None:
-            raise ValueError("timestep has no value (a meta tensor?); expected one with schedule=DSAP(...)")
-        state.light = schedule.is_light_at(value)
+            raise ValueError(
+                "timestep has no value (a meta tensor?); expected one with schedule=DSAP(...) or rank_every > 1"
+            )
+    if has_phases:
+        state.light = options.schedule.is_light_at(value) if found is None else options.schedule.is_light(*found)
+    if options.rank_every > 1:
+        state.ranks_anew = state.period.is_due(-value if found is None else found[0], state.light, found is not None)

@@ -61,6 +61,8 @@ class Options:
     max_iterations: int = DEFAULT_MAX_ITERATIONS
     tolerance: float = DEFAULT_TOLERANCE
     grid: int | None = None
+    rank_every: int = 1
+    share_guidance: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
@@ -83,14 +85,22 @@ class Options:
         if self.grid is not None and (isinstance(self.grid, bool) or not isinstance(self.grid, int) or self.grid < 2):
             raise ValueError(f"grid is {self.grid!r}; expected None or an integer of at least 2")
         _one_of("reduction", self.reduction, REDUCTIONS)
-        for name in ("keep_multiple", "max_iterations"):
+        for name in ("keep_multiple", "max_iterations", "rank_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+        if not isinstance(self.share_guidance, bool):
+            raise TypeError(f"share_guidance is {self.share_guidance!r}; expected True or False")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)):
             raise TypeError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every call of a UNet is pruned in the same way, whatever its denoising step and pipeline."""
+        has_phases = self.schedule is not None and self.schedule.constant_phase is None
+        return not (has_phases or self.share_guidance or self.rank_every > 1)
 
     def ratio_at(self, level: int) -> float:
         """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""

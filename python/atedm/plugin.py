@@ -153,11 +153,14 @@ def apply(
             paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
+        rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
+        share_guidance: choose tokens once for both halves of classifier-free guidance, from the conditional half, which
+            is the batch's second; in a pipeline without guidance it does nothing. Default False.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
-        scheduler: whose steps ``schedule`` follows when ``pipe`` is a UNet. A pipeline's own scheduler is followed
-            by itself; without either, the step is judged by the timestep's value.
+        scheduler: whose steps ``schedule`` and ``rank_every`` follow when ``pipe`` is a UNet. A pipeline's own
+            scheduler is followed by itself; without either, the step is judged by the timestep's value.
 
     Returns:
         ``pipe``.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from atedm.keys import rank_by_keys, sources_by_keys, unit_keys
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
+from atedm.schedule import RankingPeriod
 from atedm_kernels.ops.select_tokens.reference import join_heads
 
 logger = logging.getLogger("atedm")
@@ -35,8 +37,12 @@ class PruningState:
     """Shared by the blocks of one UNet.
 
     Attributes:
-        light: whether the current UNet call is in DSAP's light phase. is_constant: whether every call is in the same.
+        light: whether the current UNet call is in DSAP's light phase.
+        ranks_anew: whether tokens are chosen in it, or those chosen in an earlier call stay.
+        halves: whether its batch holds both halves of classifier-free guidance, to share one choice.
+        is_constant: whether every call is pruned in the same way.
         has_spoken: whether it has been said that nothing is pruned somewhere.
+        period: when ``ranks_anew`` is due.
         is_told: whether ``light`` has been set for a call that a compiled graph has yet to begin.
         pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
             along, but the scheduler, which is copied with a copied pipeline.
@@ -48,8 +54,11 @@ class PruningState:
     pipeline: Any = None
     light: bool = field(default=False, init=False)
     is_constant: bool = field(default=True, init=False)
+    ranks_anew: bool = field(default=True, init=False)
+    halves: bool = field(default=False, init=False)
     is_told: bool = field(default=False, init=False)
     has_spoken: bool = field(default=False, init=False)
+    period: RankingPeriod = field(init=False)
     step: int | None = None
     call: int = -1
     recordings: list[Recording] = field(default_factory=list)
@@ -58,11 +67,21 @@ class PruningState:
         schedule = self.options.schedule
         phase = False if schedule is None else schedule.constant_phase
         # Told apart once: an attribute is what a compiled graph can be guarded by.
-        self.is_constant = phase is not None
+        self.is_constant = self.options.is_constant
         self.light = phase is True
+        self.halves = self.options.share_guidance
+        self.period = RankingPeriod(self.options.rank_every)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipeline": None, "recordings": []}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a block keeps, ``index`` int64 ``[B, K]``, and their ``scores`` ``[B, H, N]``."""
+
+    index: Tensor
+    scores: Tensor
 
 
 class PrunedForward:
@@ -80,6 +99,11 @@ class PrunedForward:
         # What another tool left on the instance; it goes back when pruning is removed.
         self.previous = module.__dict__.get("forward")
         self.layer_forward = type(module.transformer_blocks[0]).forward
+        # What was last chosen, where a choice serves several calls.
+        self.kept: Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = hidden_states.shape[-2:]
@@ -154,7 +178,7 @@ class _CompactTransformer:
             )
 
         if options.ranking != "cross":
-            self._choose(*self._rank(q, k, lse, scale))
+            self._choose(lambda rows: self._rank(q, k, lse, scale, rows), q.shape[0])
             self._find_sources(q, k, lse, scale)
             if options.placement == "early":
                 # Cross-attention, feed-forward and output projection treat each token on its own, so what
@@ -165,7 +189,7 @@ class _CompactTransformer:
         if options.ranking == "cross":
             if encoder_attention_mask is not None:
                 raise ValueError("encoder_attention_mask is set; expected None with ranking='cross'")
-            self._choose(*self._rank_cross(layer, hidden_states, encoder_hidden_states))
+            self._choose(lambda rows: self._rank_cross(layer, hidden_states, encoder_hidden_states, rows), q.shape[0])
             self._find_sources(q, k, lse, scale)
             if options.placement == "early":
                 return run_rest(kernels.gather_tokens(hidden_states, self._index))
@@ -176,6 +200,10 @@ class _CompactTransformer:
         if attention_mask is not None:
             raise ValueError("attention_mask is set; expected None: the ranking would have to know masked tokens")
         unknown = sorted(set(kwargs or ()) - _TOKENWISE_KWARGS)
+        if self._patch.state.halves and type(layer.attn1.processor).__name__ in PERTURBING_PROCESSORS:
+            raise ValueError(
+                "share_guidance is set; expected False with perturbed-attention guidance, whose batch is no two halves"
+            )
         if unknown:
             raise ValueError(
                 f"cross_attention_kwargs holds {', '.join(unknown)}; expected none but {', '.join(_TOKENWISE_KWARGS)} "
@@ -185,48 +213,77 @@ class _CompactTransformer:
         if reason is not None:
             raise ValueError(f"{self._patch.name} can no longer be pruned: {reason}")
 
-    def _rank(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> tuple[Tensor, Tensor | None]:
+    def _rank(
+        self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None, rows: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of these ``rows`` of the batch, and the iterations they took."""
         options = self._patch.state.options
+        if options.ranking == "keys":
+            return rank_by_keys(self._unit_keys(k)[rows]), None
+        q, k, lse = q[rows], k[rows], lse[rows]
         if callable(options.ranking):
             scores = options.ranking(q, k, lse)
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (q.shape[0], q.shape[2]):
                 raise ValueError(f"ranking returned {shape}; expected scores [{q.shape[0]}, heads, {q.shape[2]}]")
             return scores, None
-        if options.ranking == "keys":
-            return rank_by_keys(self._unit_keys(k)), None
         return kernels.weighted_page_rank(
             q, k, lse, scale=scale, max_iterations=options.max_iterations, tolerance=options.tolerance
         )
 
-    def _rank_cross(self, layer: nn.Module, hidden_states: Tensor, text: Any) -> tuple[Tensor, Tensor]:
+    def _rank_cross(self, layer: nn.Module, hidden_states: Tensor, text: Any, rows: slice) -> tuple[Tensor, Tensor]:
         attention, options = layer.attn2, self._patch.state.options
-        q, k = _project_cross(attention, layer.norm2(hidden_states), text)
+        if isinstance(text, tuple):  # an IP-Adapter's (text, images)
+            text = text[0]
+        q, k = _project_cross(attention, layer.norm2(hidden_states[rows]), text[rows])
         # Only the logsumexp is wanted, so the keys stand in for the values.
         _, lse = kernels.attention_with_logsumexp(q, k, k, scale=_scale(attention))
         return kernels.weighted_page_rank_cross(
             q, k, lse, scale=_scale(attention), max_iterations=options.max_iterations, tolerance=options.tolerance
         )
 
-    def _choose(self, scores: Tensor, iterations: Tensor | None) -> None:
-        state = self._patch.state
-        stride, chosen_by = state.options.grid, scores
-        if stride is not None:
-            chosen_by = _grid_first(scores, *self._size, stride, self._keep)
-        self._index = kernels.select_tokens(chosen_by, self._keep, reduction=state.options.reduction)
+    def _choose(self, rank: Callable[[slice], tuple[Tensor, Tensor | None]], batch: int) -> None:
+        """Set ``_index``, by ``rank`` of those rows of the batch that choose for all, or as it was before."""
+        state, patch, iterations = self._patch.state, self._patch, None
+        kept = None if state.ranks_anew else patch.kept
+        # The batch may have changed on the way: a callback can end classifier-free guidance.
+        if kept is None or kept.index.shape != (batch, self._keep):
+            copies = 2 if state.halves else 1
+            if batch % copies:
+                raise ValueError(
+                    f"share_guidance is set, but the batch has {batch} rows; expected an even number, "
+                    "the two halves of classifier-free guidance"
+                )
+            scores, iterations = rank(slice(batch - batch // copies, batch))
+            kept = Kept(self._select(scores).repeat(copies, 1), scores)
+            if state.options.rank_every > 1:
+                patch.kept = kept
+        self._index = kept.index
         if state.recordings:
-            ranked = Ranked(
-                state.call,
-                state.step,
-                self._patch.name,
-                self._patch.level,
-                *self._size,
-                join_heads(scores.cpu(), state.options.reduction).float(),
-                self._index.cpu(),
-                None if iterations is None else iterations.cpu(),
-            )
-            for recording in state.recordings:
-                recording.ranked.append(ranked)
+            self._record(kept, iterations)
+
+    def _select(self, scores: Tensor) -> Tensor:
+        options = self._patch.state.options
+        if options.grid is not None:
+            scores = _grid_first(scores, *self._size, options.grid, self._keep)
+        return kernels.select_tokens(scores, self._keep, reduction=options.reduction)
+
+    def _record(self, kept: Kept, iterations: Tensor | None) -> None:
+        state = self._patch.state
+        # A half that has none of its own has the other's.
+        copies = kept.index.shape[0] // kept.scores.shape[0]
+        ranked = Ranked(
+            state.call,
+            state.step,
+            self._patch.name,
+            self._patch.level,
+            *self._size,
+            join_heads(kept.scores.cpu(), state.options.reduction).float().repeat(copies, 1),
+            kept.index.cpu(),
+            None if iterations is None else iterations.cpu().repeat(copies, 1),
+        )
+        for recording in state.recordings:
+            recording.ranked.append(ranked)
 
     def _unit_keys(self, k: Tensor) -> Tensor:
         if self._unit is None:
@@ -316,10 +373,8 @@ def _project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     return *_normed(attention, q, k), v
 
 
-def _project_cross(attention: nn.Module, hidden_states: Tensor, text: Any) -> tuple[Tensor, Tensor]:
+def _project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
-    if isinstance(text, tuple):  # an IP-Adapter's (text, images)
-        text = text[0]
     if attention.norm_cross:
         text = attention.norm_encoder_hidden_states(text)
     k = attention.to_kv(text).chunk(2, dim=-1)[0] if attention.fused_projections else attention.to_k(text)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranked:
-    """One ranking of the tokens of an attention block.
+    """What one call of an attention block kept, and by which ranking, its own or an earlier call's.
 
     Attributes:
         call: which UNet call since recording began, from 0.
@@ -18,7 +18,7 @@ class Ranked:
         height, width: of the feature map. tokens: ``height · width``.
         scores: float32 ``[B, tokens]`` on the CPU: what the tokens were chosen by, heads joined.
         index: int64 ``[B, K]`` on the CPU, the kept tokens.
-        iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None for a ranking without one.
+        iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None where this call ran none.
     """
 
     call: int

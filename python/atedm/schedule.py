@@ -56,6 +56,32 @@ class DSAP:
         return 1.0 - timestep / TRAIN_TIMESTEPS < self.fraction
 
 
+class RankingPeriod:
+    """Tells in which calls tokens are chosen anew, where a choice serves ``every`` denoising steps.
+
+    A new image begins with one, and so does each phase: what DSAP left whole before has no choice yet.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._last: tuple[float, bool] | None = None
+        self._age = 0
+
+    def is_due(self, place: float, light: bool, counted: bool) -> bool:
+        """Whether the call at ``place``, which grows with the steps (by 1 if ``counted``), chooses anew.
+
+        A further call at the same place, as second-order schedulers make, is told the same as the first.
+        """
+        if self._last is None:
+            self._age = 0
+        elif self._last != (place, light):
+            before, phase = self._last
+            follows = (place == before + 1 if counted else place > before) and light == phase
+            self._age = self._age + 1 if follows else 0
+        self._last = (place, light)
+        return self._age % self.every == 0
+
+
 def denoising_step(scheduler: object | None, timestep: Tensor | float | int) -> tuple[int, int] | None:
     """Which denoising step a UNet call belongs to, of how many: ``(step, total)``; None where it cannot be told.
 

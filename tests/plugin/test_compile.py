@@ -150,3 +150,24 @@ def test_a_copy_of_a_compiled_pruned_unet_runs(unet, inputs, counter):
     expected = unet(**at(inputs, ALMOST_DONE)).sample
     twin = copy.deepcopy(unet)
     assert_same(twin(**at(inputs, ALMOST_DONE)).sample, expected)
+
+
+def test_a_choice_for_several_steps_takes_a_graph_to_choose_and_one_to_reuse(unet, inputs, counter):
+    atedm.apply(unet, rank_every=2)
+    timesteps = (NOISE, 950, 900, 850, 400, 300, 200, 100)
+    expected = [unet(**at(inputs, t)).sample for t in timesteps]
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, rank_every=2)
+    for _ in range(2):  # the second image takes no graph more
+        for t, sample in zip(timesteps, expected, strict=True):
+            assert_same(unet(**at(inputs, t)).sample, sample)
+        assert counter.frame_count == 4  # in each of the two phases
+
+
+def test_sharing_between_halves_compiles(unet, inputs, counter):
+    atedm.apply(unet, schedule=None, share_guidance=True)
+    expected = unet(**inputs).sample
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, schedule=None, share_guidance=True)
+    assert_same(unet(**inputs).sample, expected)
+    assert counter.frame_count == 1

@@ -22,6 +22,8 @@ OPTIONS = st.fixed_dictionaries(
         "ranking": st.sampled_from(["self", "cross", "keys"]),
         "grid": st.sampled_from([None, 2, 3]),
         "keep_multiple": st.sampled_from([1, 16]),
+        "rank_every": st.sampled_from([1, 2]),
+        "share_guidance": st.booleans(),
     },
 )
 ACTIONS = st.one_of(

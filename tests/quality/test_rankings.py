@@ -1,14 +1,9 @@
-"""The lab's other rankings: random, shared, pooled and reused."""
+"""The lab's other rankings: random and pooled."""
 
-import pytest
 import torch
 
 import atedm_kernels as kernels
-from atedm.bench.quality.rankings import PooledRanking, RandomRanking, ReusedRanking, page_rank, shared_between_halves
-
-
-class Running:
-    name = "block"
+from atedm.bench.quality.rankings import PooledRanking, RandomRanking, page_rank
 
 
 def attention(batch=2, heads=2, tokens=16, dim=8, seed=0):
@@ -28,16 +23,6 @@ def test_random_ranking_is_seeded_and_uniform():
     assert abs(float(first.mean()) - 0.5) < 0.05
 
 
-def test_shared_ranking_is_the_conditional_halfs():
-    q, k, lse = attention(batch=4)
-    scores = shared_between_halves(q, k, lse)
-    expected = page_rank(q[2:], k[2:], lse[2:])
-    assert torch.equal(scores[:2], expected)
-    assert torch.equal(scores[2:], expected)
-    with pytest.raises(ValueError, match="3 rows"):
-        shared_between_halves(*(x[:3] for x in (q, k, lse)))
-
-
 def test_pooled_ranking_of_a_map_of_equal_cells_orders_cells_as_the_full_one_does():
     q, k, _ = attention(tokens=16, seed=3)
 
@@ -55,22 +40,3 @@ def test_pooled_ranking_of_a_map_of_equal_cells_orders_cells_as_the_full_one_doe
 def test_pooled_ranking_leaves_other_maps_alone():
     inputs = attention(tokens=16)
     assert torch.equal(PooledRanking(64)(*inputs), page_rank(*inputs))
-
-
-def test_reused_ranking_ranks_anew_at_every_third_call_of_a_block():
-    running, asked = Running(), []
-
-    def ranking(q, k, lse):
-        asked.append(running.name)
-        return page_rank(q, k, lse)
-
-    reused = ReusedRanking(running, 3, ranking)
-    calls = [attention(seed=n) for n in range(7)]
-    for inputs in calls:
-        for running.name in ("a", "b"):
-            reused(*inputs)
-    assert asked == ["a", "b"] * 3
-    running.name = "a"
-    assert torch.equal(reused(*calls[0]), page_rank(*calls[6]))
-    reused.restart()
-    assert torch.equal(reused(*calls[0]), page_rank(*calls[0]))

@@ -61,6 +61,10 @@ def generate(
     grid: Annotated[
         int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
     ] = None,
+    rank_every: Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")] = None,
+    share_guidance: Annotated[
+        bool | None, typer.Option("--share-guidance", help="One choice of tokens for both halves of guidance.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     allow_pickled: Annotated[
@@ -92,6 +96,7 @@ def generate(
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
     changes |= {"ranking": ranking, "recovery": recovery, "grid": grid}
+    changes |= {"rank_every": rank_every, "share_guidance": share_guidance}
     pruning = check_options(preset if options is None else load_options(options), changes)
     width, height = parse_size(size)
     place = parse_device(device)
