@@ -1,5 +1,6 @@
 """``atedm generate`` beyond one image: a file of prompts, presets, the page that explains; ``atedm.plot``."""
 
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import atedm
-from atedm import comparison, embedded
+from atedm import comparison, embedded, explain
 from atedm.cli import app
+from atedm.options import RANKINGS, RECOVERIES
 
 STEPS = 3
 PROMPTS = ["a red circle", "a large blue square", "a small green star above a red cross"]
@@ -134,6 +136,15 @@ def test_the_page_holds_all_that_it_shows(common, tmp_path):
         assert block in page
 
 
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_the_page_says_how_tokens_were_chosen(ranking, recovery):
+    said = explain._method(atedm.Options(ranking=ranking, recovery=recovery, grid=3).to_dict())
+    assert said.count("keys") == (ranking == "keys") + (recovery == "keys")
+    assert "in each square of 3×3" in said
+    assert "square" not in explain._method(atedm.Options(ranking=ranking, recovery=recovery).to_dict())
+
+
 @pytest.fixture(scope="module")
 def recorded(pipe):
     with atedm.applied(pipe), atedm.record(pipe) as recording:
@@ -163,6 +174,18 @@ def test_plot_draws_every_block(recorded, tmp_path, what):
     assert len(figure.axes) == len(recording.blocks) * (STEPS + 1)
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
     assert isinstance(atedm.plot(recording, what=what, row=0), Figure)  # without a picture
+
+
+def test_colours_are_as_wide_as_the_scores(recorded):
+    def key(recording):
+        return next(t.get_text() for t in atedm.plot(recording, what="scores").texts if "bright" in t.get_text())
+
+    def flattened(power):
+        ranked = [dataclasses.replace(r, scores=r.scores**power) for r in recorded[0].ranked]
+        return dataclasses.replace(recorded[0], ranked=ranked)
+
+    assert key(flattened(0)) == "bright: 1.2 times the mean score and more · dark: 1/1.2 of it and less"
+    assert key(flattened(50)) == "bright: 10 times the mean score and more · dark: 1/10 of it and less"
 
 
 @pytest.mark.parametrize(

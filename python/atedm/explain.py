@@ -50,8 +50,7 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 <h2>Time and work</h2>
 $figures
 <h2>Which tokens were computed</h2>
-<p class="faint">Each attention block keeps the tokens that the others attend to most, and fills the others in from the
-kept one that they resemble most.</p>
+<p class="faint">$method</p>
 <img class="wide" alt="kept tokens of every block and step" src="$kept">
 <h2>How they were ranked</h2>
 <img class="wide" alt="scores of every block and step" src="$scores">
@@ -62,6 +61,25 @@ $blocks
 </body>
 </html>
 """)
+
+_KEEPS = {
+    "self": "the tokens that the others attend to most, by a PageRank over its attention map",
+    "cross": "the tokens that matter most to the text, by its cross-attention",
+    "keys": "the tokens whose keys are least like those of the others",
+}
+_REFILLS = {
+    "similarity": "a copy of the kept token that it attends to most",
+    "keys": "a copy of the kept token with the most similar keys",
+    "zeros": "nothing",
+    "bicubic": "what the kept tokens around it give when interpolated",
+}
+
+
+def _method(settings: dict[str, Any]) -> str:
+    grid = settings["grid"]
+    first = "" if grid is None else f", after one in each square of {grid}×{grid} (wider where fewer are kept)"
+    keeps, refills = _KEEPS[settings["ranking"]], _REFILLS[settings["recovery"]]
+    return f"Each attention block keeps {keeps}{first}. A dropped token gets {refills}."
 
 
 def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.device, title: str, path: Path) -> Path:
@@ -82,6 +100,7 @@ def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.d
         device=html.escape(report.device_name(device)),
         images="".join(_figure(row, folder) for row in comparison.rows),
         figures=_table(COLUMNS.values(), [[report.cell(row.get(key)) for key in COLUMNS] for row in comparison.rows]),
+        method=html.escape(_method(settings)),
         kept=_plotted(recording, image, "kept"),
         scores=_plotted(recording, image, "scores"),
         blocks=_blocks(recording),

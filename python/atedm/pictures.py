@@ -24,14 +24,15 @@ _DROPPED = np.array([20, 22, 38], dtype=np.float64)
 _LEVEL_TINTS = {2: (255, 214, 102), 3: (110, 231, 205)}
 _OTHER_TINT = (190, 180, 255)
 _INK, _FAINT = "#1f2233", "#8a8fa3"
-_SCORE_DECADES = 1  # of scores, above and below the mean, that colours tell apart
+# Colours tell scores apart up to a factor from their mean that so many of them stay below, but in these bounds.
+_SCORES_WITHIN, _SCORE_FACTORS = 0.98, (1.2, 10.0)
 _TITLES = {
     "kept": "Which tokens each attention block computes",
     "scores": "How each attention block ranks its tokens",
 }
 _KEYS = {
     "kept": "bright: kept (yellow level 2, green level 3) · dark: dropped, filled in again",
-    "scores": "bright: ten times the mean score and more · dark: a tenth and less",
+    "scores": "bright: {factor:.2g} times the mean score and more · dark: 1/{factor:.2g} of it and less",
 }
 
 
@@ -62,7 +63,7 @@ def plot(
         recording: of one whole run, see :func:`atedm.record`.
         image: the finished picture, under the tokens; plain gray without one.
         what: ``"kept"``: kept tokens bright, dropped ones dark. ``"scores"``: what tokens were chosen by, on a
-            logarithmic scale about that of a map that treats all alike.
+            logarithmic scale about that of a map that treats all alike, as wide as the scores are.
         row: of the batch; with guidance the last one is the prompt's, the first one the negative prompt's.
         path: of a PNG to write as well, whole or not at all.
 
@@ -100,12 +101,13 @@ def plot(
         hspace=0.06,
     )
     scores = _scores(recording, row) if what == "scores" else {}
+    factor = _score_factor(list(scores.values()))
     for i, block in enumerate(blocks):
         for j, step in enumerate(shown):
             axes = _bare(figure.add_subplot(grid[i, j]))
             mask = masks.get((block[0], step))
             if what == "scores" and mask is not None:
-                _show_scores(axes, scores[block[0], step], small)
+                _show_scores(axes, scores[block[0], step], small, factor)
             else:
                 axes.imshow(_cell(small, mask, block[1]), interpolation="nearest")
             if mask is None:
@@ -119,7 +121,7 @@ def plot(
         axes.imshow(frequency, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         if i == 0:
             axes.set_title("all steps", fontsize=9, color=_INK, pad=3)
-    _write_around(figure, what, shown, light, steps, (width, height, top))
+    _write_around(figure, _TITLES[what], _KEYS[what].format(factor=factor), shown, light, steps, (width, height, top))
     if path is not None:
         with whole_file(Path(path)) as partial:
             figure.savefig(partial, format="png")
@@ -148,6 +150,14 @@ def _scores(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]
         scores = ranked.scores[row].double().numpy().reshape(ranked.height, ranked.width)
         found[ranked.block, recording.step_of(ranked.call)] = scores / max(scores.mean(), np.finfo(float).tiny)
     return found
+
+
+def _score_factor(scores: list[np.ndarray]) -> float:
+    """From where on colours no longer tell ``scores``, in times their mean, apart."""
+    if not scores:
+        return _SCORE_FACTORS[1]
+    sizes = np.abs(np.log(np.concatenate([np.maximum(values, 1e-6).ravel() for values in scores])))
+    return float(np.clip(np.exp(np.quantile(sizes, _SCORES_WITHIN)), *_SCORE_FACTORS))
 
 
 def _light_steps(masks: dict[tuple[str, int], np.ndarray], sometimes: list[str], steps: int) -> int:
@@ -189,9 +199,9 @@ def _cell(small: np.ndarray, mask: np.ndarray | None, level: int) -> np.ndarray:
     return np.where(_enlarged(mask, small)[..., None], bright, dark).astype(np.uint8)
 
 
-def _show_scores(axes: Axes, scores: np.ndarray, small: np.ndarray) -> None:
-    logarithm = np.log10(np.maximum(_enlarged(scores, small), 1e-6))
-    axes.imshow(logarithm, cmap="inferno", vmin=-_SCORE_DECADES, vmax=_SCORE_DECADES, interpolation="nearest")
+def _show_scores(axes: Axes, scores: np.ndarray, small: np.ndarray, factor: float) -> None:
+    logarithm = np.log(np.maximum(_enlarged(scores, small), 1e-6)) / np.log(factor)
+    axes.imshow(logarithm, cmap="inferno", vmin=-1, vmax=1, interpolation="nearest")
 
 
 def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: int, small: np.ndarray) -> np.ndarray:
@@ -225,7 +235,8 @@ def _label(axes: Axes, block: Block) -> None:
 
 def _write_around(
     figure: Figure,
-    what: str,
+    title: str,
+    key: str,
     shown: list[int],
     light: int,
     steps: int,
@@ -237,7 +248,7 @@ def _write_around(
     def write(x: float, y: float, text: str, size: float, color: str, **style: object) -> None:
         figure.text(x / width, 1 - y / height, text, fontsize=size, color=color, va="center", **style)
 
-    write(0.2, 0.28, _TITLES[what], 14, _INK, weight="bold")
+    write(0.2, 0.28, title, 14, _INK, weight="bold")
     write(
         0.2, 0.54, f"columns: {len(shown)} of {steps} steps · rows: blocks in the order in which they run", 8.5, _FAINT
     )
@@ -252,7 +263,7 @@ def _write_around(
         text = text if end - start > 0 else short
         figure.text((x0 + x1) / 2, y + 0.12 / height, text, fontsize=8.5, color=_INK, ha="center", va="center")
     for above_edge, text in (
-        (0.36, _KEYS[what]),
+        (0.36, key),
         (0.18, "red frame: block left whole · right: how often kept, black never, white always"),
     ):
         write(0.2, height - above_edge, text, 8, _FAINT)
