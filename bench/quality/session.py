@@ -253,11 +253,11 @@ def _print(
     report.print_table([_shown(row) for row in rows], columns, f"{title}, on {report.device_name(device)}")
     if claims:
         report.print_table(
-            [_shown_claim(row) for row in claims],
+            _shown_claims(claims),
             {
-                **{"name": "claim", "of": "of", "better": "this", "worse": "against"},
+                "name": "claim",
                 **{key: COLUMNS[key] for key in MEASURES if MEASURES[key].decides and key in claims[0]},
-                **{"likeness": "likeness", "verdict": "verdict", "claim_verdict": "of all"},
+                **{"likeness": "likeness", "verdict": "verdict"},
             },
             "What the paper claims, and what we do, on this model (at 99 %)",
         )
@@ -280,26 +280,33 @@ def _print(
             Console().print(f"{row['name']}: {row['note']}", style="dim")
 
 
-def _shown_claim(row: dict[str, Any]) -> dict[str, Any]:
-    shown = dict(row)
-    for key in MEASURES:
-        if key in row:
-            shown[key] = f"{row[key]:.3g} / {row[f'{key}_of_worse']:.3g}"
-    return shown
+def _shown_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each claim, and under it what was compared: "this / that"."""
+    shown = []
+    for n, row in enumerate(claims):
+        if n == 0 or claims[n - 1]["name"] != row["name"]:
+            whose = "the paper" if row["of"] == "paper" else "ours"
+            shown.append({"name": f"{row['name']} ({whose})", "verdict": row["claim_verdict"].upper()})
+        pair = {key: f"{row[key]:.3g} / {row[f'{key}_of_worse']:.3g}" for key in MEASURES if key in row}
+        shown.append({**row, "name": f"  {row['better']} / {row['worse']}", **pair})
+    return [
+        {key: "" if row.get(key) is None else row[key] for key in ("name", *MEASURES, "likeness", "verdict")}
+        for row in shown
+    ]
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     shown = dict(row, flops_part=f"{row['flops_part']:.0%}")
     if "accuracy" in row:
-        shown["accuracy"] = "{accuracy:.1%} ({accuracy_low:.1%}–{accuracy_high:.1%})".format(**row)
+        shown["accuracy"] = "{accuracy:.1%}\n{accuracy_low:.1%}–{accuracy_high:.1%}".format(**row)
     for key, digits in (
         ("psnr_db", 2),
         ("ssim", 3),
-        ("perceptual_distance", 4),
-        ("frechet_distance", 3),
+        ("perceptual_distance", 3),
+        ("frechet_distance", 2),
         ("clip_score", 2),
     ):
         if key in row and f"{key}_low" in row:
-            half = max(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key])
-            shown[key] = f"{row[key]:.{digits}f} ± {half:.{digits}f}"
+            low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
+            shown[key] = f"{row[key]:.{digits}f}\n{low}–{high}"
     return shown

@@ -50,6 +50,9 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+_FILE_WIDTH = 160  # of a table, in characters
+
+
 def report(command: str, device: torch.device | str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
     """``{command, device, versions, date, settings, rows}``; ``rows`` are flat objects with a ``name``."""
     return {
@@ -86,10 +89,16 @@ def cell(value: Any) -> str:
 def print_table(
     rows: list[dict[str, Any]], columns: dict[str, str], title: str, console: Console | None = None
 ) -> None:
-    """Print ``rows`` as a table; ``columns`` maps keys to headings."""
+    """Print ``rows`` as a table; ``columns`` maps keys to headings, of which ``name`` is a row's.
+
+    A file, which has no width, gets longer lines than a terminal may have.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_FILE_WIDTH)
     table = Table(title=title, title_justify="left")
     for key, heading in columns.items():
-        table.add_column(heading, justify="left" if key == "name" else "right")
+        table.add_column(heading, justify="left" if key == "name" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(row.get(key)) for key in columns))
-    (console or Console()).print(table)
+    console.print(table)
