@@ -20,9 +20,9 @@ from torch import nn
 import atedm
 from atedm.bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm.bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
-from atedm.flops import Flops, UNetFlops, apply_tomesd
+from atedm.bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
+from atedm.flops import Flops, UNetFlops
 from atedm.models import unet_inputs
-from atedm.options import BY_KEYS
 from atedm.recording import Recording
 from atedm_kernels._backends import choose
 from atedm_kernels._library import IMPLEMENTATIONS
@@ -37,10 +37,7 @@ STAGES = {
     "recovery": ("recover_feature_map", "recover_tokens"),
 }
 
-FULL, OURS, LIGHT, PAPER, TOMESD = "full", "ours", "ours DSAP light phase", "ours paper placement", "tomesd"
-KEYS = "ours by keys"
 AVERAGE = "ours DSAP average"
-VARIANTS = (FULL, OURS, LIGHT, PAPER, KEYS, TOMESD)
 
 # Ends of the names of what runs the same thing in another way: compiled, or as a CUDA graph, which leaves the host out.
 COMPILED, GRAPH = " compiled", " graph"
@@ -190,43 +187,25 @@ class UNetBench:
         )
         self._inputs = (positional, kwargs)
         self._unet = unet
-        for name, options in self._patches().items():
-            self._add(name, options, unet if name == FULL else sharing_weights(unet), compiled=False)
+        for name in self._buildable():
+            self._add(name, unet if name == FULL else sharing_weights(unet), compiled=False)
 
     def _compiled(self) -> list[Variant]:
         found = []
-        for name, options in self._patches().items():
-            self._add(name, options, sharing_weights(self._unet), compiled=True)
+        for name in self._buildable():
+            self._add(name, sharing_weights(self._unet), compiled=True)
             found.append(self.variants[-1])
         return found
 
     def _wanted(self) -> tuple[str, ...]:
-        return self.settings.only or VARIANTS
+        return possible(self.settings.only, self.settings.batch)
 
-    def _patches(self) -> dict[str, dict[str, Any] | None]:
-        """The options of :func:`atedm.apply` for each variant that is not left out."""
-        ratio = self.settings.ratio
-        patches: dict[str, dict[str, Any] | None] = {
-            FULL: None,
-            OURS: {"ratio": ratio, "schedule": None},
-            LIGHT: {"ratio": ratio, "schedule": atedm.DSAP(fraction=1.0)},
-            PAPER: {"ratio": ratio, "schedule": None, "placement": "paper"},
-            KEYS: {"ratio": ratio, "schedule": None, **BY_KEYS},
-            TOMESD: None,
-        }
-        return {
-            name: options for name, options in patches.items() if name in self._wanted() and name not in self._failed
-        }
+    def _buildable(self) -> list[str]:
+        return [name for name in VARIANTS if name in self._wanted() and name not in self._failed]
 
     def _count(self, counter: UNetFlops) -> dict[str, Flops]:
         ratio = self.settings.ratio
-        flops = {
-            FULL: counter.full(),
-            OURS: counter.pruned(ratio),
-            LIGHT: counter.pruned(ratio, light=True),
-            PAPER: counter.pruned(ratio, placement="paper"),
-            KEYS: counter.pruned(ratio, ranking="keys", recovery="keys"),
-        }
+        flops = {name: count(counter, name, ratio) for name in {FULL, OURS, *self._wanted()} - {TOMESD}}
         if TOMESD not in self._wanted():
             return flops
         try:
@@ -236,25 +215,27 @@ class UNetBench:
             self._failed[TOMESD] = str(error)
         return flops
 
-    def _add(self, kind: str, options: dict[str, Any] | None, unet: nn.Module, compiled: bool) -> None:
-        if kind == TOMESD:
-            apply_tomesd(unet, self._merge_ratio)
-        elif options is not None:
-            atedm.apply(unet, **options)
-        positional, kwargs = self._inputs
-        ours = kind in (OURS, LIGHT, PAPER, KEYS)
+    def _add(self, kind: str, unet: nn.Module, compiled: bool) -> None:
+        run, ratios = unet, (self.settings.ratio, self._merge_ratio)
+        if compiled and kind != TOMESD:  # which looks for its layers in a UNet of diffusers, not in what wraps it
+            run = self._compile(kind, unet)
+        steps = patch(run, kind, *ratios)
+        if compiled and kind == TOMESD:
+            run = self._compile(kind, unet)
+        (sample, timestep, text), kwargs = self._inputs
         flops = self._flops[kind]
         fields = {
             "tflops": flops.tflops,
             "scoring_tflops": flops.scoring_tflops,
-            "ratio": {FULL: None, TOMESD: self._merge_ratio}.get(kind, self.settings.ratio),
-            "placement": {PAPER: "paper"}.get(kind, "early") if ours else None,
-            "phase": {LIGHT: "light"}.get(kind, "all pruned") if ours else None,
+            **described(kind, *ratios),
             "compiled": compiled,
         }
-        run = self._compile(kind, unet) if compiled else unet
+
+        def call() -> object:
+            return run(sample, timestep if steps is None else steps(), text, **kwargs)
+
         name = kind + COMPILED if compiled else kind
-        self.variants.append(Variant(name, lambda: run(*positional, **kwargs), unet, fields, ours, compiled))
+        self.variants.append(Variant(name, call, unet, fields, is_ours(kind), compiled))
 
     def _compile(self, kind: str, unet: nn.Module) -> Callable[..., object]:
         # Shapes never change here. tomesd makes a random generator inside its layers, which no graph can hold.

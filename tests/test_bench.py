@@ -10,11 +10,14 @@ from typer.testing import CliRunner
 
 import atedm
 from atedm.bench import unet as bench
+from atedm.bench import unet_variants as variants
 from atedm.bench.measure import op_seconds_of, peak_memory_of, seconds_of
 from atedm.bench.random_unet import LOGIT_STD, calibrate_attention, random_unet, sharing_weights
 from atedm.models import SDXL_UNET, unet_inputs
 
 CPU = torch.device("cpu")
+
+CHEAPER = (variants.KEYS, variants.REUSED, variants.SHARED)
 
 SMALL = {
     **SDXL_UNET,
@@ -46,7 +49,7 @@ def _settings(**changes) -> bench.Settings:
 @pytest.fixture(scope="module")
 def measured() -> tuple[bench.UNetBench, list[str]]:
     notified: list[str] = []
-    run = bench.UNetBench(SMALL, _settings())
+    run = bench.UNetBench(SMALL, _settings(batch=2))
     run.run(notified.append)
     return run, notified
 
@@ -59,13 +62,13 @@ def unet():
 def test_every_variant_has_a_row(measured):
     run, notified = measured
     rows = {row["name"]: row for row in run.rows()}
-    assert list(rows) == [bench.FULL, bench.OURS, bench.LIGHT, bench.PAPER, bench.KEYS, bench.TOMESD, bench.AVERAGE]
-    assert rows[bench.FULL]["speedup"] == 1
+    assert list(rows) == [*variants.VARIANTS, bench.AVERAGE]
+    assert rows[variants.FULL]["speedup"] == 1
     assert len(notified) == run.work()
     for name, row in rows.items():
         assert not any(isinstance(value, (list, dict)) for value in row.values())
         assert row["seconds"] > 0
-        assert row["speedup"] == pytest.approx(rows[bench.FULL]["seconds"] / row["seconds"])
+        assert row["speedup"] == pytest.approx(rows[variants.FULL]["seconds"] / row["seconds"])
         if name == bench.AVERAGE:
             continue
         assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
@@ -76,27 +79,36 @@ def test_every_variant_has_a_row(measured):
 
 def test_rows_of_ours_say_where_the_time_goes(measured):
     rows = {row["name"]: row for row in measured[0].rows()}
-    for name, blocks in ((bench.OURS, 7), (bench.LIGHT, 3), (bench.PAPER, 7), (bench.KEYS, 7)):
+    for name, blocks in (
+        (variants.OURS, 7),
+        (variants.LIGHT, 3),
+        (variants.PAPER, 7),
+        *((name, 7) for name in CHEAPER),
+    ):
         row = rows[name]
-        stages = [row[f"stage_{stage}_seconds"] for stage in bench.STAGES]
-        assert all(seconds > 0 for seconds in stages)
+        stages = {stage: row[f"stage_{stage}_seconds"] for stage in bench.STAGES}
+        unused = ("ranking", "selection") if name == variants.REUSED else ()
+        assert all((seconds > 0) == (stage not in unused) for stage, seconds in stages.items())
         assert row["pruned_blocks"] == blocks
         assert (row["tokens_level_2"], row["kept_tokens_level_2"]) == (64, 24)
         assert (row["tokens_level_3"], row["kept_tokens_level_3"]) == (16, 6)
         # Not uniform maps, on which the ranking would end at once.
-        assert row["page_rank_iterations"] is None if name == bench.KEYS else row["page_rank_iterations"] > 1
-    assert "stage_ranking_seconds" not in rows[bench.FULL]
+        ranks = name not in (variants.KEYS, variants.REUSED)
+        assert row["page_rank_iterations"] > 1 if ranks else row["page_rank_iterations"] is None
+    assert "stage_ranking_seconds" not in rows[variants.FULL]
 
 
 def test_flops_and_phases(measured):
     rows = {row["name"]: row for row in measured[0].rows()}
-    assert rows[bench.OURS]["tflops"] < rows[bench.PAPER]["tflops"] < rows[bench.FULL]["tflops"]
-    assert rows[bench.TOMESD]["tflops"] == pytest.approx(rows[bench.OURS]["tflops"], rel=0.02)
-    assert rows[bench.OURS]["tflops"] == rows[bench.KEYS]["tflops"]
-    assert rows[bench.OURS]["scoring_tflops"] > rows[bench.KEYS]["scoring_tflops"] > 0
+    assert rows[variants.OURS]["tflops"] < rows[variants.PAPER]["tflops"] < rows[variants.FULL]["tflops"]
+    assert rows[variants.TOMESD]["tflops"] == pytest.approx(rows[variants.OURS]["tflops"], rel=0.02)
+    assert all(rows[name]["tflops"] == rows[variants.OURS]["tflops"] for name in CHEAPER)
+    ours, shared, reused = (rows[name]["scoring_tflops"] for name in (variants.OURS, variants.SHARED, variants.REUSED))
+    assert ours > rows[variants.KEYS]["scoring_tflops"] > reused > 0
+    assert shared == pytest.approx((ours + reused) / 2)
     average = rows[bench.AVERAGE]
     assert average["derived"]
-    expected = (15 * rows[bench.LIGHT]["seconds"] + 35 * rows[bench.OURS]["seconds"]) / 50
+    expected = (15 * rows[variants.LIGHT]["seconds"] + 35 * rows[variants.OURS]["seconds"]) / 50
     assert average["seconds"] == pytest.approx(expected)
     assert average["run_seconds"] == pytest.approx(50 * expected)
 
@@ -105,26 +117,26 @@ def test_interrupted_run_keeps_what_it_has():
     run = bench.UNetBench(SMALL, _settings(width=64, height=64))
 
     def interrupt(what: str) -> None:
-        if what.startswith(f"{bench.PAPER}: round 1"):
+        if what.startswith(f"{variants.PAPER}: round 1"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run.run(interrupt)
-    assert [row["name"] for row in run.rows()] == [bench.FULL, bench.OURS, bench.LIGHT, bench.AVERAGE]
+    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS, variants.LIGHT, bench.AVERAGE]
     assert json.dumps(run.settings_for_report())
 
 
 def test_no_round_begins_without_time(measured):
-    variants = measured[0].variants
-    assert not bench._has_time(variants, seconds=0.0)
-    assert bench._has_time(variants, seconds=1e6)
+    measured_ones = measured[0].variants
+    assert not bench._has_time(measured_ones, seconds=0.0)
+    assert bench._has_time(measured_ones, seconds=1e6)
 
 
 def test_only_the_variants_asked_for():
-    run = bench.UNetBench(SMALL, _settings(width=64, height=64, only=(bench.FULL, bench.OURS)))
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64, only=(variants.FULL, variants.OURS)))
     notified: list[str] = []
     run.run(notified.append)
-    assert [row["name"] for row in run.rows()] == [bench.FULL, bench.OURS]
+    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS]
     assert len(notified) == run.work()
     assert run.settings_for_report()["attention_level_3"] == "flash_attention"
     assert run.rows()[1]["stages_part_of_seconds"] > 0
@@ -137,8 +149,8 @@ def test_a_missing_peer_is_said_not_raised(monkeypatch):
     monkeypatch.setattr(bench.UNetFlops, "nearest_merge_ratio", missing)
     run = bench.UNetBench(SMALL, _settings(width=64, height=64))
     run._build(lambda what: None)
-    assert bench.TOMESD not in [variant.name for variant in run.variants]
-    assert run.rows() == [{"name": bench.TOMESD, "error": "tomesd is not installed"}]
+    assert variants.TOMESD not in [variant.name for variant in run.variants]
+    assert run.rows() == [{"name": variants.TOMESD, "error": "tomesd is not installed"}]
 
 
 def test_calibration_reaches_the_spread(unet):
@@ -199,7 +211,7 @@ def test_command_writes_its_report(tmp_path):
     assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
     assert document["settings"]["logit_std"] == pytest.approx(LOGIT_STD, rel=0.05)
     assert document["settings"]["finished"]
-    assert len(document["rows"]) == len(bench.VARIANTS) + 1
+    assert len(document["rows"]) == len(variants.VARIANTS)  # halves need an even batch; and the average
     for name in ("full", "ours", "tomesd", "G-WPR"):
         assert name in run.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,18 +89,23 @@ class SceneFigures:
         return Figures(row, samples)
 
 
+def _median_and_range(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
 def rows_of(
     settings: Sequence[Setting],
     root: Path,
     chosen: Sequence[int],
     figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
-    seconds: Mapping[str, float],
+    seconds: Mapping[str, Sequence[float]],
     on_setting: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """One flat row a setting, and by a setting's name the samples behind its row.
 
     Args:
-        chosen: the cases that figures are of. seconds: of the UNet a picture, by a setting's name.
+        chosen: the cases that figures are of. seconds: of the UNet a picture, in
+            several rounds, by a setting's name: a row has their median and range.
 
     Raises:
         ValueError: the first setting is not the full model.
@@ -124,7 +130,7 @@ def rows_of(
                 "gflops": setting.flops / 1e9,
                 "gflops_scoring": setting.scoring_flops / 1e9,
                 "flops_part": setting.flops / settings[0].flops,
-                "unet_seconds": seconds.get(setting.name),
+                **_median_and_range("unet_seconds", seconds[setting.name]),
                 **found.row,
                 "note": setting.note,
             }

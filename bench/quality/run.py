@@ -75,7 +75,7 @@ class Run:
     def rows(
         self,
         figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
-        seconds: Mapping[str, float],
+        seconds: Mapping[str, Sequence[float]],
         on_setting: Callable[[str], None] = lambda name: None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
         """See :func:`atedm.bench.quality.lab.rows_of`."""

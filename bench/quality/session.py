@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atedm import report
-from atedm.bench.quality import plots
+from atedm.bench.quality import convergence, plots, refills
 from atedm.bench.quality.claims import MEASURES, check_claims
-from atedm.bench.quality.convergence import study
 from atedm.bench.quality.lab import SceneFigures, scene_cases
 from atedm.bench.quality.reference import ReferenceFigures
 from atedm.bench.quality.run import Run
@@ -179,12 +178,16 @@ def _run(
         run.make(on_picture)
         if not main:
             return
-        watched = []
+        studies: dict[str, list[dict[str, Any]]] = {}
         if request.convergence and request.model is None:
-            progress.add_task("the power iteration", total=None)
+            watched = progress.add_task("the power iteration", total=1 + len(refills.WAYS))
             budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
-            ratio = budget.ratio if budget is not None else 0.63
-            watched = study(pipe, cases[request.skip :][:_WATCHED], ratio, sampling)
+            asked = (cases[request.skip :][:_WATCHED], budget.ratio if budget is not None else 0.63, sampling)
+            studies["convergence"] = convergence.study(pipe, *asked)
+            studies["refills"] = refills.study(
+                pipe, *asked, lambda name: progress.update(watched, description=f"refills: {name}", advance=1)
+            )
+            progress.update(watched, advance=1)
         timed = progress.add_task("time", total=ROUNDS * len(settings))
         seconds = unet_seconds(
             pipe,
@@ -200,7 +203,7 @@ def _run(
             seconds,
             lambda name: progress.update(measured, description=f"figures: {name}", advance=1),
         )
-    _write(request, device, run, rows, check_claims(rows, samples), watched)
+    _write(request, device, run, rows, check_claims(rows, samples), studies)
 
 
 def _write(
@@ -209,7 +212,7 @@ def _write(
     run: Run,
     rows: list[dict[str, Any]],
     claims: list[dict[str, Any]],
-    watched: list[dict[str, Any]],
+    studies: dict[str, list[dict[str, Any]]],
 ) -> None:
     described = {
         "model": run.model,
@@ -232,19 +235,21 @@ def _write(
         if len(shown) > 1:
             plots.contact_sheet(shown, run.cases, chosen, run.root, request.out / f"{name}.png")
             written.append(request.out / f"{name}.png")
-    if watched:
-        path = request.json.with_name(request.json.stem + "-convergence.json")
-        report.write_json(report.report(command, device, described, watched), path)
-        plots.plot_convergence(watched, request.out / "convergence.png")
-        written += [path, request.out / "convergence.png"]
-    _print(rows, claims, watched, described, device)
+    for name, found in studies.items():
+        path = request.json.with_name(f"{request.json.stem}-{name}.json")
+        report.write_json(report.report(command, device, described, found), path)
+        written.append(path)
+    if studies:
+        plots.plot_convergence(studies["convergence"], request.out / "convergence.png")
+        written.append(request.out / "convergence.png")
+    _print(rows, claims, studies, described, device)
     Console().print("Written: " + ", ".join(map(str, written)))
 
 
 def _print(
     rows: list[dict[str, Any]],
     claims: list[dict[str, Any]],
-    watched: list[dict[str, Any]],
+    studies: dict[str, list[dict[str, Any]]],
     described: dict[str, Any],
     device: torch.device,
 ) -> None:
@@ -261,9 +266,9 @@ def _print(
             },
             "What the paper claims, and what we do, on this model (at 99 %)",
         )
-    if watched:
+    if studies:
         report.print_table(
-            [row for row in watched if row["step"] is None],
+            [row for row in studies["convergence"] if row["step"] is None],
             {
                 **{"name": "block", "tokens": "tokens", "iterations_to_0.01": "its. to 1e-2"},
                 **{
@@ -274,6 +279,15 @@ def _print(
                 },
             },
             "The power iteration on this model's maps",
+        )
+        report.print_table(
+            studies["refills"],
+            {
+                **{"name": "tokens", "level": "level", "side": "side of the map", "distance": "tokens to the source"},
+                **{"from_most_used": "refilled from the most used 5 %", "key_cosine": "cosine of keys to it"},
+                "kept_again": "kept again at the next step",
+            },
+            "What dropped tokens are refilled from, at the ratio of ours c",
         )
     for row in rows:
         if row["note"]:
@@ -305,6 +319,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         ("perceptual_distance", 3),
         ("frechet_distance", 2),
         ("clip_score", 2),
+        ("unet_seconds", 3),
     ):
         if key in row and f"{key}_low" in row:
             low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from atedm.comparison import UNetTimer
 from atedm.many import Case, Sampling
 
 # Enough steps for a share of light ones (3 of 10) near that of a whole run.
-STEPS, PICTURES, ROUNDS = 10, 8, 3
+STEPS, PICTURES, ROUNDS = 10, 4, 5
 
 
 def unet_seconds(
@@ -27,8 +26,8 @@ def unet_seconds(
     sampling: Sampling,
     path: Path,
     on_run: Callable[[str], None] = lambda name: None,
-) -> dict[str, float]:
-    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting: the median of ``ROUNDS`` rounds.
+) -> dict[str, list[float]]:
+    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting, in each of ``ROUNDS`` rounds.
 
     A round runs every setting for ``STEPS`` steps on the same prompts, and begins with another setting than the last.
 
@@ -70,7 +69,7 @@ def unet_seconds(
                 run(setting, min(2, steps))  # warms up
             times.append(run(setting, steps))
             report.write_json({**described, "seconds": found}, path)
-    return {setting.name: statistics.median(found[setting.name]) for setting in settings}
+    return {setting.name: found[setting.name] for setting in settings}
 
 
 def _kept_times(path: Path, described: dict[str, Any]) -> dict[str, list[float]]:

@@ -1,4 +1,5 @@
-"""Ranking and recovery by the keys of the first self-attention: ours, beside the paper's by its attention map.
+"""Ranking and recovery by the keys of the first self-attention, and a grid that is always kept: ours, beside the
+paper's by its attention map.
 
 Attention says what a token looks at, which need not be like it. How alike two tokens are shows best in their keys
 (ToMe, section 3): here by ``Σ_h exp(cos(k_hi, k_hj))``, the attention map of keys of length 1 with themselves, without
@@ -6,6 +7,8 @@ its softmax. So the kernels for attention maps serve, and no map is stored.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -49,3 +52,18 @@ def sources_by_keys(unit: Tensor, index: Tensor) -> Tensor:
         int64 ``[B, N]``; a kept token has its own slot.
     """
     return kernels.similarity_source(unit, unit, _no_softmax(unit), index, scale=1.0)
+
+
+def grid_first(scores: Tensor, height: int, width: int, stride: int, keep: int) -> Tensor:
+    """``scores`` ``[B, H, N]`` by which the tokens at the crossings of a grid are chosen before all others.
+
+    The grid is made as much coarser than ``stride`` as it takes to keep all of its crossings.
+
+    Args:
+        height, width: of the map of ``N`` tokens. keep: how many are going to be chosen.
+    """
+    while -(-height // stride) * -(-width // stride) > keep:
+        stride += 1
+    crossing = torch.zeros(height, width, dtype=torch.bool, device=scores.device)
+    crossing[::stride, ::stride] = True
+    return scores.masked_fill(crossing.flatten(), math.inf)

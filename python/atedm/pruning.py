@@ -9,7 +9,6 @@ self-attention. All state of a call lives in its stand-ins, so an exception leav
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import atedm_kernels as kernels
 from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
-from atedm.keys import rank_by_keys, sources_by_keys, unit_keys
+from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
 from atedm.options import Options, kept_tokens
 from atedm.recording import Ranked, Recording
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
@@ -265,7 +264,7 @@ class _CompactTransformer:
     def _select(self, scores: Tensor) -> Tensor:
         options = self._patch.state.options
         if options.grid is not None:
-            scores = _grid_first(scores, *self._size, options.grid, self._keep)
+            scores = grid_first(scores, *self._size, options.grid, self._keep)
         return kernels.select_tokens(scores, self._keep, reduction=options.reduction)
 
     def _record(self, kept: Kept, iterations: Tensor | None) -> None:
@@ -336,18 +335,6 @@ class _WithoutSelfAttention:
 
     def attn1(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states.new_zeros(())
-
-
-def _grid_first(scores: Tensor, height: int, width: int, stride: int, keep: int) -> Tensor:
-    """``scores`` ``[B, H, N]`` by which the tokens at the crossings of a grid are chosen before all others.
-
-    The grid is made as much coarser than ``stride`` as it takes to keep all of its crossings.
-    """
-    while -(-height // stride) * -(-width // stride) > keep:
-        stride += 1
-    crossing = torch.zeros(height, width, dtype=torch.bool, device=scores.device)
-    crossing[::stride, ::stride] = True
-    return scores.masked_fill(crossing.flatten(), math.inf)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -51,7 +51,10 @@ def quality(
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
     convergence: Annotated[
-        bool, typer.Option(help="Also study the power iteration on the model's maps (embedded model).")
+        bool,
+        typer.Option(
+            help="Also study the power iteration, and what dropped tokens are refilled from (embedded model)."
+        ),
     ] = True,
     model: Annotated[
         str | None, typer.Option(help="An SDXL checkpoint: folder or hub id. Default: the embedded model.")

@@ -44,7 +44,8 @@ def unet(
     from rich.console import Console
 
     from atedm import report
-    from atedm.bench.unet import VARIANTS, Settings, UNetBench
+    from atedm.bench.unet import Settings, UNetBench
+    from atedm.bench.unet_variants import VARIANTS, possible
     from atedm.models import unet_config
 
     if compile_mode not in torch._inductor.list_mode_options():
@@ -52,6 +53,8 @@ def unet(
     for name in variant or ():
         if name not in VARIANTS:
             raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
+        if not possible((name,), batch):
+            raise bad("variant", f"{name!r} with --batch {batch}; expected an even batch, of two halves")
     place = device_of(device)
     width, height = size_of(size)
     try:

@@ -1,0 +1,95 @@
+"""The ways of running a UNet that ``atedm bench unet`` compares, and their FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor, nn
+
+import atedm
+from atedm.flops import Flops, UNetFlops, apply_tomesd
+from atedm.options import BY_KEYS
+
+FULL, TOMESD = "full", "tomesd"
+OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
+REUSED, SHARED, KEYS = "ours tokens chosen before", "ours one choice for both halves", "ours by keys"
+
+# Options of atedm.apply besides the ratio; a call is one of the phase that prunes every block, except for LIGHT.
+_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        OURS: {"schedule": None},
+        LIGHT: {"schedule": atedm.DSAP(fraction=1.0)},
+        PAPER: {"schedule": None, "placement": "paper"},
+        REUSED: {"schedule": None, "rank_every": 1000},
+        SHARED: {"schedule": None, "share_guidance": True},
+        KEYS: {"schedule": None, **BY_KEYS},
+    }
+)
+VARIANTS = (FULL, *_OPTIONS, TOMESD)
+
+# What of these changes the FLOPs.
+_COUNTED = ("placement", "ranking", "recovery")
+
+
+def is_ours(name: str) -> bool:
+    return name in _OPTIONS
+
+
+def possible(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
+    """Those of ``names``, or of all where there are none, that a batch can be run with: halves need two."""
+    return tuple(name for name in names or VARIANTS if name != SHARED or batch % 2 == 0)
+
+
+def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
+    """FLOPs of a call of any variant but tomesd's, which has a ratio of its own."""
+    if name == FULL:
+        return counter.full()
+    options = _OPTIONS[name]
+    counted = {key: options[key] for key in _COUNTED if key in options}
+    found = counter.pruned(ratio, light=name == LIGHT, **counted)
+    sources = counter.pruned(ratio, ranking=_no_ranking).scoring
+    # How many rankings are run for as many as there are rows.
+    share = {REUSED: 0.0, SHARED: 0.5}.get(name)
+    return found if share is None else Flops(found.unet, round(sources + share * (found.scoring - sources)))
+
+
+def _no_ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    return q.new_zeros((q.shape[0], 1, q.shape[2]), dtype=torch.float32)
+
+
+class Steps:
+    """A scheduler's timesteps one after the other, each as the scheduler's own, so that no value is read on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scheduler = EulerDiscreteScheduler()
+        self.scheduler.set_timesteps(1000, device=device)
+        self._next = 0
+
+    def __call__(self) -> Tensor:
+        self._next += 1
+        return self.scheduler.timesteps[(self._next - 1) % 1000]
+
+
+def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps | None:
+    """Make ``unet`` run as ``name``; what gives each call its timestep, where they must not be all alike."""
+    if name == TOMESD:
+        apply_tomesd(unet, merge_ratio)
+    elif name in _OPTIONS:
+        steps = Steps(unet.device) if name == REUSED else None
+        atedm.apply(unet, ratio=ratio, scheduler=None if steps is None else steps.scheduler, **_OPTIONS[name])
+        return steps
+    return None
+
+
+def described(name: str, ratio: float, merge_ratio: float) -> dict[str, Any]:
+    """What a row says of a variant."""
+    options = _OPTIONS.get(name)
+    return {
+        "ratio": {FULL: None, TOMESD: merge_ratio}.get(name, ratio),
+        "placement": None if options is None else options.get("placement", "early"),
+        "phase": None if options is None else "light" if name == LIGHT else "all pruned",
+    }
