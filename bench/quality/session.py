@@ -27,10 +27,10 @@ from atedm.flops import UNetFlops
 from atedm.many import Case, Sampling, read_prompts
 from atedm.models import LATENT_SCALE
 
-QUICK_IMAGES, QUICK_STEPS = 16, 10
+QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
-# Pictures whose power iterations are watched.
-_WATCHED = 8
+# Pictures whose power iterations and refillings are watched.
+_WATCHED, _QUICK_WATCHED = 8, 2
 
 # Columns and rows of the contact sheets.
 _SHEET_PICTURES = 8
@@ -89,7 +89,7 @@ def resolved(request: Request, device: torch.device) -> Request:
         "images": None if real else QUICK_IMAGES if request.quick else 1000 if gpu else 256,
         "steps": QUICK_STEPS if request.quick else 50 if real or gpu else 25,
         "guidance": 7.0 if real else 5.0,
-        "batch": 1 if real else 16 if request.quick else 32,
+        "batch": 1 if real else QUICK_IMAGES if request.quick else 32,
         "dtype": "bf16" if real else "fp32",
         "out": Path("outputs") / ("quality-quick" if request.quick else "quality"),
     }
@@ -182,19 +182,22 @@ def _run(
         if request.convergence and request.model is None:
             watched = progress.add_task("the power iteration", total=1 + len(refills.WAYS))
             budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
-            asked = (cases[request.skip :][:_WATCHED], budget.ratio if budget is not None else 0.63, sampling)
+            count = _QUICK_WATCHED if request.quick else _WATCHED
+            asked = (cases[request.skip :][:count], budget.ratio if budget is not None else 0.63, sampling)
             studies["convergence"] = convergence.study(pipe, *asked)
             studies["refills"] = refills.study(
                 pipe, *asked, lambda name: progress.update(watched, description=f"refills: {name}", advance=1)
             )
             progress.update(watched, advance=1)
-        timed = progress.add_task("time", total=ROUNDS * len(settings))
+        rounds = QUICK_ROUNDS if request.quick else ROUNDS
+        timed = progress.add_task("time", total=rounds * len(settings))
         seconds = unet_seconds(
             pipe,
             settings,
             cases[request.skip :],
             sampling,
             request.out / "unet-seconds.json",
+            rounds,
             lambda name: progress.update(timed, description=f"time: {name}", advance=1),
         )
         measured = progress.add_task("figures", total=len(settings))

@@ -25,9 +25,10 @@ def unet_seconds(
     cases: Sequence[Case],
     sampling: Sampling,
     path: Path,
+    rounds: int = ROUNDS,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting, in each of ``ROUNDS`` rounds.
+    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
 
     A round runs every setting for ``STEPS`` steps on the same prompts, and begins with another setting than the last.
 
@@ -58,8 +59,8 @@ def unet_seconds(
         **{"steps": steps, **dataclasses.asdict(sampling)},
     }
     found = _kept_times(path, described)
-    for n in range(ROUNDS):
-        start = n * len(settings) // ROUNDS
+    for n in range(rounds):
+        start = n * len(settings) // rounds
         for setting in [*settings[start:], *settings[:start]]:
             on_run(setting.name)
             times = found.setdefault(setting.name, [])
@@ -69,7 +70,7 @@ def unet_seconds(
                 run(setting, min(2, steps))  # warms up
             times.append(run(setting, steps))
             report.write_json({**described, "seconds": found}, path)
-    return {setting.name: found[setting.name] for setting in settings}
+    return {setting.name: found[setting.name][:rounds] for setting in settings}
 
 
 def _kept_times(path: Path, described: dict[str, Any]) -> dict[str, list[float]]:

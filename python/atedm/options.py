@@ -180,7 +180,8 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 
 # ``paper`` and ``paper-dagger`` are AT-EDM and AT-EDM† (section 4) at the paper's main budget. ``quality`` and ``fast``
-# are budgets d and c of the lab's table by keys: there accuracy is not measurably lower than the full model's.
+# are "keys d" and "keys c" of the lab's table, which was made with the embedded model alone: 80.1 % and 80.5 % of its
+# pictures show what was asked, of the full model's 82.0 %.
 PRESETS: Mapping[str, Options] = MappingProxyType(
     {
         "paper": Options(placement="paper"),
