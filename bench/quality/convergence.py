@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import atedm
+from atedm.bench.quality.images import run_without_decoding
 from atedm.blocks import attention_blocks
 from atedm.many import Case, Sampling
 from atedm.options import kept_tokens
@@ -154,16 +155,7 @@ def study(pipe: Any, cases: Sequence[Case], ratio: float, sampling: Sampling) ->
 
         # Every block at every step: DSAP would hide some.
         with atedm.applied(pipe, ratio=ratio, ranking=ranking, schedule=None):
-            pipe(
-                prompt=[case.prompt for case in cases],
-                generator=[torch.Generator().manual_seed(case.seed) for case in cases],
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                width=sampling.width,
-                height=sampling.height,
-                output_type="latent",
-                callback_on_step_end=advance,
-            )
+            run_without_decoding(pipe, cases, sampling, callback_on_step_end=advance)
     names = list(dict.fromkeys(name for name, _ in seen))
     rows = [{**_row(name, [s for (block, _), s in seen.items() if block == name]), "step": None} for name in names]
     return rows + [{**_row(name, [found]), "step": at} for (name, at), found in seen.items()]

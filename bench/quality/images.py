@@ -30,6 +30,19 @@ def folder_of(root: Path, setting: Setting) -> Path:
     return root / "-".join(part for part in plain.split("-") if part)
 
 
+def run_without_decoding(pipe: Any, cases: Sequence[Case], sampling: Sampling, **more: Any) -> None:
+    """Denoise ``cases`` in one batch, for what can be watched meanwhile; ``more``: other arguments of the pipeline."""
+    arguments = {"num_inference_steps": sampling.steps, "output_type": "latent", **more}
+    pipe(
+        prompt=[case.prompt for case in cases],
+        generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+        guidance_scale=sampling.guidance,
+        width=sampling.width,
+        height=sampling.height,
+        **arguments,
+    )
+
+
 def make_setting(
     pipe: Any,
     setting: Setting,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import atedm
 import atedm_kernels as kernels
 from atedm.bench.quality.convergence import RunningBlock
+from atedm.bench.quality.images import run_without_decoding
 from atedm.bench.quality.rankings import page_rank
 from atedm.blocks import attention_blocks
 from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
@@ -99,15 +100,7 @@ def _watched(
             return scores
 
         with atedm.applied(pipe, ratio=ratio, ranking=ranking, recovery=way.recovery, grid=way.grid):
-            pipe(
-                prompt=[case.prompt for case in cases],
-                generator=[torch.Generator().manual_seed(case.seed) for case in cases],
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                width=sampling.width,
-                height=sampling.height,
-                output_type="latent",
-            )
+            run_without_decoding(pipe, cases, sampling)
     return found
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from atedm import report
+from atedm.bench.quality.images import run_without_decoding
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.comparison import UNetTimer
 from atedm.many import Case, Sampling
@@ -43,15 +42,7 @@ def unet_seconds(
     def run(setting: Setting, count: int) -> float:
         with in_force(pipe, setting) as start_batch, UNetTimer(pipe.unet) as timer:
             start_batch(0)
-            pipe(
-                prompt=[case.prompt for case in cases[:pictures]],
-                generator=[torch.Generator().manual_seed(case.seed) for case in cases[:pictures]],
-                num_inference_steps=count,
-                guidance_scale=sampling.guidance,
-                width=sampling.width,
-                height=sampling.height,
-                output_type="latent",
-            )
+            run_without_decoding(pipe, cases[:pictures], sampling, num_inference_steps=count)
         return sum(timer.seconds) / count * sampling.steps / pictures
 
     described = {

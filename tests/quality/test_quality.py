@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -242,7 +243,10 @@ def checkpoint_run(checkpoint, out):
 
 @pytest.fixture(scope="module")
 def checkpoint_rows(checkpoint):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have that its pictures are compared with, bit for bit
     code, output = call(*checkpoint_run(checkpoint, checkpoint / "run"))
+    torch.set_num_threads(threads)
     assert code == 0, output
     return json.loads((checkpoint / "run" / "quality.json").read_text())
 
