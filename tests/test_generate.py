@@ -107,7 +107,11 @@ def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):
         (["--prompts", "{folder}/empty.txt"], "holds no prompt; expected one a line"),
         (["--prompts", "{folder}/binary.txt"], "is no UTF-8 text"),
         (["--prompts", "{folder}/prompts.txt", "--explain"], "expected it with a single PROMPT"),
-        ([PROMPTS[0], "--preset", "papper"], "expected an atedm.Options or a preset: paper"),
+        (
+            [PROMPTS[0], "--preset", "papper"],
+            "--preset: options is 'papper'; expected an atedm.Options or a preset: paper",
+        ),
+        ([PROMPTS[0], "--rank-every", "0"], "--rank-every: rank_every is 0; expected an integer of at least 1"),
         ([PROMPTS[0], "--preset", "paper", "--options", "{folder}/empty.txt"], "expected one of the two"),
         ([PROMPTS[0], "--options", "{folder}/empty.txt"], "holds no options of atedm.apply"),
         ([PROMPTS[0], "--options", "{folder}/absent.txt"], "No such file"),

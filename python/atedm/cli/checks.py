@@ -24,7 +24,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def bad(option: str, message: str) -> typer.BadParameter:
     """A usage error that names ``option``; ends the command with exit status 2."""
-    return typer.BadParameter(message, param_hint=option if option.isupper() else f"--{option}")
+    return typer.BadParameter(message, param_hint=option if option.isupper() else "--" + option.replace("_", "-"))
 
 
 def check_prompt(prompt: str, option: str) -> None:
@@ -65,7 +65,8 @@ def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Opt
         return resolve(base, {name: value for name, value in changes.items() if value is not None})
     except (ValueError, TypeError) as error:
         # The message begins with the option's name.
-        raise bad(str(error).partition(" ")[0], str(error)) from None
+        name = str(error).partition(" ")[0]
+        raise bad("preset" if name == "options" else name, str(error)) from None
 
 
 def check_applicable(options: Options, pipe: StableDiffusionXLPipeline) -> None:

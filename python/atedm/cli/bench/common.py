@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-import typer
+from atedm.cli.checks import bad
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +20,6 @@ class Measured(Protocol):
     def work(self) -> int: ...
 
     def run(self, notify: Callable[[str], None]) -> None: ...
-
-
-def bad(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"--{option}")
 
 
 def dtype_of(name: str) -> torch.dtype:

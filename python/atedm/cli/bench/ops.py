@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.bench.common import bad, device_of, dtype_of, minutes_of, ratio_of, run, size_of
+from atedm.cli.bench.common import device_of, dtype_of, minutes_of, ratio_of, run, size_of
+from atedm.cli.checks import bad
 from atedm.cli.extras import require
 
 # On a CPU, plain PyTorch takes minutes where a map of a large picture is stored.
