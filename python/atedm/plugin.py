@@ -155,7 +155,8 @@ def apply(
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
         share_guidance: choose tokens once for both halves of classifier-free guidance, from the conditional half, which
-            is the batch's second; in a pipeline without guidance it does nothing. Default False.
+            is the batch's second; in a pipeline without guidance it does nothing. Not for pipelines that guide by three
+            parts (InstructPix2Pix). Default False.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
