@@ -70,14 +70,20 @@ def runs_its_own_forward(module: nn.Module) -> bool:
     return forward is None or own
 
 
-def why_not_prunable(module: nn.Module) -> str | None:
-    """Why an attention block cannot be pruned, or None where it can."""
+def why_not_prunable(module: nn.Module, ratio: float, is_ours: bool) -> str | None:
+    """Why ``ratio`` of an attention block's tokens cannot be dropped, or None where they can.
+
+    With a ratio of 0 the block's own forward runs, so what its layers compute does not matter. ``is_ours``: its
+    forward is one that was put there to prune it.
+    """
     if not isinstance(module, Transformer2DModel):
         return f"it is a {type(module).__name__}; expected a Transformer2DModel"
+    if not is_ours and not runs_its_own_forward(module):
+        return "its forward has been replaced by another tool; apply atedm first, or undo the other"
+    if ratio == 0:
+        return None
     if not module.is_input_continuous:
         return "its input is not a feature map"
-    if not runs_its_own_forward(module):
-        return "its forward has been replaced by another tool; apply atedm first, or undo the other"
     for i, layer in enumerate(module.transformer_blocks):
         if not isinstance(layer, BasicTransformerBlock):
             return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"

@@ -104,7 +104,7 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
     if isinstance(options.ratio, dict):
         chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
     for block in chosen:
-        reason = why_not_prunable(block.module) if not _is_ours(block.module) else None
+        reason = why_not_prunable(block.module, options.ratio_at(block.level), _is_ours(block.module))
         if reason is not None:
             raise ValueError(f"{block.name} cannot be pruned: {reason}")
     if options.placement == "paper":

@@ -241,6 +241,16 @@ def test_heads_that_no_kernel_serves_are_refused_when_applied(make_unet):
     assert atedm.pruned_blocks(atedm.apply(unet, levels=(2,)))
 
 
+def test_a_ratio_of_zero_goes_where_nothing_could_be_ranked(make_unet, inputs):
+    unet = make_unet(attention_head_dim=(1, 2, 16))
+    full = unet(**inputs).sample
+    assert len(atedm.pruned_blocks(atedm.apply(unet, ratio=0))) == 11
+    assert torch.equal(unet(**inputs).sample, full)
+    with pytest.raises(ValueError, match="its heads have 4 dimensions"):
+        atedm.apply(unet, ratio=0.5)
+    assert torch.equal(unet(**inputs).sample, full)
+
+
 def test_a_forward_replaced_by_another_tool_is_refused(unet):
     block = unet.mid_block.attentions[0]
     block.forward = lambda *args, **kwargs: None
