@@ -6,13 +6,13 @@
 # Wants Python with torch, triton and pytest; what else is missing (diffusers, tomesd) is installed from the wheels in
 # WHEELS. Ends within nine minutes ($MINUTES for another limit): steps come in order of weight, each has a limit of its
 # own, and what is finished stays when the rest is cut. RESULTS/log.txt tells how each step ended; STEPS="tests ops"
-# runs only these of: doctor tests ops unet unet-2048 sanitizers.
+# runs only these of: doctor tests graphs ops unet unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 RESULTS=$(realpath -m "${1:-outputs/gpu}")
 WHEELS=${2:-.whl}
 LIMIT=$((60 * ${MINUTES:-9}))
-STEPS=" ${STEPS:-doctor tests ops unet unet-2048 sanitizers} "
+STEPS=" ${STEPS:-doctor tests graphs ops unet unet-2048 sanitizers} "
 PYTHON=${PYTHON:-python3}
 LOG=$RESULTS/log.txt
 mkdir -p "$RESULTS"
@@ -53,9 +53,12 @@ if wanted doctor; then
     step imports 60 "$PYTHON" -c "import atedm.bench.ops.run, atedm.bench.unet; print(atedm.bench.__file__)"
     step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib)
 if wanted tests; then
-    step tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib tests/kernels \
-        --deselect tests/kernels/test_compile.py --junitxml "$RESULTS/tests.xml"
+    step tests 120 "${PYTEST[@]}" tests/kernels --deselect tests/kernels/test_compile.py --junitxml "$RESULTS/tests.xml"
+fi
+if wanted graphs; then
+    step graphs 90 "${PYTEST[@]}" tests/plugin/test_gpu.py --junitxml "$RESULTS/graphs.xml"
 fi
 if wanted ops; then
     step ops 150 "$PYTHON" -m atedm bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"

@@ -51,14 +51,14 @@ class StepFollower:
         """
         if target is not unet:
             hook = target.register_forward_pre_hook(
-                lambda module, args, kwargs: _follow(self.state, args, kwargs), with_kwargs=True
+                lambda module, args, kwargs: self._follow_outside(args, kwargs), with_kwargs=True
             )
             self.undo.append(hook.remove)
         compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
         if compiled is not None:
 
             def followed(*args: Any, **kwargs: Any) -> Any:
-                _follow(self.state, args, kwargs)
+                self._follow_outside(args, kwargs)
                 return compiled(*args, **kwargs)
 
             def restore() -> None:
@@ -67,6 +67,12 @@ class StepFollower:
 
             unet._compiled_call_impl = followed
             self.undo.append(restore)
+
+    def _follow_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _follow(self.state, args, kwargs)
+        if not self.state.ranks_anew:
+            for patch in self.patches:
+                patch.hold_kept()
 
 
 def _follow(state: PruningState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ class PruningState:
         ranks_anew: whether tokens are chosen in it, or those chosen in an earlier call stay.
         halves: whether its batch holds both halves of classifier-free guidance, to share one choice.
         is_constant: whether every call is pruned in the same way.
-        has_spoken: whether it has been said that nothing is pruned somewhere.
+        said: what has been said about a call already, to be said once.
         period: when ``ranks_anew`` is due.
         is_told: whether ``light`` has been set for a call that a compiled graph has yet to begin.
         pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
@@ -56,7 +56,7 @@ class PruningState:
     ranks_anew: bool = field(default=True, init=False)
     halves: bool = field(default=False, init=False)
     is_told: bool = field(default=False, init=False)
-    has_spoken: bool = field(default=False, init=False)
+    said: set[str] = field(default_factory=set, init=False)
     period: RankingPeriod = field(init=False)
     step: int | None = None
     call: int = -1
@@ -70,6 +70,12 @@ class PruningState:
         self.light = phase is True
         self.halves = self.options.share_guidance
         self.period = RankingPeriod(self.options.rank_every)
+
+    def say_once(self, what: str, message: str, *args: Any) -> None:
+        # torch.compile cannot trace a logger, and every message is about a call that it need not see.
+        if not torch.compiler.is_compiling() and what not in self.said:
+            self.said.add(what)
+            logger.warning(message, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipeline": None, "recordings": []}
@@ -104,13 +110,18 @@ class PrunedForward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None}
 
+    def hold_kept(self) -> None:
+        """Copy what was chosen out of the memory of a CUDA graph, which is written over when one runs next."""
+        if self.kept is not None:
+            self.kept = Kept(self.kept.index.clone(), self.kept.scores.clone())
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         height, width = hidden_states.shape[-2:]
         options = self.state.options
         keep = kept_tokens(height * width, options.ratio_at(self.level), options.keep_multiple)
-        if keep == height * width and not self.state.has_spoken and not torch.compiler.is_compiling():
-            self.state.has_spoken = True
-            logger.warning(
+        if keep == height * width:
+            self.state.say_once(
+                "nothing is pruned",
                 "%s: ratio=%s and keep_multiple=%d keep all of its %d tokens, so nothing is pruned there at this size",
                 self.name,
                 options.ratio,
@@ -119,6 +130,13 @@ class PrunedForward:
             )
         if keep == height * width or (self.state.light and self.whole_when_light):
             return self.forward(self.module, hidden_states, *args, **kwargs)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            self.state.say_once(
+                "no gradients",
+                "%s: gradients through a pruned block lack those through its attention; expected torch.no_grad() or "
+                "torch.inference_mode(), or atedm.remove before training",
+                self.name,
+            )
         return self.forward(_CompactTransformer(self, keep, height, width), hidden_states, *args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -321,8 +322,35 @@ def test_stable_diffusion_before_xl(base, version):
         atedm.apply(pipe, placement="paper")
 
 
-@pytest.mark.gpu
-def test_model_offload(base):
+# On the CPU the hooks are the same, and move nothing.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_model_offload(base, device):
     pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
-    pipe.enable_model_cpu_offload()
+    pipe.enable_model_cpu_offload(device=device)
+    full, _, _ = check(pipe)
+    if device == "cpu":
+        # On top of what has been applied, and taken away before it.
+        pipe.remove_all_hooks()
+        pruned = latents(atedm.apply(pipe, ratio=0.25))
+        pipe.enable_model_cpu_offload(device=device)
+        assert torch.equal(latents(pipe), pruned)
+        assert torch.equal(latents(atedm.remove(pipe)), full)
+
+
+def test_sequential_offload_of_a_pruned_unet(base):
+    """Every module of the UNet gets a hook of accelerate's around its forward, ours too."""
+    pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
+    full = latents(pipe)
+    pruned = latents(atedm.apply(pipe, ratio=0.25))
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    assert pipe.unet.conv_in.weight.is_meta
+    assert torch.equal(latents(pipe), pruned)
+    assert torch.equal(latents(atedm.remove(pipe)), full)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offload(base, offload_type):
+    pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
     check(pipe)
