@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Wide enough that no message of a command is broken in two, however long the path of a temporary folder.
+os.environ["COLUMNS"] = "1000"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; threads on top of that only wait for each other.
     torch.set_num_threads(1)

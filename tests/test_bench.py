@@ -196,7 +196,7 @@ def test_measuring_a_call():
 def _run(*arguments: str):
     from atedm.cli import app
 
-    return CliRunner().invoke(app, ["bench", "unet", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    return CliRunner().invoke(app, ["bench", "unet", *arguments], env={"TERM": "dumb"})
 
 
 def test_command_writes_its_report(tmp_path):

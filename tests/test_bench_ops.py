@@ -200,7 +200,7 @@ def test_a_run_that_breaks_keeps_its_rows(tmp_path, quick, monkeypatch):
 def _run(*arguments: str):
     from atedm.cli import app
 
-    return CliRunner().invoke(app, ["bench", "ops", *arguments], env={"COLUMNS": "250", "TERM": "dumb"})
+    return CliRunner().invoke(app, ["bench", "ops", *arguments], env={"TERM": "dumb"})
 
 
 def test_command_writes_rows_and_a_picture(tmp_path, quick):

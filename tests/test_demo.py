@@ -28,11 +28,6 @@ def pixels(path):
         return np.asarray(image)
 
 
-def message(result):
-    """The text of a usage error, without the box that it is drawn in."""
-    return " ".join(result.stderr.replace("│", " ").split())
-
-
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -227,7 +222,7 @@ def test_report_says_what_the_times_are_worth(tmp_path, capsys, full, pruned, ex
 def test_demo_refuses(tmp_path, arguments, expected):
     result = run("demo", "--output", tmp_path / "out", *arguments)
     assert result.exit_code == 2
-    assert expected in message(result)
+    assert expected in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -259,7 +254,7 @@ def test_generate_refuses(model_folder, tmp_path, arguments, expected):
         arguments += ["--output", str(tmp_path / "out")]
     result = run("generate", *arguments, "--device", "cpu")
     assert result.exit_code == 2, result.output
-    assert expected in message(result)
+    assert expected in result.stderr
 
 
 def test_generate_wants_safetensors_unless_asked(model_folder, tmp_path):
@@ -271,7 +266,7 @@ def test_generate_wants_safetensors_unless_asked(model_folder, tmp_path):
     arguments = ["generate", "a star", "--model", folder, "--size", 64, "--device", "cpu", "--steps", 1, "--no-compare"]
     result = run(*arguments, "--output", tmp_path / "out")
     assert result.exit_code == 2, result.output
-    assert "cannot be loaded" in message(result)
+    assert "cannot be loaded" in result.stderr
     result = run(*arguments, "--allow-pickled", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "pruned.png").is_file()

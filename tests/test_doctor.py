@@ -25,7 +25,7 @@ def test_all_is_well(tmp_path):
 
 def test_the_native_library_is_reported(monkeypatch, tmp_path):
     # A wide terminal, so that no line is wrapped.
-    result = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "doctor.json")], env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "doctor.json")])
     native = json.loads((tmp_path / "doctor.json").read_text())["settings"]["native"]
     assert f"Native CPU library: {native['library']}" in result.output
     if _native.why_not() is None:
@@ -34,7 +34,7 @@ def test_the_native_library_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(_native, "PATH", tmp_path / "libatedm.so")
     _native._load.cache_clear()
     try:
-        result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"})
+        result = CliRunner().invoke(app, ["doctor"])
     finally:
         _native._load.cache_clear()
     assert result.exit_code == 0 and "not in use: libatedm.so was not built" in result.output
@@ -64,6 +64,6 @@ def test_a_crash_is_reported(monkeypatch):
 
     monkeypatch.setattr(atedm_kernels, "gather_tokens", crash)
     # A wide terminal, so that no cell is wrapped.
-    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "no such kernel" in result.output and "did not run" in result.output and "ok" in result.output

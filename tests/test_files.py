@@ -66,7 +66,7 @@ def test_a_full_disk_loses_no_finished_picture(tmp_path, monkeypatch):
         failed = CliRunner().invoke(app, arguments)
     third = tmp_path / "out" / "pruned" / "00002.png"
     assert failed.exit_code == 1
-    assert "No space left on device" in failed.stderr and third.name in failed.stderr.replace("\n", "")
+    assert "No space left on device" in failed.stderr and third.name in failed.stderr
     made = sorted((tmp_path / "out" / "pruned").iterdir())
     assert [path.name for path in made] == ["00000.png", "00001.png"]
     before = [np.asarray(Image.open(path)) for path in made]
@@ -82,7 +82,7 @@ def test_a_damaged_record_of_a_run_is_named(tmp_path):
     (tmp_path / "out" / "run.json").write_text('{"model": ')
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 2
-    assert "run.json" in failed.stderr.replace("\n", "") and "damaged" in failed.stderr
+    assert "run.json" in failed.stderr and "damaged" in failed.stderr
 
 
 @pytest.mark.parametrize("output", ["/proc/atedm", "{file}"])
@@ -93,4 +93,4 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, output):
     arguments[-1] = output.format(file=file)
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 2
-    assert "cannot write to" in " ".join(failed.stderr.replace("│", " ").split())
+    assert "cannot write to" in failed.stderr

@@ -28,7 +28,7 @@ def _run(*arguments: str):
     from atedm.cli import app
 
     # A wide terminal, so that no cell and no message is wrapped.
-    return CliRunner().invoke(app, ["flops", *arguments], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    return CliRunner().invoke(app, ["flops", *arguments], env={"TERM": "dumb", "NO_COLOR": "1"})
 
 
 def test_full_unet(sdxl):

@@ -65,5 +65,5 @@ def test_wrong_results_disagree():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing only where there is no GPU")
 def test_without_a_gpu_it_says_so():
-    result = CliRunner().invoke(tune.app, [], env={"COLUMNS": "200", "TERM": "dumb"})
+    result = CliRunner().invoke(tune.app, [], env={"TERM": "dumb"})
     assert result.exit_code == 2 and "no GPU" in result.output

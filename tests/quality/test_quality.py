@@ -26,9 +26,7 @@ SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
 
 
 def call(*arguments):
-    result = CliRunner().invoke(
-        app, ["quality", *map(str, arguments)], catch_exceptions=False, env={"COLUMNS": "200", "TERM": "dumb"}
-    )
+    result = CliRunner().invoke(app, ["quality", *map(str, arguments)], catch_exceptions=False, env={"TERM": "dumb"})
     return result.exit_code, result.output
 
 
