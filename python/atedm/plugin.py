@@ -137,7 +137,8 @@ def apply(
         options: all of what follows but ``scheduler``, as an :class:`atedm.Options`, or the name of a preset in
             ``atedm.PRESETS``. Keywords change single ones of it.
         ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
-            does not name stay whole). Default 0.63, the paper's main setting.
+            does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with: the
+            pictures are the same bit for bit, and it goes on UNets that cannot be pruned too.
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
             Default: all. ``(3,)`` is the paper's AT-EDM†.
         schedule: an :class:`atedm.DSAP` (default: the paper's, light for the first 0.3 of the steps), or None to

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 import atedm_kernels as kernels
 from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
 from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
+from atedm.masks import masks_of_kept
 from atedm.options import Options, kept_tokens
+from atedm.projections import project, project_cross, project_out, scale_of
 from atedm.recording import Ranked, Recording
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
 from atedm.schedule import RankingPeriod
@@ -27,8 +30,8 @@ from atedm_kernels.ops.select_tokens.reference import join_heads
 
 logger = logging.getLogger("atedm")
 
-# Keyword arguments for attention that are known to mean the same for a subset of the tokens.
-_TOKENWISE_KWARGS = frozenset({"scale"})
+# Keyword arguments for attention that are known to mean the same for a subset of the tokens, or are made to.
+_TOKENWISE_KWARGS = frozenset({"scale", "ip_adapter_masks"})
 
 
 @dataclass
@@ -151,13 +154,15 @@ class _CompactTransformer:
         self._index: Tensor | None = None
         self._source: Tensor | None = None
         self._unit: Tensor | None = None
+        self._masks: list[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
     @property
     def transformer_blocks(self) -> list[Any]:
-        return [self._first_layer, *self._module.transformer_blocks[1:]]
+        later = self._module.transformer_blocks[1:]
+        return [self._first_layer, *(partial(self._later_layer, layer) for layer in later)]
 
     def _first_layer(
         self,
@@ -172,8 +177,8 @@ class _CompactTransformer:
         """Self-attention on every token, ranking, and the rest of the layer: ``[B, N, C]`` → ``[B, K, C]``."""
         layer, options = self._module.transformer_blocks[0], self._patch.state.options
         self._check_call(layer, attention_mask, cross_attention_kwargs)
-        q, k, v = _project(layer.attn1, layer.norm1(hidden_states))
-        scale = _scale(layer.attn1)
+        q, k, v = project(layer.attn1, layer.norm1(hidden_states))
+        scale = scale_of(layer.attn1)
         attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
         parts = PERTURBING_PROCESSORS.get(type(layer.attn1.processor).__name__)
         if parts is not None:
@@ -183,7 +188,7 @@ class _CompactTransformer:
         attended = attended.transpose(1, 2).flatten(2)
         rest = _WithoutSelfAttention(layer)
 
-        def run_rest(tokens: Tensor) -> Tensor:
+        def run_rest(tokens: Tensor, cross_attention_kwargs: dict[str, Any] | None) -> Tensor:
             return self._patch.layer_forward(
                 rest,
                 tokens,
@@ -201,16 +206,48 @@ class _CompactTransformer:
                 # Cross-attention, feed-forward and output projection treat each token on its own, so what
                 # they would compute for a dropped token is never used.
                 kept = kernels.gather_tokens(attended, self._index)
-                return run_rest(_project_out(layer.attn1, kept) + kernels.gather_tokens(hidden_states, self._index))
-        hidden_states = _project_out(layer.attn1, attended) + hidden_states
+                tokens = project_out(layer.attn1, kept) + kernels.gather_tokens(hidden_states, self._index)
+                return run_rest(tokens, self._for_kept(cross_attention_kwargs))
+        hidden_states = project_out(layer.attn1, attended) + hidden_states
         if options.ranking == "cross":
             if encoder_attention_mask is not None:
                 raise ValueError("encoder_attention_mask is set; expected None with ranking='cross'")
             self._choose(lambda rows: self._rank_cross(layer, hidden_states, encoder_hidden_states, rows), q.shape[0])
             self._find_sources(q, k, lse, scale)
             if options.placement == "early":
-                return run_rest(kernels.gather_tokens(hidden_states, self._index))
-        return kernels.gather_tokens(run_rest(hidden_states), self._index)
+                tokens = kernels.gather_tokens(hidden_states, self._index)
+                return run_rest(tokens, self._for_kept(cross_attention_kwargs))
+        return kernels.gather_tokens(run_rest(hidden_states, cross_attention_kwargs), self._index)
+
+    def _later_layer(
+        self,
+        layer: nn.Module,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """A layer as it is, on the kept tokens."""
+        return layer(
+            hidden_states,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            timestep=timestep,
+            cross_attention_kwargs=self._for_kept(cross_attention_kwargs),
+            class_labels=class_labels,
+        )
+
+    def _for_kept(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Keyword arguments for attention on the kept tokens, from those for all."""
+        if not kwargs or kwargs.get("ip_adapter_masks") is None:
+            return kwargs
+        if self._masks is None:
+            self._masks = masks_of_kept(kwargs["ip_adapter_masks"], self._index, self._size[0] * self._size[1])
+        return {**kwargs, "ip_adapter_masks": self._masks}
 
     def _check_call(self, layer: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any] | None) -> None:
         """What :func:`atedm.apply` cannot see: it depends on the call, or was changed since."""
@@ -252,11 +289,11 @@ class _CompactTransformer:
         attention, options = layer.attn2, self._patch.state.options
         if isinstance(text, tuple):  # an IP-Adapter's (text, images)
             text = text[0]
-        q, k = _project_cross(attention, layer.norm2(hidden_states[rows]), text[rows])
+        q, k = project_cross(attention, layer.norm2(hidden_states[rows]), text[rows])
         # Only the logsumexp is wanted, so the keys stand in for the values.
-        _, lse = kernels.attention_with_logsumexp(q, k, k, scale=_scale(attention))
+        _, lse = kernels.attention_with_logsumexp(q, k, k, scale=scale_of(attention))
         return kernels.weighted_page_rank_cross(
-            q, k, lse, scale=_scale(attention), max_iterations=options.max_iterations, tolerance=options.tolerance
+            q, k, lse, scale=scale_of(attention), max_iterations=options.max_iterations, tolerance=options.tolerance
         )
 
     def _choose(self, rank: Callable[[slice], tuple[Tensor, Tensor | None]], batch: int) -> None:
@@ -353,46 +390,3 @@ class _WithoutSelfAttention:
 
     def attn1(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states.new_zeros(())
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, N, H·D]`` → a view ``[B, H, N, D]``."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if attention.norm_q is not None:
-        q = attention.norm_q(q)
-    if attention.norm_k is not None:
-        k = attention.norm_k(k)
-    return q, k
-
-
-def _project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, H, N, D]`` of a self-attention."""
-    if attention.fused_projections:
-        q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-    else:
-        q, k, v = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
-    q, k, v = (_split_heads(x, attention.heads) for x in (q, k, v))
-    return *_normed(attention, q, k), v
-
-
-def _project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
-    if attention.norm_cross:
-        text = attention.norm_encoder_hidden_states(text)
-    k = attention.to_kv(text).chunk(2, dim=-1)[0] if attention.fused_projections else attention.to_k(text)
-    q, k = (_split_heads(x, attention.heads) for x in (attention.to_q(hidden_states), k))
-    return _normed(attention, q, k)
-
-
-def _project_out(attention: nn.Module, attended: Tensor) -> Tensor:
-    for module in attention.to_out:
-        attended = module(attended)
-    return attended
-
-
-def _scale(attention: nn.Module) -> float | None:
-    """None, for ``1/sqrt(D)``, unless the module says otherwise."""
-    return None if attention.scale_qk else attention.scale

@@ -152,7 +152,9 @@ def test_t2i_adapter(base, picture):
     check(pipe, lambda: latents(pipe, image=picture))
 
 
-def test_ip_adapter(base):
+@pytest.fixture
+def with_image_prompt(base):
+    """A pipeline with an IP-Adapter of random weights, and the arguments for an image prompt."""
     unet = copy.deepcopy(base.unet)
     width, embedding = unet.config.cross_attention_dim, 16
     generator = torch.Generator().manual_seed(0)
@@ -171,17 +173,30 @@ def test_ip_adapter(base):
     projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}])
     pipe = of(base, "StableDiffusionXLPipeline", unet=unet)
-    check(pipe, lambda: latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, embedding)]))
-    mask = torch.ones(1, 1, 32, 32)
-    with (
-        atedm.applied(pipe, ratio=0.5),
-        pytest.raises(ValueError, match="cross_attention_kwargs holds ip_adapter_masks"),
-    ):
-        latents(
-            pipe,
-            ip_adapter_image_embeds=[torch.ones(2, 1, embedding)],
-            cross_attention_kwargs={"ip_adapter_masks": [mask]},
-        )
+    return pipe, {"ip_adapter_image_embeds": [torch.ones(2, 1, embedding)]}
+
+
+def test_ip_adapter(with_image_prompt):
+    pipe, prompt = with_image_prompt
+    check(pipe, lambda: latents(pipe, **prompt))
+
+
+@pytest.mark.parametrize("placement", ["early", "paper"])
+def test_ip_adapter_with_a_mask(with_image_prompt, placement):
+    pipe, prompt = with_image_prompt
+
+    def masked(mask):
+        return latents(pipe, **prompt, cross_attention_kwargs={"ip_adapter_masks": [mask]})
+
+    left = torch.zeros(1, 1, 64, 64)
+    left[..., :32] = 1.0
+    check(pipe, lambda: masked(left))
+    with atedm.applied(pipe, ratio=0.5, placement=placement):
+        unmasked = latents(pipe, **prompt)
+        torch.testing.assert_close(masked(torch.ones_like(left)), unmasked)
+        assert not torch.allclose(masked(left), unmasked, atol=1e-2)
+        with pytest.raises(ValueError, match="Number of masks"):
+            masked(torch.ones(1, 2, 64, 64))
 
 
 @pytest.mark.parametrize("layers", ["mid", ["mid_block", "down_blocks.1", "up_blocks.1"]])

@@ -1,0 +1,49 @@
+"""The linear parts of a plain attention, one by one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, H·D]`` → a view ``[B, H, N, D]``."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if attention.norm_q is not None:
+        q = attention.norm_q(q)
+    if attention.norm_k is not None:
+        k = attention.norm_k(k)
+    return q, k
+
+
+def project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, H, N, D]`` of a self-attention."""
+    if attention.fused_projections:
+        q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        q, k, v = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
+    q, k, v = (_split_heads(x, attention.heads) for x in (q, k, v))
+    return *_normed(attention, q, k), v
+
+
+def project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
+    if attention.norm_cross:
+        text = attention.norm_encoder_hidden_states(text)
+    k = attention.to_kv(text).chunk(2, dim=-1)[0] if attention.fused_projections else attention.to_k(text)
+    q, k = (_split_heads(x, attention.heads) for x in (attention.to_q(hidden_states), k))
+    return _normed(attention, q, k)
+
+
+def project_out(attention: nn.Module, attended: Tensor) -> Tensor:
+    """``[B, N, H·D]`` → ``[B, N, C]``, for any N."""
+    for module in attention.to_out:
+        attended = module(attended)
+    return attended
+
+
+def scale_of(attention: nn.Module) -> float | None:
+    """None, for ``1/sqrt(D)``, unless the module says otherwise."""
+    return None if attention.scale_qk else attention.scale
