@@ -1,0 +1,95 @@
+"""The picture of the README: what the embedded model draws whole and pruned, and what it computed at the end.
+
+``python -m atedm.bench.overview`` draws held-out captions of the quality lab, the first ones that its figures count.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.figure import Figure
+from PIL import Image
+
+import atedm
+from atedm.bench.quality.images import SceneCase
+from atedm.bench.quality.lab import scene_cases
+from atedm.comparison import tflops_of
+from atedm.embedded import embedded_pipeline
+from atedm.files import whole_file
+from atedm.recording import Ranked, Recording
+
+PRESET, STEPS, GUIDANCE = "fast", 25, 5.0
+# Whose tokens are shown: the last block but one of each level, at the last step.
+BLOCKS = ("up_blocks.1.attentions.1", "up_blocks.0.attentions.1")
+_SKIP = 64
+# What is left of a dropped token, and the colour that it fades to: none of a picture's own.
+_LEFT, _DROPPED = 0.15, (0.36, 0.33, 0.55)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
+    """Pictures ``[N, H, W, 3]``, from 0 to 1."""
+    return pipe(
+        prompt=[case.prompt for case in cases],
+        generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        output_type="np",
+    ).images
+
+
+def kept_only(pictures: np.ndarray, recording: Recording, block: str) -> np.ndarray:
+    """``pictures`` with the tokens that ``block`` dropped at the last step faded."""
+    last: Ranked = [ranked for ranked in recording.ranked if ranked.block == block][-1]
+    masks = last.mask()[-len(pictures) :].numpy()  # with guidance the prompts' half is the second
+    masks = np.stack([np.asarray(Image.fromarray(mask).resize(pictures.shape[2:0:-1], 0)) for mask in masks])
+    return np.where(masks[..., None], pictures, _LEFT * pictures + (1 - _LEFT) * np.array(_DROPPED))
+
+
+def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figure:
+    """A row for each of ``rows``, its name before it; the captions stand on top."""
+    left, top, side = 1.35, 0.75, 1.2
+    width, height = left + side * len(cases), top + side * len(rows)
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    for i, (name, pictures) in enumerate(rows):
+        figure.text(0.08 / width, 1 - (top + side * (i + 0.5)) / height, name, fontsize=9, va="center")
+        for j, picture in enumerate(pictures):
+            x, y = left + side * j, height - top - side * (i + 1)
+            axes = figure.add_axes([x / width, y / height, 0.97 * side / width, 0.97 * side / height])
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    for j, case in enumerate(cases):
+        text = "\n".join(textwrap.wrap(case.prompt, 22))
+        figure.text((left + side * j) / width, 1 - (top - 0.08) / height, text, fontsize=6.5, va="bottom")
+    return figure
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("outputs/overview.png"),
+    images: Annotated[int, typer.Option(min=1, help="How many captions.")] = 6,
+) -> None:
+    """Draw the README's picture."""
+    cases = scene_cases(_SKIP + images)[_SKIP:]
+    pipe = embedded_pipeline()
+    full = draw(pipe, cases)
+    with atedm.applied(pipe, PRESET), atedm.record(pipe) as recording:
+        pruned = draw(pipe, cases)
+    sides = full.shape[2:0:-1]
+    tflops = tflops_of(pipe, *sides, STEPS, atedm.PRESETS[PRESET])
+    rows = [("full", full), (f'pruned ("{PRESET}"):\n{tflops["pruned"] / tflops["full"]:.0%} of the FLOPs', pruned)]
+    for block, level in zip(BLOCKS, (2, 3), strict=True):
+        rows.append((f"what a block of\nlevel {level} computed,\nlast step", kept_only(pruned, recording, block)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as partial:
+        overview(cases, rows).savefig(partial, format="png")
+
+
+if __name__ == "__main__":
+    app()
