@@ -87,6 +87,8 @@ def why_not_prunable(module: nn.Module, ratio: float, is_ours: bool) -> str | No
     for i, layer in enumerate(module.transformer_blocks):
         if not isinstance(layer, BasicTransformerBlock):
             return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
+        if hasattr(layer, "fuser"):
+            return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"
     return why_not_rankable(module.transformer_blocks[0])
 
 

@@ -337,6 +337,11 @@ def test_arguments_that_name_positions_are_refused(unet, inputs, extra):
         unet(**inputs, **extra)
 
 
+def test_gligen_is_refused(make_unet):
+    with pytest.raises(ValueError, match=r"down_blocks\.1\.attentions\.0 cannot be pruned: .*GLIGEN"):
+        atedm.apply(make_unet(attention_type="gated"))
+
+
 def test_record_needs_pruning(unet):
     with pytest.raises(ValueError, match="not pruned"), atedm.record(unet):
         pass
