@@ -33,7 +33,7 @@ def call(*arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    arguments = ("--images", 4, "--steps", 4, "--batch", 2, "--settings", SETTINGS, "--out", folder / "run")
+    arguments = ("--images", 4, "--steps", 4, "--batch", 2, "--settings", SETTINGS, "--output", folder / "run")
     code, output = call(*arguments)
     assert code == 0, output
     return arguments, folder / "run", output
@@ -200,7 +200,7 @@ def test_cases_are_held_out_and_longer_runs_begin_alike():
     ],
 )
 def test_bad_options_are_named(arguments, message, tmp_path):
-    code, output = call(*arguments, "--out", tmp_path / "run", "--images", 2)
+    code, output = call(*arguments, "--output", tmp_path / "run", "--images", 2)
     assert code == 2
     assert message in output
 
@@ -235,7 +235,7 @@ def checkpoint_run(checkpoint, out):
     return [
         *("--model", WEIGHTS, "--prompts", checkpoint / "prompts.txt", "--references", checkpoint / "references"),
         *("--clip-model", checkpoint / "clip", "--fid-features", "checker", "--size", "128", "--steps", 2),
-        *("--dtype", "fp32", "--settings", "ours c,random c", "--out", out),
+        *("--dtype", "fp32", "--settings", "ours c,random c", "--output", out),
     ]
 
 

@@ -43,7 +43,10 @@ def quality(
         int, typer.Option(min=0, help="Leave the first captions out of the figures: those looked at before.")
     ] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures, plots and tables; an earlier run there goes on.")
+        Path | None,
+        typer.Option(
+            "--output", "--out", help="Folder of the pictures, plots and tables; an earlier run there goes on."
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: quality.json in the folder.")] = None,
     allow_pickled: Annotated[
