@@ -76,6 +76,25 @@ def test_a_full_disk_loses_no_finished_picture(tmp_path, monkeypatch):
     assert third.is_file()
 
 
+def test_a_damaged_picture_of_an_earlier_run_is_named_and_the_others_stay(tmp_path):
+    arguments = command(tmp_path)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    first, damaged, last = (tmp_path / "out" / "pruned" / f"{n:05d}.png" for n in range(3))
+    whole = {path: path.read_bytes() for path in (first, damaged)}
+    last.unlink()
+    for broken in (whole[damaged][:200], b"", b"no picture", whole[damaged][:-12]):
+        damaged.write_bytes(broken)
+        failed = CliRunner().invoke(app, arguments)
+        assert failed.exit_code == 1, failed.output
+        assert f"{damaged} cannot be read as a picture" in failed.stderr and "delete it" in failed.stderr
+        assert damaged.read_bytes() == broken and first.read_bytes() == whole[first] and not last.exists()
+    damaged.unlink()
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert all(path.read_bytes() == content for path, content in whole.items())
+    assert last.is_file()
+
+
 def test_a_damaged_record_of_a_run_is_named(tmp_path):
     arguments = command(tmp_path)
     (tmp_path / "out").mkdir()

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from atedm.bench.quality.settings import Setting, in_force
 from atedm.bench.scenes import Scene
+from atedm.comparison import open_image
 from atedm.many import Case, Sampling, make_pictures, picture_path
 
 
@@ -76,20 +76,7 @@ def picture_paths(root: Path, setting: Setting, chosen: Iterable[int]) -> list[P
     return [picture_path(folder_of(root, setting), n) for n in chosen]
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The whole picture, in RGB.
-
-    Raises:
-        OSError: the file is absent, truncated or no picture; the message names it.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
-        raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
-
-
 def load_pictures(paths: Sequence[Path]) -> Tensor:
     """uint8 ``[N, 3, H, W]``; all of one size."""
-    pixels = np.stack([np.asarray(open_picture(path)) for path in paths])
+    pixels = np.stack([np.asarray(open_image(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

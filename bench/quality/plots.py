@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from atedm.bench.quality.convergence import ITERATIONS
 from atedm.bench.quality.images import folder_of
 from atedm.bench.quality.settings import Setting
-from atedm.comparison import save_image
+from atedm.comparison import open_image, save_image
 from atedm.files import whole_file
 from atedm.many import Case, picture_path
 
@@ -107,7 +107,7 @@ def contact_sheet(
             (4, top + row * side + side // 2 - 14), f"{setting.name}\n{part}", fill="black", font_size=12
         )
         for column, n in enumerate(chosen):
-            with Image.open(picture_path(folder_of(root, setting), n)) as picture:
-                sheet.paste(picture.convert("RGB").resize((side, side)), (label + column * side, top + row * side))
+            picture = open_image(picture_path(folder_of(root, setting), n))
+            sheet.paste(picture.resize((side, side)), (label + column * side, top + row * side))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(sheet, path)

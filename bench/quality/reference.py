@@ -16,8 +16,8 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from atedm.bench.quality import metrics
 from atedm.bench.quality.checker import FEATURES, load_checker, prepare
-from atedm.bench.quality.images import open_picture
 from atedm.bench.quality.lab import Figures
+from atedm.comparison import open_image
 from atedm.many import Case
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -78,7 +78,7 @@ def _load_clip(name: str) -> tuple[torch.nn.Module, Any]:
 
 def _square(path: Path) -> Tensor:
     """uint8 ``[1, 3, 299, 299]``."""
-    resized = open_picture(path).resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
+    resized = open_image(path).resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
 
 
@@ -125,4 +125,4 @@ class ReferenceFigures:
 
 
 def _pixels(path: Path) -> Tensor:
-    return torch.from_numpy(np.asarray(open_picture(path)).copy()).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.asarray(open_image(path)).copy()).permute(2, 0, 1)[None]

@@ -165,6 +165,34 @@ def save_image(image: Image, path: Path) -> None:
         image.save(partial, format="PNG")
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
+        raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
+
+
+def open_image(path: Path) -> Image:
+    """The whole picture, in RGB.
+
+    Raises:
+        OSError: the file is absent, truncated or no picture; the message names it.
+    """
+    with _naming(path), PIL.Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def check_image(path: Path) -> None:
+    """Make sure by its checksums that a picture is whole, which takes far less time than to read its pixels.
+
+    Raises:
+        OSError: as :func:`open_image`.
+    """
+    with _naming(path), PIL.Image.open(path) as image:
+        image.verify()
+
+
 def psnr_db(image: Image, reference: Image) -> float | None:
     """Peak signal-to-noise ratio of 8-bit images in dB; None where they are equal (it would be infinite)."""
     error = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm import report
-from atedm.comparison import UNetTimer, save_image, tflops_of
+from atedm.comparison import UNetTimer, check_image, save_image, tflops_of
 from atedm.options import Options
 
 _RUN = "run.json"
@@ -68,6 +68,14 @@ def read_prompts(path: Path) -> list[str]:
 def picture_path(folder: Path, n: int) -> Path:
     """Where the picture of the ``n``-th case lies."""
     return folder / f"{n:05d}.png"
+
+
+def _is_made(path: Path) -> bool:
+    """Whether a picture lies there; OSError where it is a damaged one, which no run of ours leaves."""
+    if not path.exists():
+        return False
+    check_image(path)
+    return True
 
 
 def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], settings: Mapping[str, Any]) -> None:
@@ -123,12 +131,12 @@ def make_pictures(
         before_batch: called with a number of its own for each batch. on_picture: with how many more there are.
 
     Raises:
-        OSError: a picture cannot be written; the others stay.
+        OSError: a picture cannot be written, or one that lies there is damaged; the others stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
     mine = batches[process::processes]
-    missing = [batch for batch in mine if not all(picture_path(folder, n).is_file() for n in batch)]
+    missing = [batch for batch in mine if not all(_is_made(picture_path(folder, n)) for n in batch)]
     on_picture(sum(len(batch) for batch in mine) - sum(len(batch) for batch in missing))
     pipe.set_progress_bar_config(disable=True)
     for batch in missing:

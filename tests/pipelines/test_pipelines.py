@@ -302,41 +302,6 @@ def test_nothing_to_prune_is_said_once(base, caplog):
     assert len(said) == 1 and "nothing is pruned there" in said[0]
 
 
-FAMILIES = {
-    "1.5": {"attention_head_dim": 2},
-    "2.1": {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True},
-}
-
-
-@pytest.mark.parametrize("version", FAMILIES)
-def test_stable_diffusion_before_xl(base, version):
-    """Attention at levels 1 to 3 and in the middle, one layer a block; convolutions as projections in 1.5."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(16, 32, 32, 32),
-        norm_num_groups=8,
-        cross_attention_dim=base.text_encoder.config.hidden_size,
-        layers_per_block=1,
-        **FAMILIES[version],
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        base.vae,
-        base.text_encoder,
-        base.tokenizer,
-        unet.eval().requires_grad_(False),
-        copy.deepcopy(base.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    _, _, recording = check(pipe)
-    assert {ranked.level for ranked in recording.ranked} == {1, 2, 3, 4}
-    with pytest.raises(ValueError, match=r"no attention block is left to prune.*more than one layer"):
-        atedm.apply(pipe, placement="paper")
-
-
 # On the CPU the hooks are the same, and move nothing.
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_model_offload(base, device):
