@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +12,10 @@ import torch
 from torch import nn
 
 from atedm.pruning import PrunedForward, PruningState
-from atedm.schedule import denoising_step, timestep_value
+from atedm.schedule import denoising_step, order_of, timestep_value
+
+# Arguments of pipelines that guide by three or more parts: perturbed attention, an input picture, edits.
+_MORE_THAN_HALVES = ("pag_scale", "image_guidance_scale", "edit_guidance_scale")
 
 
 class StepFollower:
@@ -39,7 +45,7 @@ class StepFollower:
                 state.is_told = False
             return
         state.call += 1
-        _follow(state, args, kwargs)
+        _follow(state, unet, args, kwargs)
         for recording in state.recordings:
             recording.calls.append(state.step)
 
@@ -51,14 +57,14 @@ class StepFollower:
         """
         if target is not unet:
             hook = target.register_forward_pre_hook(
-                lambda module, args, kwargs: self._follow_outside(args, kwargs), with_kwargs=True
+                lambda module, args, kwargs: self._follow_outside(unet, args, kwargs), with_kwargs=True
             )
             self.undo.append(hook.remove)
         compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
         if compiled is not None:
 
             def followed(*args: Any, **kwargs: Any) -> Any:
-                self._follow_outside(args, kwargs)
+                self._follow_outside(unet, args, kwargs)
                 return compiled(*args, **kwargs)
 
             def restore() -> None:
@@ -68,26 +74,65 @@ class StepFollower:
             unet._compiled_call_impl = followed
             self.undo.append(restore)
 
-    def _follow_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _follow(self.state, args, kwargs)
+    def _follow_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _follow(self.state, unet, args, kwargs)
         if not self.state.ranks_anew:
             for patch in self.patches:
                 patch.hold_kept()
 
 
-def _follow(state: PruningState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _running_pipeline(unet: nn.Module) -> Any:
+    """The pipeline that calls ``unet`` at this moment; None where no pipeline does.
+
+    Several may share a UNet (``from_pipe``), each with a scheduler and a guidance of its own, and none tells the UNet
+    which it is: only the callers know.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals["self"]
+            denoiser = getattr(caller, "__dict__", {}).get("unet")
+            if denoiser is not None and getattr(denoiser, "_orig_mod", denoiser) is unet:
+                return caller
+        frame = frame.f_back
+    return None
+
+
+@functools.cache
+def _guides_by_more_than_halves(pipeline: type) -> str | None:
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return next((name for name in _MORE_THAN_HALVES if name in parameters), None)
+
+
+def check_halves(pipeline: object) -> None:
+    """ValueError where a batch of ``pipeline`` is no two halves of guidance, of which one could choose for both."""
+    scale = _guides_by_more_than_halves(type(pipeline))
+    if scale is not None:
+        raise ValueError(
+            f"share_guidance is set, and {type(pipeline).__name__} has a {scale}; expected share_guidance=False: "
+            "the parts that it guides by are no two halves"
+        )
+
+
+def _follow(state: PruningState, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Set what of ``state`` depends on the call of the UNet, for one with these arguments."""
     state.is_told = True
-    timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-    pipeline = None if state.pipeline is None else state.pipeline()
-    if pipeline is not None:
-        # Asked anew at each call: pipe.scheduler may have been exchanged.
-        state.scheduler = pipeline.scheduler
     options = state.options
-    wanted = not options.is_constant or bool(state.recordings)
-    found = denoising_step(state.scheduler, timestep) if wanted and timestep is not None else None
+    if options.is_constant and not state.recordings:
+        return
+    timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+    pipeline = _running_pipeline(unet)
+    if pipeline is None and state.pipeline is not None:
+        pipeline = state.pipeline()
+    if pipeline is not None:
+        # Asked anew at each call: the scheduler may have been exchanged.
+        state.scheduler = pipeline.scheduler
+    found = None if timestep is None else denoising_step(state.scheduler, timestep)
     state.step = None if found is None else found[0]
     if options.share_guidance:
+        if pipeline is not None:
+            check_halves(pipeline)
         # A UNet on its own is taken at the user's word.
         state.halves = pipeline is None or getattr(pipeline, "do_classifier_free_guidance", True)
     has_phases = options.schedule is not None and options.schedule.constant_phase is None
@@ -103,4 +148,8 @@ def _follow(state: PruningState, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if has_phases:
         state.light = options.schedule.is_light_at(value) if found is None else options.schedule.is_light(*found)
     if options.rank_every > 1:
-        state.ranks_anew = state.period.is_due(-value if found is None else found[0], state.light, found is not None)
+        if found is None:
+            state.ranks_anew = state.period.is_due(-value, state.light)
+        else:
+            order = order_of(state.scheduler)
+            state.ranks_anew = state.period.is_due(found[0], state.light, state.scheduler.timesteps, order)

@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from atedm.blocks import AttentionBlock, attention_blocks, why_not_prunable
-from atedm.following import StepFollower
+from atedm.following import StepFollower, check_halves
 from atedm.options import Options, resolve
 from atedm.pruning import PrunedForward, PruningState
 from atedm.recording import Recording
@@ -156,13 +156,14 @@ def apply(
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
         share_guidance: choose tokens once for both halves of classifier-free guidance, from the conditional half, which
-            is the batch's second; in a pipeline without guidance it does nothing. Not for pipelines that guide by three
-            parts (InstructPix2Pix). Default False.
+            is the batch's second; in a pipeline without guidance it does nothing. Pipelines that guide by three parts
+            (perturbed attention, InstructPix2Pix) are refused. Default False.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
-        scheduler: whose steps ``schedule`` and ``rank_every`` follow when ``pipe`` is a UNet. A pipeline's own
-            scheduler is followed by itself; without either, the step is judged by the timestep's value.
+        scheduler: whose steps ``schedule`` and ``rank_every`` follow when ``pipe`` is a UNet. A pipeline that runs has
+            its own followed, be it ``pipe`` or another with the same UNet; without either, the step is judged by the
+            timestep's value.
 
     Returns:
         ``pipe``.
@@ -179,6 +180,8 @@ def apply(
     pipeline = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
+    if pipeline is not None and settings.share_guidance:
+        check_halves(pipe)
     earlier = _state_of(unet)
     _uninstall(unet)
     state = PruningState(settings, scheduler, pipeline)

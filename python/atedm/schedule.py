@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,27 +61,49 @@ class DSAP:
 class RankingPeriod:
     """Tells in which calls tokens are chosen anew, where a choice serves ``every`` denoising steps.
 
-    A new image begins with one, and so does each phase: what DSAP left whole before has no choice yet.
+    A new picture begins with one, and so does each phase: what DSAP left whole before has no choice yet.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._last: tuple[float, bool] | None = None
         self._age = 0
+        self._timesteps: weakref.ref[Tensor] | None = None
+        self._calls = 0
+        self._serves_several = False
 
-    def is_due(self, place: float, light: bool, counted: bool) -> bool:
-        """Whether the call at ``place``, which grows with the steps (by 1 if ``counted``), chooses anew.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**RankingPeriod(self.every).__dict__}  # a copy has made no picture yet
 
-        A further call at the same place, as second-order schedulers make, is told the same as the first.
+    def is_due(self, place: float, light: bool, timesteps: Tensor | None = None, calls: int = 1) -> bool:
+        """Whether the call at ``place`` chooses anew.
+
+        Args:
+            place: grows with the steps: their number, or without ``timesteps`` a value.
+            timesteps: those of the picture; every run of a pipeline makes a tensor of its own.
+            calls: how many calls a step takes: 2 with a second-order scheduler, which are told the same. Where there
+                are more, a UNet call is no step of one picture (tiles, or halves of guidance one by one), and none
+                gets what was chosen for another.
         """
-        if self._last is None:
-            self._age = 0
-        elif self._last != (place, light):
-            before, phase = self._last
-            follows = (place == before + 1 if counted else place > before) and light == phase
+        if self._last is None or (None if self._timesteps is None else self._timesteps()) is not timesteps:
+            self._timesteps = None if timesteps is None else weakref.ref(timesteps)
+            self._last, self._age, self._calls, self._serves_several = (place, light), 0, 1, False
+            return True
+        before, phase = self._last
+        if (place, light) == self._last:
+            self._calls += 1
+            self._serves_several |= self._calls > calls
+        else:
+            follows = (place > before if timesteps is None else place == before + 1) and light == phase
             self._age = self._age + 1 if follows else 0
+            self._calls = 1
         self._last = (place, light)
-        return self._age % self.every == 0
+        return self._serves_several or self._age % self.every == 0
+
+
+def order_of(scheduler: object) -> int:
+    """How many UNet calls ``scheduler`` makes a step."""
+    return max(1, int(getattr(scheduler, "order", 1)))
 
 
 def denoising_step(scheduler: object | None, timestep: Tensor | float | int) -> tuple[int, int] | None:
@@ -99,7 +123,7 @@ def denoising_step(scheduler: object | None, timestep: Tensor | float | int) -> 
     if position is None:
         return None
     # A second-order scheduler lists 2n − 1 timesteps for n steps.
-    order = max(1, int(getattr(scheduler, "order", 1)))
+    order = order_of(scheduler)
     return position // order, -(-timesteps.numel() // order)
 
 

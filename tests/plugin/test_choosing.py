@@ -38,24 +38,34 @@ def recorded(target, unet, inputs, timesteps):
     return {(ranked.call, ranked.block): ranked for ranked in recording.ranked}
 
 
+TIMESTEPS = [torch.zeros(9), torch.zeros(9)]  # of two pictures
+
+
 @pytest.mark.parametrize(
-    ("places", "expected"),
+    ("places", "calls", "expected"),
     [
-        ([0, 1, 2, 3, 4], "x..x."),
-        ([0, 0, 1, 1, 2, 2, 3, 3], "xx....xx"),  # two calls a step
-        ([5, 6, 0, 1, 2, 3], "x.x..x"),  # a new image
-        ([5, 5, 7, 8], "xxx."),  # one that was interrupted, and another that begins late
+        ([0, 1, 2, 3, 4], 1, "x..x."),
+        ([0, 0, 1, 1, 2, 2, 3, 3], 2, "xx....xx"),  # two calls a step
+        ([0, 0, 1, 1, 2, 2], 1, "xxxxxx"),  # two contents a step
+        ([5, 6, 0, 1, 2, 3], 1, "x.x..x"),  # the same timesteps over again
+        ([5, 5, 7, 8], 2, "xxx."),  # a step left out
     ],
 )
-def test_every_third_step_and_the_first_of_an_image(places, expected):
+def test_every_third_step_and_the_first_of_a_picture(places, calls, expected):
     period = RankingPeriod(3)
-    assert "".join(".x"[period.is_due(place, False, True)] for place in places) == expected
+    assert "".join(".x"[period.is_due(place, False, TIMESTEPS[0], calls)] for place in places) == expected
+
+
+def test_a_picture_with_timesteps_of_its_own_begins_with_a_choice():
+    period = RankingPeriod(3)
+    calls = [(0, 0), (0, 1), (1, 2), (1, 3), (0, 3), (0, 3), (1, 3)]  # the last ones come several a step
+    assert [period.is_due(place, False, TIMESTEPS[n]) for n, place in calls] == [1, 0, 1, 0, 1, 1, 1]
 
 
 def test_a_phase_begins_with_a_choice_and_values_need_only_grow():
     period = RankingPeriod(2)
     places = [(-999, True), (-900, True), (-850, False), (-700, False), (-650, False), (-999, True), (-990, True)]
-    assert [period.is_due(*place, False) for place in places] == [True, False, True, False, True, True, False]
+    assert [period.is_due(*place) for place in places] == [True, False, True, False, True, True, False]
 
 
 @rankings

@@ -1,0 +1,87 @@
+"""Several pipelines around one UNet, and copies: each call follows the pipeline that makes it."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from running import latents
+
+import atedm
+
+PROMPTS = ["a red circle", "a green star"]
+
+
+@pytest.fixture
+def other(base):
+    """Another pipeline around ``base``'s UNet, with a scheduler of its own."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pipe(base)
+    pipe.scheduler = copy.deepcopy(base.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=["from_pipe", "deepcopy"])
+def second(request, base, other):
+    """Makes a second pipeline, from one that is pruned."""
+    if request.param == "from_pipe":
+        return lambda: other
+    return lambda: copy.deepcopy(base)
+
+
+def test_the_second_pipeline_has_its_own_steps(base, second):
+    with atedm.applied(base, ratio=0.5):
+        latents(base, num_inference_steps=2)
+        pipe = second()
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config, beta_schedule="scaled_linear")
+        with atedm.record(pipe) as recording:
+            latents(pipe, num_inference_steps=10)
+    assert recording.calls == list(range(10))
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS], ids=["one prompt", "two prompts"])
+def test_the_second_pipeline_has_its_own_guidance(base, second, prompt):
+    with atedm.applied(base, ratio=0.5):
+        expected = latents(base, prompt=prompt, guidance_scale=1.0)
+    with atedm.applied(base, ratio=0.5, share_guidance=True):
+        guided = latents(base)
+        assert torch.equal(latents(second(), prompt=prompt, guidance_scale=1.0), expected)
+        assert torch.equal(latents(base), guided)
+
+
+def test_a_choice_for_several_steps_serves_one_picture(base, picture):
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(base)
+    pipe.set_progress_bar_config(disable=True)
+
+    def last_step():
+        return latents(pipe, image=picture, strength=0.25)
+
+    with atedm.applied(base, ratio=0.5, rank_every=4, schedule=None):
+        alone = last_step()
+        latents(base)  # ends at the step that the other begins with
+        assert torch.equal(last_step(), alone)
+        latents(base, callback_on_step_end=interrupt_before_last)  # ends at the step before
+        assert torch.equal(last_step(), alone)
+
+
+def interrupt_before_last(pipe, step, timestep, tensors):
+    pipe._interrupt = step >= 2
+    return tensors
+
+
+REFUSED = "share_guidance is set, and {} has a"
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPAGPipeline", "StableDiffusionXLInstructPix2PixPipeline"])
+def test_pipelines_that_guide_by_three_parts_share_no_choice(base, name):
+    pipe = getattr(diffusers, name)(**{part: module for part, module in base.components.items() if module is not None})
+    with pytest.raises(ValueError, match=REFUSED.format(name)):
+        atedm.apply(pipe, share_guidance=True)
+
+
+def test_nor_where_another_pipeline_with_the_same_unet_was_asked(base):
+    pipe = diffusers.StableDiffusionXLPAGPipeline(**{**base.components, "unet": copy.deepcopy(base.unet)})
+    pipe.set_progress_bar_config(disable=True)
+    atedm.apply(diffusers.StableDiffusionXLPipeline.from_pipe(base, unet=pipe.unet), share_guidance=True)
+    with pytest.raises(ValueError, match=REFUSED.format("StableDiffusionXLPAGPipeline")):
+        latents(pipe)
