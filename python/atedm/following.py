@@ -74,6 +74,14 @@ class StepFollower:
             unet._compiled_call_impl = followed
             self.undo.append(restore)
 
+    def stop_following(self) -> None:
+        """Undo :meth:`follow_outside`, and let go of what belongs to calls."""
+        while self.undo:
+            self.undo.pop()()
+        self.state.begin(None, None)
+        for patch in self.patches:
+            patch.kept = None
+
     def _follow_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _follow(self.state, unet, args, kwargs)
         if not self.state.ranks_anew:

@@ -22,6 +22,11 @@ logger = logging.getLogger("atedm")
 
 Pipeline = TypeVar("Pipeline")
 
+# What was removed from each UNet last. A compiled graph is guarded by the very objects that it was made with: applying
+# the same again takes no new graph if they come back.
+_EARLIER: weakref.WeakKeyDictionary[nn.Module, list[StepFollower]] = weakref.WeakKeyDictionary()
+_MOST_EARLIER = 8
+
 
 def _denoiser_of(target: object) -> Any:
     """What a pipeline calls as its UNet; itself where ``target`` is no pipeline."""
@@ -72,20 +77,32 @@ def _uninstall(unet: nn.Module) -> None:
         else:
             module.forward = patch.previous
     for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, StepFollower)]:
-        for undo in unet._forward_pre_hooks[key].undo:
-            undo()
-        del unet._forward_pre_hooks[key]
+        follower = unet._forward_pre_hooks.pop(key)
         unet._forward_pre_hooks_with_kwargs.pop(key, None)
+        follower.stop_following()
+        _EARLIER.setdefault(unet, []).append(follower)
+        del _EARLIER[unet][:-_MOST_EARLIER]
 
 
-def _install(target: nn.Module, unet: nn.Module, blocks: list[AttentionBlock], state: PruningState) -> None:
+def _install(target: nn.Module, unet: nn.Module, follower: StepFollower) -> None:
     """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
-    patches = [PrunedForward(block.name, block.module, block.level, block.whole_when_light, state) for block in blocks]
-    for patch in patches:
-        patch.module.forward = patch
-    follower = StepFollower(state, patches)
+    if follower in _EARLIER.get(unet, []):
+        _EARLIER[unet].remove(follower)
+    for patch in follower.patches:
+        patch.install()
     unet.register_forward_pre_hook(follower, with_kwargs=True)
     follower.follow_outside(target, unet)
+
+
+def _follower_of(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> StepFollower:
+    """One that was removed, where the same was applied before: its graphs serve again. Else a new one."""
+    for follower in _EARLIER.get(unet, []):
+        same_blocks = [patch.module for patch in follower.patches] == [block.module for block in blocks]
+        if follower.state.options == options and same_blocks:
+            return follower
+    state = PruningState(options)
+    patches = [PrunedForward(block.name, block.module, block.level, block.whole_when_light, state) for block in blocks]
+    return StepFollower(state, patches)
 
 
 def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
@@ -183,13 +200,13 @@ def apply(
     if pipeline is not None and settings.share_guidance:
         check_halves(pipe)
     earlier = _state_of(unet)
+    # An open recording goes on.
+    recordings, call = ([], -1) if earlier is None else (earlier.recordings, earlier.call)
     _uninstall(unet)
-    state = PruningState(settings, scheduler, pipeline)
-    if pipeline is not None:
-        state.scheduler = pipe.scheduler
-    if earlier is not None:  # an open recording goes on
-        state.recordings, state.call = earlier.recordings, earlier.call
-    _install(_denoiser_of(pipe), unet, blocks, state)
+    follower = _follower_of(unet, blocks, settings)
+    follower.state.begin(scheduler if pipeline is None else pipe.scheduler, pipeline)
+    follower.state.recordings, follower.state.call = recordings, call
+    _install(_denoiser_of(pipe), unet, follower)
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 
@@ -201,7 +218,11 @@ def remove(pipe: Pipeline) -> Pipeline:
         TypeError: ``pipe`` is neither a pipeline with a ``UNet2DConditionModel`` nor such a UNet.
         RuntimeError: another tool has wrapped a pruned block since; nothing is changed.
     """
-    _uninstall(_unet_of(pipe))
+    unet = _unet_of(pipe)
+    state = _state_of(unet)
+    if state is not None and state.recordings:
+        logger.warning("removed while it is recorded: nothing more is recorded here")
+    _uninstall(unet)
     return pipe
 
 
@@ -211,14 +232,16 @@ def applied(
 ) -> Iterator[Pipeline]:
     """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again."""
     unet = _unet_of(pipe)
-    earlier = _state_of(unet)
+    earlier = _follower(unet)
+    before = None if earlier is None else dict(vars(earlier.state))
     apply(pipe, options, scheduler=scheduler, **changes)
     try:
         yield pipe
     finally:
         _uninstall(unet)
         if earlier is not None:
-            _install(_denoiser_of(pipe), unet, _blocks_to_prune(unet, earlier.options), earlier)
+            vars(earlier.state).update(before)
+            _install(_denoiser_of(pipe), unet, earlier)
 
 
 def pruned_blocks(pipe: object) -> list[str]:
@@ -242,7 +265,8 @@ def record(pipe: object) -> Iterator[Recording]:
         raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
     pruned = set(pruned_blocks(pipe))
     recording = Recording([(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)])
-    state.recordings.append(recording)
+    recordings = state.recordings
+    recordings.append(recording)
     state.call = -1
     try:
         # In a graph, what happens once is all that would be noted.
@@ -250,4 +274,4 @@ def record(pipe: object) -> Iterator[Recording]:
             yield recording
     finally:
         # In place: applying again inside the block has handed the list on.
-        state.recordings[:] = [other for other in state.recordings if other is not recording]
+        recordings[:] = [other for other in recordings if other is not recording]

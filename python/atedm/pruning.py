@@ -66,13 +66,19 @@ class PruningState:
     recordings: list[Recording] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        schedule = self.options.schedule
-        phase = False if schedule is None else schedule.constant_phase
         # Told apart once: an attribute is what a compiled graph can be guarded by.
         self.is_constant = self.options.is_constant
-        self.light = phase is True
+        self.begin(self.scheduler, self.pipeline)
+
+    def begin(self, scheduler: object | None, pipeline: Any) -> None:
+        """As it is before the first call."""
+        schedule = self.options.schedule
+        self.scheduler, self.pipeline = scheduler, pipeline
+        self.light = (False if schedule is None else schedule.constant_phase) is True
         self.halves = self.options.share_guidance
-        self.period = RankingPeriod(self.options.rank_every)
+        self.ranks_anew, self.is_told = True, False
+        self.period, self.said = RankingPeriod(self.options.rank_every), set()
+        self.step, self.call, self.recordings = None, -1, []
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
         # torch.compile cannot trace a logger, and every message is about a call that it need not see.
@@ -104,11 +110,15 @@ class PrunedForward:
         # Looked up here, because torch.compile cannot look them up on diffusers' classes while it traces.
         self.forward = type(module).forward
         self.output = type(module)._get_output_for_continuous_inputs
-        # What another tool left on the instance; it goes back when pruning is removed.
-        self.previous = module.__dict__.get("forward")
         self.layer_forward = type(module.transformer_blocks[0]).forward
+        # What another tool left on the instance; it goes back when pruning is removed.
+        self.previous: Any = None
         # What was last chosen, where a choice serves several calls.
         self.kept: Kept | None = None
+
+    def install(self) -> None:
+        self.previous, self.kept = self.module.__dict__.get("forward"), None
+        self.module.forward = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None}

@@ -1,8 +1,10 @@
 """Applying, removing, copying, and refusing."""
 
 import copy
+import gc
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -328,6 +330,37 @@ def test_a_recording_survives_applying_again(unet, inputs):
     assert len(recording.ranked) == 11
     unet(**inputs)
     assert len(recording.ranked) == 11
+
+
+def test_removing_while_recording_is_said(unet, inputs, caplog):
+    atedm.apply(unet, schedule=None)
+    with atedm.record(unet) as recording:
+        unet(**inputs)
+        atedm.remove(unet)
+        atedm.apply(unet, schedule=None)
+        unet(**inputs)
+    assert len(recording.ranked) == 11
+    assert [message for message in caplog.messages if "nothing more is recorded" in message]
+
+
+def test_what_was_applied_before_keeps_no_unet_alive(make_unet):
+    unet = make_unet()
+    for ratio in (0.3, 0.5, 0.3):
+        atedm.remove(atedm.apply(unet, ratio=ratio))
+    gone = weakref.ref(unet)
+    del unet
+    gc.collect()
+    assert gone() is None
+
+
+def test_blocks_that_were_exchanged_are_pruned_anew(unet, inputs):
+    atedm.remove(atedm.apply(unet, schedule=None))
+    unet.mid_block.attentions[0] = copy.deepcopy(unet.mid_block.attentions[0])
+    full = unet(**inputs).sample
+    with atedm.applied(unet, schedule=None), atedm.record(unet) as recording:
+        unet(**inputs)
+    assert "mid_block.attentions.0" in {ranked.block for ranked in recording.ranked}
+    assert torch.equal(unet(**inputs).sample, full)
 
 
 @pytest.mark.parametrize("extra", [{"attention_mask": torch.ones(2, 96)}, {"cross_attention_kwargs": {"ip_masks": 1}}])

@@ -132,6 +132,27 @@ def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, co
 
 
 @whole
+def test_applying_the_same_again_takes_no_graph_more(make_unet, inputs, counter, compile_whole):
+    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+    full = unet(**inputs).sample
+    compiled = compile_whole(unet, counter)
+    twice = [{"ratio": 0.5}, {"ratio": {3: 0.5}, "schedule": None}]
+    expected = []
+    for cycle in range(10):  # more than torch makes graphs of one function before it gives up
+        assert_same(compiled(**inputs).sample, full)
+        with atedm.applied(compiled, **twice[0]):
+            got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
+            with atedm.applied(compiled, **twice[1]):
+                got.append(compiled(**inputs).sample)
+            got.append(compiled(**at(inputs, ALMOST_DONE)).sample)
+        expected = expected or got
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+        if cycle == 0:
+            graphs = counter.frame_count
+    assert counter.frame_count == graphs == 4
+
+
+@whole
 def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, compile_whole):
     compiled = compile_whole(unet, counter)
     atedm.apply(compiled)
