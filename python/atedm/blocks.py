@@ -29,6 +29,19 @@ PLAIN_PROCESSORS = frozenset(
 PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
 
 
+# Hooks of diffusers' that decide where weights are and of which dtype, not what is computed. Others, such as those that
+# keep attention from an earlier step, may count on all tokens.
+_HARMLESS_HOOKS = frozenset(
+    {
+        "group_offloading",
+        "layer_execution_tracker",
+        "lazy_prefetch_group_offloading",
+        "layerwise_casting",
+        "peft_autocast_disable",
+    }
+)
+
+
 @dataclass(frozen=True)
 class AttentionBlock:
     """One ``Transformer2DModel`` of a UNet.
@@ -89,13 +102,31 @@ def why_not_prunable(module: nn.Module, ratio: float, is_ours: bool) -> str | No
             return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
         if hasattr(layer, "fuser"):
             return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"
+        hooks = {name for module in layer.modules() for name in _names_of_hooks(module)} - _HARMLESS_HOOKS
+        if hooks:
+            return f"its layer {i} has diffusers' hook {min(hooks)!r}, which may count on all tokens"
     return why_not_rankable(module.transformer_blocks[0])
+
+
+def _names_of_hooks(module: nn.Module) -> list[str]:
+    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
+
+
+def bypassed_hooks(layer: nn.Module) -> str | None:
+    """Which part of a block's first layer has forward hooks that are not called while it is pruned, or None."""
+    for part, module in (("first layer", layer), ("first self-attention", layer.attn1)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return part
+    return None
 
 
 def why_not_rankable(layer: nn.Module) -> str | None:
     """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
-    if not runs_its_own_forward(layer):
-        return "the forward of its first layer has been replaced by another tool"
+    if not (runs_its_own_forward(layer) and runs_its_own_forward(layer.attn1)):
+        return "the forward of its first layer or of the self-attention there has been replaced by another tool"
+    hooked = bypassed_hooks(layer)
+    if hooked is not None:
+        return f"its {hooked} has forward hooks, which would not be called; expected none"
     if layer.norm_type != "layer_norm" or layer.pos_embed is not None:
         return (
             f"its first layer has norm_type {layer.norm_type!r} or positional embeddings; expected a plain layer_norm"

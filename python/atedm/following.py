@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from atedm.pruning import PrunedForward, PruningState
+from atedm.pruning import PrunedForward
 from atedm.schedule import denoising_step, order_of, timestep_value
+from atedm.state import PruningState
 
 # Arguments of pipelines that guide by three or more parts: perturbed attention, an input picture, edits.
 _MORE_THAN_HALVES = ("pag_scale", "image_guidance_scale", "edit_guidance_scale")
@@ -84,6 +85,11 @@ class StepFollower:
 
     def _follow_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _follow(self.state, unet, args, kwargs)
+        height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
+        for patch in self.patches:
+            # A graph says nothing. Each level halves the feature map, rounding up.
+            scale = 2 ** (patch.level - 1)
+            patch.count_kept(-(-height // scale), -(-width // scale))
         if not self.state.ranks_anew:
             for patch in self.patches:
                 patch.hold_kept()

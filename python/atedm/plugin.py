@@ -15,8 +15,9 @@ from torch import nn
 from atedm.blocks import AttentionBlock, attention_blocks, why_not_prunable
 from atedm.following import StepFollower, check_halves
 from atedm.options import Options, resolve
-from atedm.pruning import PrunedForward, PruningState
+from atedm.pruning import PrunedForward
 from atedm.recording import Recording
+from atedm.state import PruningState
 
 logger = logging.getLogger("atedm")
 
@@ -127,10 +128,12 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
     if options.placement == "paper":
         # Pruned after their only layer, such blocks would have nothing left to save.
         chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
+    if options.schedule is not None and options.schedule.constant_phase:
+        chosen = [block for block in chosen if not block.whole_when_light]
     if not chosen:
         raise ValueError(
-            f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels} and "
-            f"placement={options.placement!r}; "
+            f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels}, "
+            f"schedule={options.schedule} and placement={options.placement!r}; "
             f"expected some of the levels {available} with"
             + (" more than one layer" if options.placement == "paper" else " attention")
         )

@@ -8,9 +8,8 @@ self-attention. All state of a call lives in its stand-ins, so an exception leav
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,76 +17,18 @@ import torch
 from torch import Tensor, nn
 
 import atedm_kernels as kernels
-from atedm.blocks import PERTURBING_PROCESSORS, why_not_plain
+from atedm.blocks import PERTURBING_PROCESSORS, bypassed_hooks, why_not_plain
 from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
 from atedm.masks import masks_of_kept
-from atedm.options import Options, kept_tokens
+from atedm.options import kept_tokens
 from atedm.projections import project, project_cross, project_out, scale_of
-from atedm.recording import Ranked, Recording
+from atedm.recording import Ranked
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
-from atedm.schedule import RankingPeriod
+from atedm.state import PruningState
 from atedm_kernels.ops.select_tokens.reference import join_heads
-
-logger = logging.getLogger("atedm")
 
 # Keyword arguments for attention that are known to mean the same for a subset of the tokens, or are made to.
 _TOKENWISE_KWARGS = frozenset({"scale", "ip_adapter_masks"})
-
-
-@dataclass
-class PruningState:
-    """Shared by the blocks of one UNet.
-
-    Attributes:
-        light: whether the current UNet call is in DSAP's light phase.
-        ranks_anew: whether tokens are chosen in it, or those chosen in an earlier call stay.
-        halves: whether its batch holds both halves of classifier-free guidance, to share one choice.
-        is_constant: whether every call is pruned in the same way.
-        said: what has been said about a call already, to be said once.
-        period: when ``ranks_anew`` is due.
-        is_told: whether ``light`` has been set for a call that a compiled graph has yet to begin.
-        pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
-            along, but the scheduler, which is copied with a copied pipeline.
-        scheduler: the one that counts them: given instead of a pipeline, or last seen on it.
-    """
-
-    options: Options
-    scheduler: object | None = None
-    pipeline: Any = None
-    light: bool = field(default=False, init=False)
-    is_constant: bool = field(default=True, init=False)
-    ranks_anew: bool = field(default=True, init=False)
-    halves: bool = field(default=False, init=False)
-    is_told: bool = field(default=False, init=False)
-    said: set[str] = field(default_factory=set, init=False)
-    period: RankingPeriod = field(init=False)
-    step: int | None = None
-    call: int = -1
-    recordings: list[Recording] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # Told apart once: an attribute is what a compiled graph can be guarded by.
-        self.is_constant = self.options.is_constant
-        self.begin(self.scheduler, self.pipeline)
-
-    def begin(self, scheduler: object | None, pipeline: Any) -> None:
-        """As it is before the first call."""
-        schedule = self.options.schedule
-        self.scheduler, self.pipeline = scheduler, pipeline
-        self.light = (False if schedule is None else schedule.constant_phase) is True
-        self.halves = self.options.share_guidance
-        self.ranks_anew, self.is_told = True, False
-        self.period, self.said = RankingPeriod(self.options.rank_every), set()
-        self.step, self.call, self.recordings = None, -1, []
-
-    def say_once(self, what: str, message: str, *args: Any) -> None:
-        # torch.compile cannot trace a logger, and every message is about a call that it need not see.
-        if not torch.compiler.is_compiling() and what not in self.said:
-            self.said.add(what)
-            logger.warning(message, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipeline": None, "recordings": []}
 
 
 @dataclass(frozen=True)
@@ -128,8 +69,8 @@ class PrunedForward:
         if self.kept is not None:
             self.kept = Kept(self.kept.index.clone(), self.kept.scores.clone())
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        height, width = hidden_states.shape[-2:]
+    def count_kept(self, height: int, width: int) -> int:
+        """How many tokens of a feature map are kept; if all are, that is said."""
         options = self.state.options
         keep = kept_tokens(height * width, options.ratio_at(self.level), options.keep_multiple)
         if keep == height * width:
@@ -141,6 +82,11 @@ class PrunedForward:
                 options.keep_multiple,
                 keep,
             )
+        return keep
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        height, width = hidden_states.shape[-2:]
+        keep = self.count_kept(height, width)
         if keep == height * width or (self.state.light and self.whole_when_light):
             return self.forward(self.module, hidden_states, *args, **kwargs)
         if torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -276,6 +222,11 @@ class _CompactTransformer:
         reason = why_not_plain(layer.attn1)
         if reason is not None:
             raise ValueError(f"{self._patch.name} can no longer be pruned: {reason}")
+        hooked = bypassed_hooks(layer)
+        if hooked is not None:
+            self._patch.state.say_once(
+                "hooks", "%s: forward hooks of its %s are not called while it is pruned", self._patch.name, hooked
+            )
 
     def _rank(
         self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None, rows: slice

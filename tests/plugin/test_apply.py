@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
 import atedm
 
@@ -271,6 +271,65 @@ def test_a_forward_replaced_by_another_tool_is_refused(unet):
     block.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="forward has been replaced"):
         atedm.apply(unet)
+
+
+def first_attention(unet):
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn1
+
+
+def replace_forward(unet):
+    first_attention(unet).forward = lambda *args, **kwargs: 0
+
+
+def hook_layer(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].register_forward_hook(lambda *_: None)
+
+
+def hook_attention(unet):
+    first_attention(unet).register_forward_pre_hook(lambda *_: None)
+
+
+def broadcast_attention(unet):
+    identifiers = {"spatial_attention_block_identifiers": ("transformer_blocks",)}
+    config = PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500, **identifiers)
+    apply_pyramid_attention_broadcast(unet, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replace_forward, "the self-attention there has been replaced by another tool"),
+        (hook_layer, "its first layer has forward hooks"),
+        (hook_attention, "its first self-attention has forward hooks"),
+        (broadcast_attention, "diffusers' hook 'pyramid_attention_broadcast', which may count on all tokens"),
+    ],
+)
+def test_what_pruning_would_pass_by_is_refused(unet, change, reason):
+    change(unet)
+    with pytest.raises(ValueError, match=reason):
+        atedm.apply(unet)
+    assert atedm.pruned_blocks(unet) == []
+
+
+def test_hooks_that_come_later_are_said_to_be_passed_by(unet, inputs, caplog):
+    atedm.apply(unet, schedule=None)
+    hook_layer(unet)
+    for _ in range(2):
+        unet(**inputs)
+    assert [message for message in caplog.messages if "first layer are not called" in message] == caplog.messages[:1]
+
+
+def test_always_light_leaves_nothing_of_blocks_that_are_whole_then(make_unet):
+    unet = make_unet(layers_per_block=1, mid_block_type=None)
+    light = {"schedule": atedm.DSAP(1.0)}
+    assert sorted(atedm.pruned_blocks(atedm.apply(unet, **light))) == [
+        "up_blocks.0.attentions.0",
+        "up_blocks.1.attentions.0",
+    ]
+    unet.up_blocks[0].attentions = unet.up_blocks[0].attentions[1:]
+    unet.up_blocks[1].attentions = unet.up_blocks[1].attentions[1:]
+    with pytest.raises(ValueError, match=r"no attention block is left to prune with .*DSAP\(fraction=1.0\)"):
+        atedm.apply(unet, **light)
 
 
 def test_a_tool_that_was_undone_is_no_obstacle(unet, inputs):

@@ -153,6 +153,15 @@ def test_applying_the_same_again_takes_no_graph_more(make_unet, inputs, counter,
 
 
 @whole
+def test_that_nothing_is_pruned_is_said_of_a_graph_too(make_unet, inputs, counter, compile_whole, caplog):
+    compiled = compile_whole(make_unet(layers_per_block=1, transformer_layers_per_block=1), counter)
+    atedm.apply(compiled, keep_multiple=4096)
+    for timestep in (NOISE, ALMOST_DONE):
+        compiled(**at(inputs, timestep))
+    assert len([message for message in caplog.messages if "nothing is pruned there" in message]) == 1
+
+
+@whole
 def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, compile_whole):
     compiled = compile_whole(unet, counter)
     atedm.apply(compiled)

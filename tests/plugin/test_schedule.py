@@ -138,9 +138,12 @@ def test_no_schedule_prunes_at_every_step(unet, small):
 
 
 def test_constant_phases_read_no_timestep(unet, small):
-    for fraction, light in ((0, False), (1, True)):
+    everything = set(atedm.pruned_blocks(atedm.apply(unet)))
+    for fraction, whole in ((0, set()), (1, WHOLE_WHEN_LIGHT)):
         atedm.apply(unet, schedule=atedm.DSAP(fraction))
-        assert phases(types.SimpleNamespace(unet=unet), small, [999, 1]) == [light, light]
+        assert phases(types.SimpleNamespace(unet=unet), small, [999, 1]) == [False, False]
+        # Those that are always whole are not pruned at all.
+        assert everything - set(atedm.pruned_blocks(unet)) == whole
 
 
 def test_levels_left_alone_stay_so(unet, small):
