@@ -1,14 +1,17 @@
 """Files are written whole or not at all; a full disk is named and loses no finished picture."""
 
 import errno
+import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
-from atedm import embedded
+from atedm import embedded, many
 from atedm.cli import app
 from atedm.files import whole_file
 
@@ -95,13 +98,92 @@ def test_a_damaged_picture_of_an_earlier_run_is_named_and_the_others_stay(tmp_pa
     assert last.is_file()
 
 
-def test_a_damaged_record_of_a_run_is_named(tmp_path):
+DAMAGED = ['{"model": ', "[]", "null", "{}", '{"cases": 3, "settings": {}}', '{"cases": [], "settings": null}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_record_of_a_run_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged: .*expected the file that a run writes"):
+        many.claim(tmp_path, {"model": "m"}, [], {"full": None})
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_pictures_of_which_nothing_is_known_are_not_gone_on_with(tmp_path):
+    stray = many.picture_path(tmp_path / "pruned", 0)
+    stray.parent.mkdir()
+    stray.touch()
+    with pytest.raises(ValueError, match=r"holds pictures \(pruned/00000\.png\) but no run\.json"):
+        many.claim(tmp_path, {"model": "m"}, [], {"full": None})
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_command_names_a_damaged_record(tmp_path):
     arguments = command(tmp_path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run.json").write_text('{"model": ')
+    (tmp_path / "out" / "run.json").write_text("[]")
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 2
     assert "run.json" in failed.stderr and "damaged" in failed.stderr
+
+
+def test_prompts_with_a_byte_order_mark_and_other_line_ends(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red circle\r\n\r\na blue ring\r\n".encode())
+    assert many.read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue ring"]
+
+
+def truncate(folder):
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def list_for_index(folder):
+    (folder / "model_index.json").write_text("[]")
+
+
+def remove_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def without_first_encoder(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def for_inpainting(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    tensors = load_file(weights)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, "cannot be loaded"),
+        (list_for_index, "cannot be loaded"),
+        (remove_tokenizer, "has an empty tokenizer; expected its files"),
+        (without_first_encoder, "has no text_encoder; expected a text-to-image model"),
+        (for_inpainting, "has a UNet of 9 channels, its latents have 4; expected a text-to-image model"),
+    ],
+)
+def test_a_model_folder_that_does_not_fit_is_a_usage_error(tmp_path, damage, expected):
+    model = tmp_path / "model"
+    shutil.copytree(embedded.WEIGHTS, model)
+    damage(model)
+    arguments = command(tmp_path)
+    arguments[arguments.index("--model") + 1] = str(model)
+    failed = CliRunner().invoke(app, arguments)
+    assert failed.exit_code == 2, (failed.output, failed.exception)
+    assert str(model) in failed.stderr and expected in failed.stderr
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 @pytest.mark.parametrize("output", ["/proc/atedm", "{file}"])

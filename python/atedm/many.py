@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: there is none, or the file is no text. OSError: it cannot be read.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {path} is no UTF-8 text: {error}") from None
     if not found:
@@ -78,6 +78,18 @@ def _is_made(path: Path) -> bool:
     return True
 
 
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+            raise ValueError("it has no settings")
+        if not isinstance(found.get("cases"), list):
+            raise ValueError("it has no cases")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+    return found
+
+
 def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], settings: Mapping[str, Any]) -> None:
     """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
 
@@ -92,11 +104,15 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], setti
     path = root / _RUN
     asked = [[case.prompt, case.seed] for case in cases]
     described, settings = (json.loads(json.dumps(values)) for values in (described, settings))
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+    if not path.is_file():
+        stray = next(root.glob("*/" + "[0-9]" * 5 + ".png"), None)
+        if stray is not None:
+            raise ValueError(
+                f"{root} holds pictures ({stray.relative_to(root)}) but no {_RUN}, which says how they were made; "
+                "expected an empty folder or a run to go on with"
+            )
+    else:
+        before = _read_run(path)
         shorter = min(len(before["cases"]), len(asked))
         differing = [name for name in described if before.get(name) != described[name]]
         if before["cases"][:shorter] != asked[:shorter]:

@@ -67,7 +67,9 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
             for level, ratio in self.ratio.items():
-                _check_ratio(f"ratio[{level!r}]", ratio)
+                if isinstance(level, bool) or not isinstance(level, int):
+                    raise TypeError(f"ratio names level {level!r}; expected a level number, such as 3")
+                _check_ratio(f"ratio[{level}]", ratio)
             object.__setattr__(self, "ratio", dict(self.ratio))
         else:
             _check_ratio("ratio", self.ratio)
@@ -93,8 +95,8 @@ class Options:
             raise TypeError(f"share_guidance is {self.share_guidance!r}; expected True or False")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)):
             raise TypeError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance is {self.tolerance!r}; expected a finite number of at least 0")
 
     @property
     def is_constant(self) -> bool:
@@ -160,13 +162,15 @@ class Options:
             OSError: the file cannot be read. ValueError: it holds no options; the message names it.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} holds no options of atedm.apply: {error}") from error
 
 
 def _level(name: object) -> int:
-    if isinstance(name, int) or (isinstance(name, str) and name.isdecimal()):
+    if isinstance(name, int):
+        return name
+    if isinstance(name, str) and name.isdecimal() and str(int(name)) == name:  # "03" would be a second 3
         return int(name)
     raise ValueError(f"ratio names level {name!r}; expected a level number")
 

@@ -36,6 +36,8 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
         ('{"ration": 0.5}', "'ration' is no option; expected some of ratio"),
         ('{"ratio": 1.5}', "ratio is 1.5; expected from 0"),
         ('{"ratio": {"two": 0.5}}', "ratio names level 'two'; expected a level number"),
+        ('{"ratio": {"2": 0.5, "02": 0.7}}', "ratio names level '02'; expected a level number"),
+        ('{"ratio": ' * 100_000, "holds no options"),
         ('{"schedule": {"part": 0.5}}', "schedule is .*expected .*fraction"),
         ('{"schedule": 0.3}', r"schedule is 0\.3; expected an atedm.DSAP"),
         ("[0.5]", "options are a list; expected a mapping"),
@@ -49,6 +51,12 @@ def test_a_file_that_does_not_fit_is_named_with_what_is_wrong(text, message, tmp
     with pytest.raises(ValueError, match=message) as caught:
         atedm.Options.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"ratio": 0.5}', encoding="utf-8-sig")
+    assert atedm.Options.load(path) == atedm.Options(ratio=0.5)
 
 
 def test_a_function_has_no_json(tmp_path):

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+# What a text-to-image pipeline reads its prompt with.
+_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+_LONGEST_PROMPT = 1 << 20  # tokens; SDXL's is 77
+
+# Bytes that a folder for results must have room for: a picture takes more, its figures less.
+_ROOM = 1 << 16
+
+
 def bad(option: str, message: str) -> typer.BadParameter:
     """A usage error that names ``option``; ends the command with exit status 2."""
     return typer.BadParameter(message, param_hint=option if option.isupper() else "--" + option.replace("_", "-"))
@@ -41,8 +50,8 @@ def check_output(folder: Path, json: Path | None) -> Path:
         try:
             path.mkdir(parents=True, exist_ok=True)
             # The mode bits do not tell for a read-only or full file system, so try.
-            with tempfile.NamedTemporaryFile(dir=path):
-                pass
+            with tempfile.NamedTemporaryFile(dir=path) as trial:
+                trial.write(bytes(_ROOM))
         except OSError as error:
             raise bad(option, f"cannot write to {path}: {error.strerror or error}") from None
     return file
@@ -162,20 +171,46 @@ def load_pipeline(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise bad("model", f"{model} holds no model_index.json; expected the folder of a diffusers pipeline")
     source = str(folder) if folder.exists() else model
-    try:
+    with _naming(model), warnings.catch_warnings():
+        # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
+        warnings.simplefilter("ignore", FutureWarning)
         name = StableDiffusionXLPipeline.load_config(source).get("_class_name")
         if not str(name).startswith("StableDiffusionXL"):
             raise bad("model", f"{model} is a {name}; expected a Stable Diffusion XL pipeline")
-        with warnings.catch_warnings():
-            # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
-            warnings.simplefilter("ignore", FutureWarning)
-            pipe = StableDiffusionXLPipeline.from_pretrained(
-                source,
-                torch_dtype=getattr(torch, DTYPES[dtype]),
-                variant=variant,
-                use_safetensors=None if allow_pickled else True,
-            )
-    except (OSError, ValueError, TypeError) as error:
-        # The first sentence says what is missing; what follows are pages of advice on the hub.
-        raise bad("model", f"{model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            source,
+            torch_dtype=getattr(torch, DTYPES[dtype]),
+            variant=variant,
+            use_safetensors=None if allow_pickled else True,
+        )
+    missing = [part for part in _TEXT if getattr(pipe, part) is None]
+    if missing:
+        raise bad("model", f"{model} has no {missing[0]}; expected a text-to-image model (SDXL's refiner is none)")
+    for part in _TEXT[2:]:
+        # Where its files are missing, transformers makes a tokenizer that knows no words and no length.
+        if getattr(pipe, part).model_max_length > _LONGEST_PROMPT:
+            raise bad("model", f"{model} has an empty {part}; expected its files in a folder of that name")
+    channels, of_latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != of_latent:
+        raise bad(
+            "model",
+            f"{model} has a UNet of {channels} channels, its latents have {of_latent}; expected a text-to-image model "
+            "(one for inpainting or editing is none)",
+        )
     return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """A usage error that names ``model`` for what reading it raises: a damaged file can be anything, to any library."""
+    import torch
+
+    try:
+        yield
+    except (typer.BadParameter, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # The first line says what is wrong; what follows are pages of advice on the hub.
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        advice = "; --allow-pickled reads other weights than safetensors" if "safetensors" in first else ""
+        raise bad("model", f"{model} cannot be loaded: {first}{advice}") from None
