@@ -1,6 +1,7 @@
 """torch.compile on a pruned UNet: no graph break, as many graphs as there are phases and sizes, the same result."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_regions_take_no_more_graphs_than_kinds_of_layers(unet, inputs, counter)
     for timestep in (NOISE, ALMOST_DONE, 800):
         unet(**at(inputs, timestep))
     assert counter.frame_count == graphs
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor wants a C++ compiler")
+def test_regions_through_inductor(make_unet, inputs):
+    """In the mode that uses CUDA graphs on a GPU; on a CPU it is inductor's own code, with strides of its choice."""
+    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+    atedm.apply(unet, schedule=None)
+    with torch.inference_mode():
+        expected = unet(**inputs).sample
+        unet.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
+        assert_same(unet(**inputs).sample, expected)
 
 
 @whole
