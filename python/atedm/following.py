@@ -105,9 +105,13 @@ def _running_pipeline(unet: nn.Module) -> Any:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
-            caller = frame.f_locals["self"]
+            caller = frame.f_locals.get("self")
             denoiser = getattr(caller, "__dict__", {}).get("unet")
-            if denoiser is not None and getattr(denoiser, "_orig_mod", denoiser) is unet:
+            if (
+                denoiser is not None
+                and getattr(denoiser, "_orig_mod", denoiser) is unet
+                and hasattr(caller, "scheduler")
+            ):
                 return caller
         frame = frame.f_back
     return None

@@ -146,6 +146,21 @@ def test_constant_phases_read_no_timestep(unet, small):
         assert everything - set(atedm.pruned_blocks(unet)) == whole
 
 
+def test_a_wrapper_that_is_no_pipeline_is_passed_over(unet, small):
+    class Wrapper:
+        def __init__(self):
+            self.unet = unet
+
+        def __call__(self, timestep):
+            return self.unet(**{**small, "timestep": timestep}).sample
+
+    pipe = atedm.apply(pipeline(unet, diffusers.EulerDiscreteScheduler(), steps=10))
+    with atedm.record(pipe) as recording:
+        for timestep in pipe.scheduler.timesteps:
+            Wrapper()(timestep)
+    assert recording.calls == list(range(10))
+
+
 def test_levels_left_alone_stay_so(unet, small):
     pipe = atedm.apply(pipeline(unet, diffusers.EulerDiscreteScheduler(), steps=2), levels=(3,))
     whole = whole_blocks(pipe, small, pipe.scheduler.timesteps)
