@@ -118,7 +118,8 @@ def _setting(name: str, value: Any) -> str:
 def _figure(row: dict[str, Any], folder: Path) -> str:
     source = _embedded((folder / row["image"]).read_bytes())
     speedup = row.get("speedup")
-    gain = "" if row["name"] == "full" or speedup is None else f' <span class="gain">{speedup:.2f}× as fast</span>'
+    how = "gain" if speedup is not None and speedup > 1 else "faint"
+    gain = "" if row["name"] == "full" or speedup is None else f' <span class="{how}">{speedup:.2f}× as fast</span>'
     caption = f"{html.escape(row['name'])}: {row['unet_seconds']:.3g} s in the UNet{gain}"
     return f'<figure><img alt="{html.escape(row["name"])}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
