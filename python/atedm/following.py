@@ -46,7 +46,9 @@ class StepFollower:
                 state.is_told = False
             return
         state.call += 1
-        _follow(state, unet, args, kwargs)
+        if not state.is_told:  # a compiled UNet that runs uncompiled, to be recorded, was followed outside already
+            _follow(state, unet, args, kwargs)
+        state.is_told = False
         for recording in state.recordings:
             recording.calls.append(state.step)
 
@@ -85,6 +87,8 @@ class StepFollower:
 
     def _follow_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _follow(self.state, unet, args, kwargs)
+        # A graph in which nothing depends on the call leaves this as it is.
+        self.state.is_told = not self.state.is_constant
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         for patch in self.patches:
             # A graph says nothing. Each level halves the feature map, rounding up.
@@ -135,7 +139,6 @@ def check_halves(pipeline: object) -> None:
 
 def _follow(state: PruningState, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Set what of ``state`` depends on the call of the UNet, for one with these arguments."""
-    state.is_told = True
     options = state.options
     if options.is_constant and not state.recordings:
         return

@@ -58,7 +58,7 @@ class PrunedForward:
         self.kept: Kept | None = None
 
     def install(self) -> None:
-        self.previous, self.kept = self.module.__dict__.get("forward"), None
+        self.previous = self.module.__dict__.get("forward")
         self.module.forward = self
 
     def __getstate__(self) -> dict[str, Any]:

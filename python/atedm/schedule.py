@@ -73,7 +73,7 @@ class RankingPeriod:
         self._serves_several = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**RankingPeriod(self.every).__dict__}  # a copy has made no picture yet
+        return vars(RankingPeriod(self.every))  # a copy has made no picture yet
 
     def is_due(self, place: float, light: bool, timesteps: Tensor | None = None, calls: int = 1) -> bool:
         """Whether the call at ``place`` chooses anew.

@@ -26,7 +26,7 @@ class PruningState:
         is_constant: whether every call is pruned in the same way.
         said: what has been said about a call already, to be said once.
         period: when ``ranks_anew`` is due.
-        is_told: whether ``light`` has been set for a call that a compiled graph has yet to begin.
+        is_told: whether the call that is about to begin has been followed already, outside of a compiled graph.
         pipeline: weak reference to the pipeline whose scheduler counts the steps, or None. A copy does not take it
             along, but the scheduler, which is copied with a copied pipeline.
         scheduler: the one that counts them: given instead of a pipeline, or last seen on it.

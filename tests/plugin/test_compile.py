@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
@@ -184,6 +185,20 @@ def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, c
     blocks = atedm.pruned_blocks(compiled)
     assert {ranked.call for ranked in recording.ranked} == {0, 1}
     assert [ranked.block for ranked in recording.ranked if ranked.call == 1] == blocks
+
+
+@whole
+def test_a_recording_of_a_compiled_unet_chooses_as_often(make_unet, inputs, counter, compile_whole):
+    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+    compiled = compile_whole(unet, counter)
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    atedm.apply(compiled, scheduler=scheduler, schedule=None, rank_every=3)
+    with atedm.record(compiled) as recording:
+        for timestep in scheduler.timesteps:
+            compiled(**{**inputs, "timestep": timestep})
+    assert recording.calls == list(range(6))
+    assert {ranked.step for ranked in recording.ranked if ranked.iterations is not None} == {0, 3}
 
 
 def test_a_copy_of_a_compiled_pruned_unet_runs(unet, inputs, counter):
