@@ -1,8 +1,8 @@
-"""Package layout: ``atedm_kernels`` stands at the top of the repository, ``atedm`` in ``python/``, and the
-measurements in ``bench/`` are installed as ``atedm.bench``, so that ``atedm bench`` works from a wheel too.
+"""Package layout: ``atedm_kernels`` lies at the top of the repository, ``atedm`` and ``atedm_extras`` in ``python/``,
+and ``bench/`` is installed as ``atedm_bench``.
 
-The native CPU library is built here where a compiler is. It is loaded by ctypes and knows no Python, so one wheel
-serves every version of it; without a compiler the wheel is pure, and the reference backend serves the CPU."""
+Where there is a compiler, the native CPU library is built too. ctypes loads it and it knows no Python, so one wheel
+serves every Python version. Without a compiler the wheel is pure, and the reference backend serves the CPU."""
 
 import importlib.util
 import warnings
@@ -12,7 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-BENCH = ["atedm.bench", *(f"atedm.bench.{name}" for name in find_packages("bench"))]
+BENCH = ["atedm_bench", *(f"atedm_bench.{name}" for name in find_packages("bench"))]
 
 # By path: a build frontend need not have this folder on sys.path.
 spec = importlib.util.spec_from_file_location("atedm_csrc_build", Path(__file__).parent / "csrc" / "build.py")
@@ -23,7 +23,7 @@ LIBRARY = "atedm_kernels.libatedm"
 
 
 class BuildNative(build_ext):
-    """Our own compiler calls in the place of setuptools', which know one set of flags for all sources."""
+    """Calls the compiler itself: setuptools knows one set of flags for all sources."""
 
     def get_ext_filename(self, fullname):
         if fullname.split(".")[-1] != LIBRARY.split(".")[-1]:
@@ -53,18 +53,19 @@ setup(
         *find_packages("python", include=["atedm*"]),
         *BENCH,
     ],
-    package_dir={"atedm_kernels": "atedm_kernels", "atedm": "python/atedm", "atedm.bench": "bench"},
+    py_modules=["atedm_extras"],
+    package_dir={"": "python", "atedm_kernels": "atedm_kernels", "atedm_bench": "bench"},
     package_data={
         "atedm_kernels": ["ops/*/tiles.json"],
         "atedm.embedded": ["README.md", "words.txt", "training.json", "weights/**"],
-        # Recipes and small networks; what was measured (bench/results) stays in the repository.
+        # Recipes and small networks. Results (bench/results) stay in the repository.
         **{name: ["*.yaml", "*.safetensors"] for name in BENCH},
     },
     # For the source distribution, everything the build reads.
     ext_modules=[
         Extension(
             LIBRARY,
-            sources=[f"csrc/{name}.cpp" for name in ("level", *native.COMMON)],
+            sources=[f"csrc/{name}.cpp" for name in ("kernels", *native.COMMON)],
             depends=sorted(f"csrc/{path.name}" for path in native.SOURCES.iterdir() if path.is_file()),
             optional=True,
         )

@@ -12,17 +12,10 @@ import os
 import torch
 from torch import Tensor
 
-from atedm_kernels._backends import KERNEL_DTYPES
+from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-
-
-def check_tensors(**tensors: object) -> None:
-    """For the public functions: the dispatcher's own message for what is no tensor names a position, not a name."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
 
 
 def values_are_checked(tensor: Tensor) -> bool:

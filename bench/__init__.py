@@ -1,1 +1,1 @@
-"""Measurements; installed as ``atedm.bench``."""
+"""Measurements and the training of the embedded model: the command ``atedm-bench``."""

@@ -36,13 +36,11 @@ step() { # name, seconds at most, command
 
 wanted() { [[ $STEPS == *" $1 "* ]]; }
 
-# The packages as an installation lays them out, from this checkout: `atedm.bench` lies in bench/.
+# The packages as an installation lays them out, from this checkout.
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
-mkdir "$SITE/atedm"
-ln -s "$PWD/atedm_kernels" "$SITE/"
-ln -s "$PWD"/python/atedm/* "$SITE/atedm/"
-ln -s "$PWD/bench" "$SITE/atedm/bench"
+ln -s "$PWD/atedm_kernels" "$PWD/python/atedm" "$PWD/python/atedm_extras.py" "$SITE/"
+ln -s "$PWD/bench" "$SITE/atedm_bench"
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
 fi
@@ -50,7 +48,7 @@ export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=20
 unset TRITON_INTERPRET
 
 if wanted doctor; then
-    step imports 60 "$PYTHON" -c "import atedm.bench.ops.run, atedm.bench.unet; print(atedm.bench.__file__)"
+    step imports 60 "$PYTHON" -c "import atedm_bench.ops.run, atedm_bench.unet; print(atedm_bench.__file__)"
     step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib)
@@ -61,28 +59,28 @@ if wanted graphs; then
     step graphs 90 "${PYTEST[@]}" tests/plugin/test_gpu.py --junitxml "$RESULTS/graphs.xml"
 fi
 if wanted ops; then
-    step ops 150 "$PYTHON" -m atedm bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"
+    step ops 150 "$PYTHON" -m atedm_bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"
 fi
 # Batch 2 is one image with guidance. Compiled by region, which takes seconds where the whole takes minutes.
 for batch in 2 8; do
     if wanted unet; then
-        step "unet, batch $batch" 110 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --regional \
+        step "unet, batch $batch" 110 "$PYTHON" -m atedm_bench unet --device cuda --batch $batch --regional \
             --variant full --variant ours --variant tomesd --minutes 1 --json "$RESULTS/unet-1024-b$batch.json"
     fi
 done
 for batch in 2 8; do
     if wanted unet-2048; then
-        step "unet, 2048, batch $batch" 90 "$PYTHON" -m atedm bench unet --device cuda --batch $batch --size 2048 \
+        step "unet, 2048, batch $batch" 90 "$PYTHON" -m atedm_bench unet --device cuda --batch $batch --size 2048 \
             --regional --variant full --variant ours --variant tomesd --minutes 1 \
             --json "$RESULTS/unet-2048-b$batch.json"
     fi
 done
 if wanted sanitizers && command -v compute-sanitizer >/dev/null; then
-    step "small calls" 60 "$PYTHON" tests/kernels/small_calls.py # compiles, which would take long under a checker
+    step "small calls" 60 "$PYTHON" -m tests.helpers.small_calls # compiles, which would take long under a checker
     for tool in memcheck racecheck synccheck; do
         # Without torch's cache of memory, every tensor has its own bounds.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 \
-            "$PYTHON" tests/kernels/small_calls.py
+            "$PYTHON" -m tests.helpers.small_calls
     done
 elif wanted sanitizers; then
     echo "SKIPPED sanitizers: compute-sanitizer is not installed" | tee -a "$LOG"

@@ -1,27 +1,26 @@
 """The picture of the README: what the embedded model draws whole and pruned, and what it computed at the end.
 
-``python -m atedm.bench.overview`` draws held-out captions of the quality lab, the first ones that its figures count.
+It draws held-out captions of the quality lab, the first ones that the lab's figures count.
 """
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from matplotlib.figure import Figure
 from PIL import Image
 
 import atedm
-from atedm.bench.quality.images import SceneCase
-from atedm.bench.quality.lab import scene_cases
 from atedm.comparison import tflops_of
 from atedm.embedded import embedded_pipeline
 from atedm.files import whole_file
 from atedm.recording import Ranked, Recording
+from atedm_bench.quality.images import SceneCase
+from atedm_bench.quality.lab import scene_cases
 
 PRESET, STEPS, GUIDANCE = "fast", 25, 5.0
 # Whose tokens are shown: the last block but one of each level, at the last step.
@@ -29,8 +28,6 @@ BLOCKS = ("up_blocks.1.attentions.1", "up_blocks.0.attentions.1")
 _SKIP = 64
 # What is left of a dropped token, and the colour that it fades to: none of a picture's own.
 _LEFT, _DROPPED = 0.15, (0.36, 0.33, 0.55)
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
@@ -70,12 +67,8 @@ def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figu
     return figure
 
 
-@app.command()
-def main(
-    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("outputs/overview.png"),
-    images: Annotated[int, typer.Option(min=1, help="How many captions.")] = 6,
-) -> None:
-    """Draw the README's picture."""
+def write_overview(output: Path, images: int) -> None:
+    """Draw ``images`` captions to the PNG ``output``."""
     cases = scene_cases(_SKIP + images)[_SKIP:]
     pipe = embedded_pipeline()
     full = draw(pipe, cases)
@@ -89,7 +82,3 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial:
         overview(cases, rows).savefig(partial, format="png")
-
-
-if __name__ == "__main__":
-    app()

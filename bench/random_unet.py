@@ -10,9 +10,9 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.bench.measure import attention_backend_of
 from atedm.blocks import attention_blocks
 from atedm.models import latent_size, meta_unet
+from atedm_bench.measure import attention_backend_of
 
 # Standard deviation of a row of self-attention logits. With default weights it is near 0: the maps are uniform, the
 # ranking converges in its first iteration, and pruning would look cheaper than it is.

@@ -1,8 +1,7 @@
-"""Measure the tiles of the kernels over the attention map on this GPU, and write what wins into their tables.
+"""Measures the tiles of the kernels over the attention map on this GPU, and writes what wins into their tables.
 
-``python -m atedm.bench.tune`` tries every candidate on SDXL's shapes, checks its result, times it as a CUDA graph with
-a cold L2, and puts a row for this architecture and this Triton into ``tiles.json`` where it beats the row that served
-so far. The kernels only ever look tiles up.
+Every candidate runs on SDXL's shapes, has its result checked, and is timed as a CUDA graph with a cold L2. A row for
+this architecture and this Triton goes into ``tiles.json`` where it beats the row in use. Kernels only look tiles up.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 import atedm_kernels as ops
-from atedm.bench.measure import Graphs, error_line, seconds_of
-from atedm.bench.ops.cases import Inputs
-from atedm.bench.ops.shapes import HEAD_DIM, shape_of
-from atedm_kernels import _tiles
-from atedm_kernels._tiles import Tile
+from atedm_bench.measure import Graphs, error_line, seconds_of
+from atedm_bench.ops.cases import OpInputs
+from atedm_bench.ops.shapes import HEAD_DIM, shape_of
+from atedm_kernels import tiles
+from atedm_kernels.tiles import Tile
 
 # Queries and keys of a step. Smaller ones cannot feed the matrix units, larger ones spill.
 _BLOCKS = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 32))
@@ -32,13 +30,14 @@ _STAGES = (1, 2, 3, 4)
 _PROGRAMS = (1, 256, 512, 1024)
 
 # A row has to earn its place: less than this is noise.
-_LEAST_GAIN = 0.02
+_MIN_GAIN = 0.02
 _RATIO = 0.63
 
 # Sums of a head's map may differ in the order of additions, never more.
 _TOLERANCE = 1e-4
 
-_CALLS: dict[str, Callable[[Inputs], torch.Tensor]] = {
+# How each op is called: as the plug-in calls it.
+TUNED: dict[str, Callable[[OpInputs], torch.Tensor]] = {
     # As a ranking calls it: weights in the bias, a flag to look at.
     "attention_column_sums": lambda i: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=1, tolerance=0.0)[0],
     "similarity_source": lambda i: ops.similarity_source(i.q, i.k, i.lse, i.index),
@@ -46,8 +45,6 @@ _CALLS: dict[str, Callable[[Inputs], torch.Tensor]] = {
         i.q, i.text_k, i.text_lse, max_iterations=1, tolerance=0.0
     )[0],
 }
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def candidates(base: Tile) -> list[Tile]:
@@ -73,7 +70,7 @@ def fastest(seconds: dict[Tile, Sequence[float]], base: Tile) -> tuple[Tile, flo
         return statistics.fmean(a / b for a, b in zip(seconds[tile], seconds[base], strict=True))
 
     best = min(seconds, key=ratio)
-    return (best, ratio(best)) if ratio(best) < 1 - _LEAST_GAIN else (base, 1.0)
+    return (best, ratio(best)) if ratio(best) < 1 - _MIN_GAIN else (base, 1.0)
 
 
 def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,16 +101,16 @@ class _Tuner:
 
     def __init__(self, op: str, side: int, dtype: torch.dtype, repeats: int) -> None:
         self.device = torch.device("cuda")
-        self.call = _CALLS[op]
+        self.call = TUNED[op]
         self.op, self.repeats = op, repeats
         self.rejected: dict[str, int] = {}
         # Level 3's heads at 1024 tokens, level 2's above, as in SDXL.
         level, pixels = (3, 32) if side <= 32 else (2, 16)
         shapes = [shape_of(side * pixels, side * pixels, level, batch, _RATIO) for batch in (2, 8)]
-        self.inputs = [Inputs(shape, dtype, self.device) for shape in shapes]
+        self.inputs = [OpInputs(shape, dtype, self.device) for shape in shapes]
         with ops.backend("reference"):
             self.expected = [self.call(inputs) for inputs in self.inputs]
-        self.base = _tiles.tile_for(op, self.inputs[0].q)
+        self.base = tiles.tile_for(op, self.inputs[0].q)
         size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -121,7 +118,7 @@ class _Tuner:
         """Median seconds by batch; None where the tile does not compile, does not fit, or is wrong."""
         found = []
         graphs = Graphs(self.device)
-        with _tiles.assume(**{self.op: tile}):
+        with tiles.assume(**{self.op: tile}):
             for inputs, expected in zip(self.inputs, self.expected, strict=True):
                 try:
                     if not agree(self.op, self.call(inputs), expected):
@@ -140,47 +137,33 @@ class _Tuner:
         self.rejected[why] = self.rejected.get(why, 0) + 1
 
 
-@app.command()
-def tune(
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens of a map, squares, with commas.")] = "1024,4096,16384",
-    repeats: Annotated[int, typer.Option(min=3, help="Timed runs of a tile.")] = 15,
-    tables: Annotated[Path | None, typer.Option(help="Folder for the tables. Default: beside the kernels.")] = None,
+def tune_op(
+    op: str, counts: Sequence[int], repeats: int, path: Path, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Tune on this GPU and write the tables."""
+    """Tune ``op`` on maps of ``counts`` tokens, squares, and write its table to ``path``."""
     from rich.progress import track
 
-    if not torch.cuda.is_available():
-        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here; tiles are tuned on one")
-    for name in op or ():
-        if name not in _CALLS:
-            raise typer.BadParameter(f"{name!r}; expected one of {', '.join(_CALLS)}", param_hint="--op")
-    arch = _tiles.architecture(torch.device("cuda"))
-    for name in op or _CALLS:
-        table = json.loads(_tiles.table_path(name).read_text(encoding="utf-8"))
-        for count in sorted(int(part) for part in tokens.split(",")):
-            tuner = _Tuner(name, round(count**0.5), torch.bfloat16, repeats)
-            timed: dict[Tile, Sequence[float]] = {}
-            for tile in track(candidates(tuner.base), f"{name}, {count} tokens"):
-                seconds = tuner.seconds(tile)
-                if seconds is not None:
-                    timed[tile] = seconds
-            if tuner.base not in timed:
-                raise RuntimeError(f"{name}, {count} tokens: the tile in use fails: {tuner.rejected}")
-            best, _ = fastest(timed, tuner.base)
-            for programs in _PROGRAMS:
-                tile = Tile(**{**asdict(best), "programs": programs})
-                seconds = timed[tile] if tile in timed else tuner.seconds(tile)
-                if seconds is not None:
-                    timed[tile] = seconds
-            best, ratio = fastest(timed, tuner.base)
-            typer.echo(f"{name}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}; not fit: {tuner.rejected}")
-            if best != tuner.base:
-                row = {"architecture": arch, "dtypes": ["float16", "bfloat16"], "head_dim": HEAD_DIM, "queries": count}
-                row |= {**asdict(best), "triton": _tiles.triton_minor(), "device": torch.cuda.get_device_name()}
-                table = merge(table, row)
-        write_table(table, tables / name / "tiles.json" if tables else _tiles.table_path(name))
-
-
-if __name__ == "__main__":
-    app()
+    table = json.loads(tiles.table_path(op).read_text(encoding="utf-8"))
+    for count in counts:
+        tuner = _Tuner(op, round(count**0.5), torch.bfloat16, repeats)
+        timed: dict[Tile, Sequence[float]] = {}
+        for tile in track(candidates(tuner.base), f"{op}, {count} tokens"):
+            seconds = tuner.seconds(tile)
+            if seconds is not None:
+                timed[tile] = seconds
+        if tuner.base not in timed:
+            raise RuntimeError(f"{op}, {count} tokens: the tile in use fails: {tuner.rejected}")
+        best, _ = fastest(timed, tuner.base)
+        for programs in _PROGRAMS:
+            tile = Tile(**{**asdict(best), "programs": programs})
+            seconds = timed[tile] if tile in timed else tuner.seconds(tile)
+            if seconds is not None:
+                timed[tile] = seconds
+        best, ratio = fastest(timed, tuner.base)
+        say(f"{op}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}; rejected: {tuner.rejected}")
+        if best != tuner.base:
+            row = {"architecture": tiles.architecture(tuner.device), "dtypes": ["float16", "bfloat16"]}
+            row |= {"head_dim": HEAD_DIM, "queries": count}
+            row |= {**asdict(best), "triton": tiles.triton_minor(), "device": torch.cuda.get_device_name()}
+            table = merge(table, row)
+    write_table(table, path)

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 import atedm
-from atedm.bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
-from atedm.bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
-from atedm.bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
 from atedm.flops import Flops, UNetFlops
 from atedm.models import unet_inputs
 from atedm.recording import Recording
-from atedm_kernels._backends import choose
-from atedm_kernels._library import IMPLEMENTATIONS
+from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
+from atedm_bench.peers import TomesdFlops
+from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
+from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
+from atedm_kernels.registry import OPS
 
 # Which part of pruning each op belongs to, as in AT-EDM's latency table.
 STAGES = {
@@ -46,7 +46,7 @@ Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class UNetSettings:
     """What is measured.
 
     Attributes:
@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclass
-class Variant:
+class UNetVariant:
     """One way to run the UNet; ``fields`` go into its row."""
 
     name: str
@@ -95,10 +95,10 @@ class Variant:
 class UNetBench:
     """Builds the variants, measures them and gives the rows; rows may be asked for at any time."""
 
-    def __init__(self, config: Mapping[str, Any], settings: Settings) -> None:
+    def __init__(self, config: Mapping[str, Any], settings: UNetSettings) -> None:
         self.config = config
         self.settings = settings
-        self.variants: list[Variant] = []
+        self.variants: list[UNetVariant] = []
         self.facts: dict[str, Any] = {}
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})
         self._failed: dict[str, str] = {}
@@ -131,7 +131,7 @@ class UNetBench:
             + graphs * (self.settings.repeats)
         )
 
-    def _measure(self, variants: list[Variant], end: float, notify: Notify) -> None:
+    def _measure(self, variants: list[UNetVariant], end: float, notify: Notify) -> None:
         """Warm up, time round by round, and look into ``variants``."""
         for variant in list(variants):
             notify(f"{variant.name}: warming up")
@@ -152,14 +152,14 @@ class UNetBench:
                 notify(f"{variant.name}: memory and stages")
                 self._inspect(variant)
 
-    def _captured(self, variant: Variant) -> list[Variant]:
+    def _captured(self, variant: UNetVariant) -> list[UNetVariant]:
         """The same call as a CUDA graph; none where it cannot be captured, as tomesd's random numbers cannot."""
         try:
             call = self._graphs.capture(variant.call)
         except RuntimeError as error:
             self._failed[variant.name + GRAPH] = error_line(error)
             return []
-        graph = Variant(variant.name + GRAPH, call, variant.unet, dict(variant.fields), variant.is_ours, graph=True)
+        graph = UNetVariant(variant.name + GRAPH, call, variant.unet, dict(variant.fields), variant.is_ours, graph=True)
         self.variants.append(graph)
         return [graph]
 
@@ -190,7 +190,7 @@ class UNetBench:
         for name in self._buildable():
             self._add(name, unet if name == FULL else sharing_weights(unet), compiled=False)
 
-    def _compiled(self) -> list[Variant]:
+    def _compiled(self) -> list[UNetVariant]:
         found = []
         for name in self._buildable():
             self._add(name, sharing_weights(self._unet), compiled=True)
@@ -209,8 +209,9 @@ class UNetBench:
         if TOMESD not in self._wanted():
             return flops
         try:
-            self._merge_ratio = counter.nearest_merge_ratio(flops[OURS].unet)
-            flops[TOMESD] = counter.merged(self._merge_ratio)
+            merged = TomesdFlops(counter)
+            self._merge_ratio = merged.nearest_ratio(flops[OURS].unet)
+            flops[TOMESD] = merged.at(self._merge_ratio)
         except RuntimeError as error:
             self._failed[TOMESD] = str(error)
         return flops
@@ -235,7 +236,7 @@ class UNetBench:
             return run(sample, timestep if steps is None else steps(), text, **kwargs)
 
         name = kind + COMPILED if compiled else kind
-        self.variants.append(Variant(name, call, unet, fields, is_ours(kind), compiled))
+        self.variants.append(UNetVariant(name, call, unet, fields, is_ours(kind), compiled))
 
     def _compile(self, kind: str, unet: nn.Module) -> Callable[..., object]:
         # Shapes never change here. tomesd makes a random generator inside its layers, which no graph can hold.
@@ -250,7 +251,7 @@ class UNetBench:
             return unet
         return torch.compile(unet, **options)
 
-    def _warm_up(self, variant: Variant) -> bool:
+    def _warm_up(self, variant: UNetVariant) -> bool:
         """Whether the variant runs; if not, its row will say why."""
         try:
             if variant.compiled and self.settings.compiled == "whole":
@@ -267,7 +268,7 @@ class UNetBench:
             return False
         return True
 
-    def _inspect(self, variant: Variant) -> None:
+    def _inspect(self, variant: UNetVariant) -> None:
         device = self.settings.device
         # One call for both: what recording copies is a few kilobytes.
         records = variant.is_ours and not variant.compiled
@@ -356,12 +357,12 @@ class UNetBench:
             **({} if self._unet is None else attention_kernels(self._unet, s.width, s.height, s.batch)),
             "stage_clock": "device" if s.device.type == "cuda" else "cpu",
             "memory": "allocated on the device" if s.device.type == "cuda" else "resident in the process",
-            "backends": {op: choose(op, served, s.device, s.dtype)[0] for op, served in IMPLEMENTATIONS.items()},
+            "backends": {name: op.backend_for(s.device, s.dtype)[0] for name, op in OPS.items()},
             **self.facts,
         }
 
 
-def _has_time(variants: list[Variant], seconds: float) -> bool:
+def _has_time(variants: list[UNetVariant], seconds: float) -> bool:
     """Whether a round, and then the inspection of two calls each, fit into ``seconds``; the first is always made."""
     if not all(variant.seconds for variant in variants):
         return True

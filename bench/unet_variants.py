@@ -1,4 +1,4 @@
-"""The ways of running a UNet that ``atedm bench unet`` compares, and their FLOPs."""
+"""The ways of running a UNet that ``atedm-bench unet`` compares, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
 import atedm
-from atedm.flops import Flops, UNetFlops, apply_tomesd
+from atedm.flops import Flops, UNetFlops
 from atedm.options import BY_KEYS
+from atedm_bench.peers import apply_tomesd
+from atedm_bench.rankings import no_ranking
 
 FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
@@ -51,14 +53,10 @@ def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
     options = _OPTIONS[name]
     counted = {key: options[key] for key in _COUNTED if key in options}
     found = counter.pruned(ratio, light=name == LIGHT, **counted)
-    sources = counter.pruned(ratio, ranking=_no_ranking).scoring
+    sources = counter.pruned(ratio, ranking=no_ranking).scoring
     # How many rankings are run for as many as there are rows.
     share = {REUSED: 0.0, SHARED: 0.5}.get(name)
     return found if share is None else Flops(found.unet, round(sources + share * (found.scoring - sources)))
-
-
-def _no_ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    return q.new_zeros((q.shape[0], 1, q.shape[2]), dtype=torch.float32)
 
 
 class Steps:

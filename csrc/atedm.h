@@ -1,7 +1,7 @@
 /* Plain C interface of the CPU kernels. No torch and no Python headers, so one build serves every version of both.
  *
- * Strides count elements. A function returns ATEDM_OK, or what went wrong; it then has written nothing that is of use.
- * Sizes may be 0. No function keeps a pointer or a lock after it returned; all may be called from several threads.
+ * Strides count elements. A function returns ATEDM_OK, or what went wrong; its outputs are then undefined.
+ * Sizes may be 0. No function keeps a pointer or a lock after it returns; any number of threads may call them.
  */
 #ifndef ATEDM_H
 #define ATEDM_H
@@ -19,13 +19,13 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or a structure below changes: the Python side asks before it calls anything else. */
-#define ATEDM_ABI 1
+#define ATEDM_ABI 2
 
 enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
 enum atedm_dtype { ATEDM_FLOAT32 = 0, ATEDM_BFLOAT16 = 1, ATEDM_FLOAT16 = 2 };
 enum atedm_reduction { ATEDM_RMS = 0, ATEDM_MEAN = 1 };
 
-/* The attention map A_ij = exp(scale * q_i . k_j - lse_i) of every batch row and head, which is never given. */
+/* The attention map A_ij = exp(scale * q_i . k_j - lse_i) of every batch row and head, which is never stored. */
 typedef struct atedm_map {
   const void *q;    /* [batch, heads, queries, head_dim] */
   const void *k;    /* [batch, heads, keys, head_dim] */
@@ -38,24 +38,24 @@ typedef struct atedm_map {
 
 ATEDM_API int32_t atedm_abi(void);
 
-/* Levels of instruction sets, from 0, the slowest; NULL past the last. */
-ATEDM_API const char *atedm_level_name(int32_t level);
-/* NULL where this CPU and its operating system run the level, else why not. */
-ATEDM_API const char *atedm_level_why_not(int32_t level);
-/* The level in force, for the whole process: the best one that runs, until another is set. */
-ATEDM_API int32_t atedm_level(void);
-ATEDM_API int32_t atedm_set_level(int32_t level);
+/* Instruction sets (ISAs), from 0, the slowest; NULL past the last. */
+ATEDM_API const char *atedm_isa_name(int32_t isa);
+/* NULL where this CPU and its operating system run the ISA, else why not. */
+ATEDM_API const char *atedm_isa_why_not(int32_t isa);
+/* The ISA in force, for the whole process: the best one that runs, until another is set. */
+ATEDM_API int32_t atedm_isa(void);
+ATEDM_API int32_t atedm_set_isa(int32_t isa);
 
-/* GOMP_parallel of the OpenMP runtime that the caller's own threads live in, or NULL for threads of our own. Sharing
- * its team keeps two sets of threads from competing for the cores. */
+/* GOMP_parallel of the OpenMP runtime that the caller's own threads live in, or NULL to start threads of its own. Sharing
+ * one team keeps two sets of threads from competing for the cores. */
 ATEDM_API void atedm_set_openmp(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
 
 /* out [batch, heads, keys], contiguous: sum over i of weights_i A_ij; weights NULL stands for 1 / queries. */
 ATEDM_API int32_t atedm_attention_column_sums(const atedm_map *map, const float *weights,
                                               const int64_t weights_stride[3], float *out, int32_t threads);
 
-/* Bytes of one head's map up to which a ranking keeps it: in float32, else in 16 bits; beyond both it is computed anew in
- * each iteration. A negative number restores the default. */
+/* Bytes of one head's map up to which a ranking keeps it: in float32, else in 16 bits; beyond both each iteration computes it
+ * again. A negative number restores the default. */
 ATEDM_API void atedm_set_map_limits(int64_t float_bytes, int64_t sixteen_bit_bytes);
 
 /* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. */

@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 
-# Contraction: a product and a sum become one fused operation where the level has one. Never -ffast-math, which would
+# Contraction: a product and a sum become one fused operation where the ISA has one. Never -ffast-math, which would
 # delete the rounding that the exponential is built on.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -28,8 +28,8 @@ FLAGS = (
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 _BF16 = (*_AVX512, "-mavx512bf16")
-# Levels in the order of csrc/levels.h. Older compilers lack the last ones; the others are needed.
-LEVELS = {
+# In the order of csrc/isa.h. Older compilers lack the optional ones.
+ISAS = {
     "portable": (),
     "avx2": _AVX2,
     "avx512": _AVX512,
@@ -37,7 +37,7 @@ LEVELS = {
     "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
 }
 OPTIONAL = ("avx512_bf16", "amx")
-COMMON = ("levels", "parallel", "gather_rows", "select_tokens")
+COMMON = ("isa", "parallel", "gather_rows", "select_tokens")
 
 
 class BuildError(Exception):
@@ -60,11 +60,11 @@ def _run(command: Sequence[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def objects(folder: Path, extra: Sequence[str] = (), levels: Sequence[str] = tuple(LEVELS)) -> list[Path]:
-    """Compile every source into ``folder``, each level's kernels once, and return the object files.
+def objects(folder: Path, extra: Sequence[str] = (), isas: Sequence[str] = tuple(ISAS)) -> list[Path]:
+    """Compile every source into ``folder``, each ISA's kernels once, and return the object files.
 
     Args:
-        extra: more compiler flags. levels: those wanted, of which an old compiler or another CPU omits some.
+        extra: more compiler flags. isas: those wanted; an old compiler or another CPU omits some.
 
     Raises:
         BuildError: with the compiler's output.
@@ -72,14 +72,14 @@ def objects(folder: Path, extra: Sequence[str] = (), levels: Sequence[str] = tup
     if sys.platform == "win32":
         raise BuildError("Windows is not supported")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    levels = [name for name in levels if is_x86 or name == "portable"]
+    isas = [name for name in isas if is_x86 or name == "portable"]
     base = [*compiler(), *FLAGS, *extra]
 
-    def compile_level(name: str) -> Path | None:
-        out = folder / f"level_{name}.o"
-        names = [f"-DATEDM_LEVEL={list(LEVELS).index(name)}", f"-DATEDM_NAMESPACE={name}"]
+    def compile_isa(name: str) -> Path | None:
+        out = folder / f"isa_{name}.o"
+        names = [f"-DATEDM_ISA={list(ISAS).index(name)}", f"-DATEDM_NAMESPACE={name}"]
         try:
-            _run([*base, *LEVELS[name], *names, "-c", str(SOURCES / "level.cpp"), "-o", str(out)])
+            _run([*base, *ISAS[name], *names, "-c", str(SOURCES / "kernels.cpp"), "-o", str(out)])
         except BuildError:
             if name in OPTIONAL:
                 return None
@@ -92,7 +92,7 @@ def objects(folder: Path, extra: Sequence[str] = (), levels: Sequence[str] = tup
         return out
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = dict(zip(levels, pool.map(compile_level, levels), strict=True))
+        built = dict(zip(isas, pool.map(compile_isa, isas), strict=True))
         defines = [f"-DATEDM_HAS_{name.upper()}" for name, path in built.items() if path is not None]
         common = pool.map(lambda name: compile_common(name, defines), COMMON)
         return [path for path in (*built.values(), *common) if path is not None]

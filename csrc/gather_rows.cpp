@@ -1,4 +1,4 @@
-// Copies of whole rows: the same for every level and every dtype of a size.
+// Copies of whole rows: the same for every ISA and every dtype of a size.
 #include <cstring>
 
 #include "atedm.h"

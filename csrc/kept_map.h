@@ -21,7 +21,7 @@ struct KeptFloat {
 };
 
 // Two rows of the map in 16 bits an entry: no sign, 6 bits of exponent, 10 of mantissa, for 2^-63 to 2. That is fp16's
-// precision with a range in which no attention that counts vanishes, and any level unpacks it in two instructions. Digits
+// precision with a range in which no attention that counts vanishes, and any ISA unpacks it in two instructions. Digits
 // are cut off, not rounded: the correction of each column removes the bias, and what is left is the same.
 struct Kept16 {
   static constexpr bool kCuts = true;
@@ -41,9 +41,9 @@ struct Kept16 {
   }
   // The low half of every lane from one, the high half from the other.
   static ATEDM_INLINE Vu halves(Vu low, Vu high) {
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
     return (Vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
     return (Vu)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
 #else
     return (low & 0xffff) | (high & 0xffff0000);

@@ -46,11 +46,11 @@ struct FloatDot {
   }
 };
 
-#if ATEDM_LEVEL >= ATEDM_AVX512_BF16
+#if ATEDM_ISA >= ATEDM_AVX512_BF16
 // Pairs of bfloat16: two products an instruction. Products are exact, sums float32; denormal inputs count as 0.
 struct PairDot {
   using Unit = uint32_t;
-#if ATEDM_LEVEL >= ATEDM_AMX
+#if ATEDM_ISA >= ATEDM_AMX
   // Never run but emulated. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
   static constexpr int kRows = 16;
   static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
@@ -104,7 +104,7 @@ struct PairDot {
 
 // The tile unit's settings belong to a thread: held while one works.
 struct TileUnit {
-#if ATEDM_LEVEL >= ATEDM_AMX
+#if ATEDM_ISA >= ATEDM_AMX
   TileUnit() {
     alignas(64) uint8_t config[64] = {1};  // palette 1
     for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
@@ -140,10 +140,10 @@ inline void panel_logits(const typename Dot::Unit *queries, int64_t rows, const 
   }
 }
 
-// run(Dot{}) with the fastest product for the dtype at this level.
+// run(Dot{}) with the fastest product for the dtype on this ISA.
 template <class Run>
 ATEDM_INLINE int32_t with_dot([[maybe_unused]] int32_t dtype, Run &&run) {
-#if ATEDM_LEVEL >= ATEDM_AVX512_BF16
+#if ATEDM_ISA >= ATEDM_AVX512_BF16
   if (dtype == ATEDM_BFLOAT16) return run(PairDot{});
 #endif
   return run(FloatDot{});

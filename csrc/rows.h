@@ -54,9 +54,9 @@ ATEDM_INLINE void load_row(const char *row, int64_t stride, int32_t dtype, int64
       for (; i < count; ++i) out[i] = float_of_bfloat16(load_as<uint16_t>(row + 2 * i));
       return;
     }
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
     for (; i + 16 <= count; i += 16) store_as(out + i, _mm512_cvtph_ps(load_as<__m256i>(row + 2 * i)));
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
     for (; i + 8 <= count; i += 8) store_as(out + i, _mm256_cvtph_ps(load_as<__m128i>(row + 2 * i)));
 #endif
   }
@@ -73,11 +73,11 @@ ATEDM_INLINE void store_row(char *row, int32_t dtype, int64_t count, const float
     for (; i < count; ++i) store_as(row + 2 * i, bfloat16_of_float(values[i]));
     return;
   }
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
   for (; i + 16 <= count; i += 16) {
     store_as(row + 2 * i, _mm512_cvtps_ph(load_as<__m512>(values + i), _MM_FROUND_TO_NEAREST_INT));
   }
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
   for (; i + 8 <= count; i += 8) {
     store_as(row + 2 * i, _mm256_cvtps_ph(load_as<__m256>(values + i), _MM_FROUND_TO_NEAREST_INT));
   }

@@ -1,15 +1,15 @@
-// Vectors of one level. Compiled once for each level: everything is in that level's namespace, and nothing here or in
-// what includes it may use the standard library's templates. The linker keeps one copy of those for all levels, which
+// Vectors of one ISA. Compiled once for each ISA: everything is in that ISA's namespace, and nothing here or in
+// what includes it may use the standard library's templates. The linker keeps one copy of those for all ISAs, which
 // could be the one made of instructions that this CPU lacks.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "levels.h"
+#include "isa.h"
 #include "parallel.h"
 
-#if ATEDM_LEVEL >= ATEDM_AVX2
+#if ATEDM_ISA >= ATEDM_AVX2
 #include <immintrin.h>
 #endif
 #if defined(ATEDM_EMULATED_TILES)  // a test's stand-in for AMX
@@ -26,10 +26,10 @@
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
 constexpr int kLanes = 16;
 constexpr int kVectors = 4;  // of keys, in a tile of 6 queries: 24 sums, 4 keys and a query fill 32 registers
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
 constexpr int kLanes = 8;
 constexpr int kVectors = 2;
 #else
@@ -73,18 +73,18 @@ ATEDM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multipl
 
 // Larger of the two; `b` where either is NaN.
 ATEDM_INLINE Vf max_or_second(Vf a, Vf b) {
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
   return (Vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
   return (Vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
 }
 ATEDM_INLINE Vf min_or_second(Vf a, Vf b) {
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
   return (Vf)_mm512_min_ps((__m512)a, (__m512)b);
-#elif ATEDM_LEVEL >= ATEDM_AVX2
+#elif ATEDM_ISA >= ATEDM_AVX2
   return (Vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
@@ -98,7 +98,7 @@ template <int kCount>
 ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
   constexpr float c0 = 0.999999247f, c1 = 0.693121805f, c2 = 0.240247445f, c3 = 0.0559178597f, c4 = 0.00957010179f;
   Vf whole[kCount], p[kCount];
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = (Vf)_mm512_roundscale_ps((__m512)x[i], kNearest);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = x[i] - whole[i];
@@ -115,7 +115,7 @@ ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c2);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c1);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c0);
-#if ATEDM_LEVEL >= ATEDM_AVX512
+#if ATEDM_ISA >= ATEDM_AVX512
   // scalef does the ends of the range: by its definition NaN * 2^-inf is 0 and NaN * 2^inf is inf, for x infinite.
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = (Vf)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
 #else

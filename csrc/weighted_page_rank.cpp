@@ -18,7 +18,7 @@ constexpr int64_t kCacheBytes = 16 << 20;
 template <class Dot, class Kept>
 struct Ranking {
   const atedm_map &map;
-  const bool keeps;  // the map; else every step computes it anew
+  const bool keeps;  // the map; else every step computes it again
   const int64_t tokens = map.queries, pairs = map.batch * map.heads;
   const int64_t blocks = (tokens + kBlockKeys - 1) / kBlockKeys, columns = blocks * kBlockKeys;
   const int64_t padded = round_up(tokens, 2);

@@ -1,7 +1,7 @@
 // Importance of the queries of a cross-attention map: s_K <- A^T s_Q, s_Q <- (A s_K) / entropy, normalised.
 //
 // Text has few tokens, so a head's map is small: it is computed once, in float32, by chunks of rows, and kept. A map that
-// is too large for that is computed anew for each of the two products.
+// is too large for that is computed again for each of the two products.
 #include "map_block.h"
 #include "power_iteration.h"
 

@@ -1,4 +1,4 @@
-"""``atedm bench unet``: every variant of a small UNet with SDXL's structure, and the shape of what is written."""
+"""``atedm-bench unet``: every variant of a small UNet with SDXL's structure, and the shape of what is written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 import atedm
-from atedm.bench import unet as bench
-from atedm.bench import unet_variants as variants
-from atedm.bench.measure import op_seconds_of, peak_memory_of, seconds_of
-from atedm.bench.random_unet import LOGIT_STD, calibrate_attention, random_unet, sharing_weights
 from atedm.models import SDXL_UNET, unet_inputs
+from atedm_bench import unet as bench
+from atedm_bench import unet_variants as variants
+from atedm_bench.measure import op_seconds_of, peak_memory_of, seconds_of
+from atedm_bench.random_unet import LOGIT_STD, calibrate_attention, random_unet, sharing_weights
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def _one_thread():
 
 
 def _settings(**changes) -> bench.Settings:
-    return bench.Settings(
+    return bench.UNetSettings(
         **{"device": CPU, "dtype": torch.float32, "width": 128, "height": 128, "repeats": 2, **changes}
     )
 
@@ -146,7 +146,7 @@ def test_a_missing_peer_is_said_not_raised(monkeypatch):
     def missing(self, *args):
         raise RuntimeError("tomesd is not installed")
 
-    monkeypatch.setattr(bench.UNetFlops, "nearest_merge_ratio", missing)
+    monkeypatch.setattr(bench.TomesdFlops, "nearest_ratio", missing)
     run = bench.UNetBench(SMALL, _settings(width=64, height=64))
     run._build(lambda what: None)
     assert variants.TOMESD not in [variant.name for variant in run.variants]
@@ -194,9 +194,9 @@ def test_measuring_a_call():
 
 
 def _run(*arguments: str):
-    from atedm.cli import app
+    from atedm_bench.cli import app
 
-    return CliRunner().invoke(app, ["bench", "unet", *arguments], env={"TERM": "dumb"})
+    return CliRunner().invoke(app, ["unet", *arguments], env={"TERM": "dumb"})
 
 
 def test_command_writes_its_report(tmp_path):

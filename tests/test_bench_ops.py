@@ -1,4 +1,4 @@
-"""``atedm bench ops``: its competitors compute what the ops compute, its counts are right, its rows are whole."""
+"""``atedm-bench ops``: its competitors compute what the ops compute, its counts are right, its rows are whole."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from typer.testing import CliRunner
 
 import atedm_kernels as ops
-from atedm.bench.measure import seconds_of
-from atedm.bench.ops import plain, run
-from atedm.bench.ops.cases import ATTENTION, Inputs, attention_case, cases
-from atedm.bench.ops.ceilings import Ceilings, measure_ceilings
-from atedm.bench.ops.shapes import Shape, Work, shape_of
+from atedm_bench.measure import seconds_of
+from atedm_bench.ops import plain, run
+from atedm_bench.ops.cases import ATTENTION, OpInputs, attention_case, cases
+from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
+from atedm_bench.ops.shapes import Shape, Work, shape_of
 
 CPU = torch.device("cpu")
 SHAPE = Shape("96x64", 3, 2, 4, 6, 9)
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Inputs:
+def inputs() -> OpInputs:
     with ops.backend("reference"):
-        return Inputs(SHAPE, torch.float32, CPU)
+        return OpInputs(SHAPE, torch.float32, CPU)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -68,6 +68,9 @@ def test_work_is_counted(inputs):
     sums = Work(2 * 2 * 20 * 24 * 24 * 64, 2 * 20 * 24 * 24, 2 * 20 * (48 * 64 * 4 + 48 * 4))
     assert case["attention_column_sums"] == sums
     assert case["weighted_page_rank, 5 iterations"] == Work(5 * sums.flops, 5 * sums.exponentials, 5 * sums.bytes)
+    assert case["weighted_page_rank, stopped after 1 of 5"] == sums
+    assert case["weighted_page_rank_cross, 5 iterations"].flops == 5 * 2 * 2 * 2 * 20 * 24 * 77 * 64
+    assert case["similarity_source"].flops == 2 * 2 * 20 * 15 * 9 * 64
     assert case["weighted_page_rank_cross, 5 iterations"].exponentials == 2 * 5 * 2 * 20 * 24 * 77
     assert case["similarity_source"].exponentials == 2 * 20 * 15 * 9
     assert case["select_tokens"].bytes == 4 * 2 * 20 * 24 + 8 * 2 * 9
@@ -84,11 +87,11 @@ def test_a_floor_is_the_slowest_part():
 
 
 def test_ceilings_are_measured(monkeypatch):
-    from atedm.bench.ops import ceilings
+    from atedm_bench.ops import ceilings
 
     monkeypatch.setattr(ceilings, "_PRODUCT_SIDE", {"cpu": 256})
     monkeypatch.setattr(ceilings, "_COPIED_BYTES", {"cpu": 1 << 22})
-    monkeypatch.setattr(ceilings, "_EXPONENTIALS_EACH", {"cpu": 4})
+    monkeypatch.setattr(ceilings, "_EXPONENTIALS_PER_ELEMENT", {"cpu": 4})
     found = measure_ceilings(CPU, torch.float32)
     assert min(found.flops, found.exponentials, found.bytes) > 1e6
 
@@ -108,7 +111,7 @@ def quick(monkeypatch):
 
 def test_rows(quick):
     notified: list[str] = []
-    settings = run.Settings(
+    settings = run.OpsSettings(
         CPU, (SHAPE,), (torch.float32,), repeats=2, compiled=False, only=("attention_column_sums", "gather_tokens")
     )
     bench = run.OpsBench(settings)
@@ -140,9 +143,9 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     with ops.backend("reference"):
-        made = Inputs(SHAPE, torch.float32, CPU)
+        made = OpInputs(SHAPE, torch.float32, CPU)
     monkeypatch.setattr(plain, "column_sums", no_memory)
-    settings = run.Settings(CPU, (SHAPE,), (torch.float32,), 5, 1, compiled=False, only=("attention_column_sums",))
+    settings = run.OpsSettings(CPU, (SHAPE,), (torch.float32,), 5, 1, compiled=False, only=("attention_column_sums",))
     bench = run.OpsBench(settings)
     bench.run()
     failed = [row for row in bench.rows() if "error" in row]
@@ -151,14 +154,14 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     assert not bench.failed
     monkeypatch.setattr(ops, "select_tokens", no_memory)
     bench = run.OpsBench(dataclasses.replace(settings, only=("select_tokens",)))
-    monkeypatch.setattr(run, "Inputs", lambda *_: made)
+    monkeypatch.setattr(run, "OpInputs", lambda *_: made)
     bench.run()
     # One row a backend: where the native library serves the CPU, the reference is measured too.
     assert bench.failed and {row["name"] for row in bench.rows() if "error" in row} == {"select_tokens"}
 
 
 def test_without_time_shapes_are_named(quick):
-    settings = run.Settings(CPU, (SHAPE, SHAPE), (torch.float32,), repeats=9, minutes=1e-9, only=("select_tokens",))
+    settings = run.OpsSettings(CPU, (SHAPE, SHAPE), (torch.float32,), repeats=9, minutes=1e-9, only=("select_tokens",))
     bench = run.OpsBench(settings)
     bench.run()
     assert bench.settings_for_report()["left_out"] == [
@@ -171,7 +174,7 @@ def test_without_time_shapes_are_named(quick):
 
 def test_compiled_rows_are_compared_with_plain_ones(quick, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    bench = run.OpsBench(run.Settings(CPU, (SHAPE,), (torch.float32,), repeats=1, only=("select_tokens",)))
+    bench = run.OpsBench(run.OpsSettings(CPU, (SHAPE,), (torch.float32,), repeats=1, only=("select_tokens",)))
     bench.run()
     rows = {row["variant"]: row for row in bench.rows()}
     assert set(rows) == {"fused attention", "ours", "plain", "plain compiled"}
@@ -198,9 +201,9 @@ def test_a_run_that_breaks_keeps_its_rows(tmp_path, quick, monkeypatch):
 
 
 def _run(*arguments: str):
-    from atedm.cli import app
+    from atedm_bench.cli import app
 
-    return CliRunner().invoke(app, ["bench", "ops", *arguments], env={"TERM": "dumb"})
+    return CliRunner().invoke(app, ["ops", *arguments], env={"TERM": "dumb"})
 
 
 def test_command_writes_rows_and_a_picture(tmp_path, quick):

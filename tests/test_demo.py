@@ -152,7 +152,7 @@ def test_generate_pruned_only_with_other_settings(model_folder, pipe, tmp_path):
 
 def test_same_seed_same_image(pipe):
     def image(seed, model=pipe):
-        request = comparison.Request("a red circle", steps=STEPS, seed=seed, width=128, height=64)
+        request = comparison.ImageRequest("a red circle", steps=STEPS, seed=seed, width=128, height=64)
         return np.asarray(comparison.generate_image(model, request).image)
 
     first = image(3)
@@ -162,12 +162,12 @@ def test_same_seed_same_image(pipe):
 
 
 def test_size_is_the_models_own_unless_given(pipe, side):
-    request = comparison.sized(comparison.Request("a red circle", height=64), pipe)
+    request = comparison.sized(comparison.ImageRequest("a red circle", height=64), pipe)
     assert (request.width, request.height) == (side, 64)
 
 
 def test_finished_full_image_survives_a_failure(pipe, tmp_path, monkeypatch):
-    request = comparison.Request("a red circle", steps=1, guidance=1, width=128, height=64)
+    request = comparison.ImageRequest("a red circle", steps=1, guidance=1, width=128, height=64)
 
     rank = kernels.weighted_page_rank
 

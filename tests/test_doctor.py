@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 import atedm_kernels
 from atedm.cli import app
 from atedm.selftest import check_ops
-from atedm_kernels import _native
-
-OPS = set(atedm_kernels.__all__) - {"backend"}
+from atedm_kernels import native
+from atedm_kernels.registry import OPS
 
 
 def test_all_is_well(tmp_path):
@@ -19,24 +18,24 @@ def test_all_is_well(tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "doctor.json").read_text())
     assert set(document) == {"command", "device", "versions", "date", "settings", "rows"}
-    assert {row["name"] for row in document["rows"]} == OPS
+    assert {row["name"] for row in document["rows"]} == set(OPS)
     assert all(row["result"] == "ok" for row in document["rows"])
 
 
 def test_the_native_library_is_reported(monkeypatch, tmp_path):
     # A wide terminal, so that no line is wrapped.
     result = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "doctor.json")])
-    native = json.loads((tmp_path / "doctor.json").read_text())["settings"]["native"]
-    assert f"Native CPU library: {native['library']}" in result.output
-    if _native.why_not() is None:
-        assert _native.level() in native["library"] and native["levels"]["portable"] is None
+    found = json.loads((tmp_path / "doctor.json").read_text())["settings"]["native"]
+    assert f"Native CPU library: {found['library']}" in result.output
+    if native.why_not() is None:
+        assert native.isa() in found["library"] and found["isas"]["portable"] is None
 
-    monkeypatch.setattr(_native, "PATH", tmp_path / "libatedm.so")
-    _native._load.cache_clear()
+    monkeypatch.setattr(native, "PATH", tmp_path / "libatedm.so")
+    native._load.cache_clear()
     try:
         result = CliRunner().invoke(app, ["doctor"])
     finally:
-        _native._load.cache_clear()
+        native._load.cache_clear()
     assert result.exit_code == 0 and "not in use: libatedm.so was not built" in result.output
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from atedm import embedded
-from atedm.bench.scenes import caption
-from atedm.bench.scenes.split import scenes
 from atedm.blocks import attention_blocks
+from atedm_bench.scenes import caption
+from atedm_bench.scenes.split import scenes
 
 MAX_BYTES = 25e6
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")

@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import atedm
-from atedm.flops import MAX_RATIO, TOMESD_MAX_RATIO, UNetFlops, count_flops, solve_decreasing
+from atedm.flops import MAX_RATIO, UNetFlops, count_flops, solve_decreasing
 from atedm.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
+from atedm_bench.peers import TOMESD_MAX_RATIO, TomesdFlops
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_no_pruning_counts_like_the_full_unet(small):
 
 def test_scoring_is_counted_apart(small):
     """Level 2 at 512²: 1024 tokens, 10 heads, 5 blocks; level 3: 256 tokens, 20 heads, 6 blocks. Head dim 64."""
-    from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS
+    from atedm_kernels import DEFAULT_MAX_ITERATIONS
 
     expected = 0
     for tokens, heads, blocks in ((1024, 10, 5), (256, 20, 6)):
@@ -107,12 +108,13 @@ def test_solve_ends_on_steps():
 def test_tomesd_at_the_nearest_flops(small):
     pytest.importorskip("tomesd")
     target = small.pruned(0.63).unet
-    ratio = small.nearest_merge_ratio(target)
+    merged = TomesdFlops(small)
+    ratio = merged.nearest_ratio(target)
     assert 0 < ratio < TOMESD_MAX_RATIO
-    assert small.merged(ratio).unet == pytest.approx(target, rel=2e-3)
-    assert small.merged(ratio).scoring > 0
-    assert small.merged(0.0) == small.full()
-    assert small.nearest_merge_ratio(1) == TOMESD_MAX_RATIO
+    assert merged.at(ratio).unet == pytest.approx(target, rel=2e-3)
+    assert merged.at(ratio).scoring > 0
+    assert merged.at(0.0) == small.full()
+    assert merged.nearest_ratio(1) == TOMESD_MAX_RATIO
 
 
 def test_other_sizes_and_batches(small):

@@ -52,7 +52,7 @@ def many(common, tmp_path_factory):
 
 def test_every_prompt_gets_its_picture_full_and_pruned(many, pipe):
     _, out = many
-    request = comparison.Request(PROMPTS[1], steps=STEPS, seed=6)
+    request = comparison.ImageRequest(PROMPTS[1], steps=STEPS, seed=6)
     alone = np.asarray(comparison.generate_image(pipe, request).image).astype(int)
     assert np.abs(pixels(out / "full" / "00001.png") - alone).max() <= 1  # made in a batch of two
     for name in ("full", "pruned"):
@@ -148,7 +148,7 @@ def test_the_page_says_how_tokens_were_chosen(ranking, recovery):
 @pytest.fixture(scope="module")
 def recorded(pipe):
     with atedm.applied(pipe), atedm.record(pipe) as recording:
-        image = comparison.generate_image(pipe, comparison.Request(PROMPTS[0], steps=STEPS)).image
+        image = comparison.generate_image(pipe, comparison.ImageRequest(PROMPTS[0], steps=STEPS)).image
     return recording, image
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from atedm.bench import tune
-from atedm_kernels import _tiles
-from atedm_kernels._tiles import Tile
+from atedm_bench import tune
+from atedm_bench.cli import app
+from atedm_kernels import tiles
+from atedm_kernels.tiles import Tile
 
 BASE = Tile(64, 128, 4, 3, 512)
 
@@ -46,11 +47,11 @@ def test_rows_are_renewed_and_ordered():
 
 
 def test_a_written_table_is_found(tmp_path, monkeypatch):
-    for op in tune._CALLS:
-        old = json.loads(_tiles.table_path(op).read_text())
+    for op in tune.TUNED:
+        old = json.loads(tiles.table_path(op).read_text())
         tune.write_table(old, tmp_path / op / "tiles.json")
         assert json.loads((tmp_path / op / "tiles.json").read_text()) == old
-        assert (tmp_path / op / "tiles.json").read_text() == _tiles.table_path(op).read_text()
+        assert (tmp_path / op / "tiles.json").read_text() == tiles.table_path(op).read_text()
 
 
 def test_wrong_results_disagree():
@@ -65,5 +66,5 @@ def test_wrong_results_disagree():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing only where there is no GPU")
 def test_without_a_gpu_it_says_so():
-    result = CliRunner().invoke(tune.app, [], env={"TERM": "dumb"})
+    result = CliRunner().invoke(app, ["tune"], env={"TERM": "dumb"})
     assert result.exit_code == 2 and "no GPU" in result.output

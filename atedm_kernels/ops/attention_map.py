@@ -1,4 +1,4 @@
-"""The attention map by blocks, for the references: ``A_ij = exp(scale · q_i·k_j − lse_i)``, never stored whole."""
+"""The attention map ``A_ij = exp(scale · q_i·k_j − lse_i)``: by blocks, for the references, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def log_map_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Iterator[
         for m in range(0, queries, rows_per_block):
             rows = slice(m, min(m + rows_per_block, queries))
             yield heads, rows, torch.baddbmm(shift[:, rows], queries_of[:, rows], keys_of)
+
+
+def map_flops(q: tuple[int, ...], keys: int) -> int:
+    """Products of the queries of shape ``q`` ``[B, H, M, D]`` with ``keys`` keys: 2·B·H·M·N·D."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * keys * head_dim
 
 
 def merge_heads(x: Tensor) -> Tensor:

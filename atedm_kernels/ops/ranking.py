@@ -1,17 +1,11 @@
-"""What the two PageRank ops share: their schema, checks, fake kernel and dispatch."""
+"""What the two PageRank ops share: schema, checks, fake kernel, defaults."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
 from atedm_kernels._checks import check_attention_map, check_iteration, check_scale, score_dtype, softmax_scale
-from atedm_kernels._library import define_op
-
-_BACKENDS = ("triton", "native", "reference")
 
 # Chosen on the trained maps of the embedded model (quality-bf16-256-convergence.json in bench/results), by the overlap
 # (Jaccard index) of the kept set with the converged one, mean over blocks and steps: 0.958 after 3 iterations, 0.979
@@ -20,45 +14,28 @@ _BACKENDS = ("triton", "native", "reference")
 DEFAULT_MAX_ITERATIONS = 5
 DEFAULT_TOLERANCE = 1e-2
 
-# (q, k, lse, scale, max_iterations, tolerance) → (scores, iterations)
-Ranking = Callable[[Tensor, Tensor, Tensor, float, int, float], tuple[Tensor, Tensor]]
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance) -> (Tensor scores, "
+    "Tensor iterations)"
+)
 
 
-def define_ranking_op(
-    name: str,
-    check: Callable[[Tensor, Tensor], None],
-    native: Ranking,
-    reference: Ranking,
-    import_triton: Callable[[], Ranking],
-) -> Callable:
-    """Register the op ``name`` and return its overload.
+def check_ranking(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
+) -> None:
+    check_attention_map(q, k, lse)
+    check_scale(scale)
+    check_iteration(max_iterations, tolerance)
 
-    Args:
-        check: raises where ``q`` and ``k`` do not fit this op; what both ops ask for is checked here.
-        import_triton: imports the Triton implementation when it is first wanted.
-    """
 
-    def check_all(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, iterations: int, tolerance: float) -> None:
-        check_attention_map(q, k, lse)
-        check(q, k)
-        check_scale(scale)
-        check_iteration(iterations, tolerance)
+def fake_ranking(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised scores ``[B, H, M]`` and int32 iterations ``[B, H]``."""
+    return q.new_empty(q.shape[:3], dtype=score_dtype(q)), q.new_empty(q.shape[:2], dtype=torch.int32)
 
-    def implementation(
-        q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
-        check_all(q, k, lse, scale, max_iterations, tolerance)
-        backend, _ = choose(name, _BACKENDS, q.device, q.dtype)
-        rank = import_triton() if backend == "triton" else native if backend == "native" else reference
-        return rank(q, k, lse, softmax_scale(q, scale), max_iterations, tolerance)
 
-    def fake(
-        q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
-        check_all(q, k, lse, scale, max_iterations, tolerance)
-        batch, heads, queries, _ = q.shape
-        scores = q.new_empty(batch, heads, queries, dtype=score_dtype(q))
-        return scores, q.new_empty(batch, heads, dtype=torch.int32)
-
-    arguments = "Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance"
-    return define_op(f"{name}({arguments}) -> (Tensor, Tensor)", implementation, fake, _BACKENDS)
+def prepare_ranking(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, float, int, float]:
+    return q, k, lse, softmax_scale(q, scale), max_iterations, tolerance

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atedm_kernels._backends import triton_interprets
 from atedm_kernels._launch import next_power_of_2
+from atedm_kernels.backends import triton_interprets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -18,10 +18,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _WIDEN = tl.constexpr(triton_interprets())
 
 # Elements: 16 bytes and more. Triton knows by itself of strides that 16 divides, which leaves out a head dim of 40.
-_MOST_ALIGNMENT = 16
+_MAX_ALIGNMENT = 16
 
 # tl.dot contracts over at least this many columns.
-_LEAST_DIM = 16
+_MIN_DIM = 16
 
 
 # float32 is multiplied on the FMA units from registers, which hold no more columns than this.
@@ -34,16 +34,16 @@ def tile_constants(q: Tensor, k: Tensor) -> dict[str, object]:
     16-bit inputs: at most two powers of two (80 = 64 + 16), which cost less than padding. float32: a loop over pieces.
     """
     head_dim = q.shape[3]
-    alignment = math.gcd(_MOST_ALIGNMENT, *q.stride()[:3], *k.stride()[:3])
+    alignment = math.gcd(_MAX_ALIGNMENT, *q.stride()[:3], *k.stride()[:3])
     constants = {"HEAD_DIM": head_dim, "ALIGNMENT": alignment}
     if is_float32(q):
-        piece = min(_STREAMED_DIM, max(_LEAST_DIM, next_power_of_2(head_dim)))
+        piece = min(_STREAMED_DIM, max(_MIN_DIM, next_power_of_2(head_dim)))
         return {**constants, "DIM_A": piece, "DIM_B": 0, "STREAMED": True}
-    first = max(_LEAST_DIM, next_power_of_2(head_dim + 1) // 2)
+    first = max(_MIN_DIM, next_power_of_2(head_dim + 1) // 2)
     rest = max(0, head_dim - first)
-    second = max(_LEAST_DIM, next_power_of_2(rest)) if rest else 0
+    second = max(_MIN_DIM, next_power_of_2(rest)) if rest else 0
     if first + second >= next_power_of_2(head_dim):
-        first, second = max(_LEAST_DIM, next_power_of_2(head_dim)), 0
+        first, second = max(_MIN_DIM, next_power_of_2(head_dim)), 0
     return {**constants, "DIM_A": first, "DIM_B": second, "STREAMED": False}
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 import atedm_kernels as ops
-from atedm.bench.ops import plain
-from atedm.bench.ops.shapes import (
+from atedm_bench.ops import plain
+from atedm_bench.ops.shapes import (
     HEAD_DIM,
     TEXT_TOKENS,
     Shape,
@@ -21,6 +21,7 @@ from atedm.bench.ops.shapes import (
     rows_work,
     selection_work,
 )
+from atedm_kernels.registry import OPS
 
 OURS, PLAIN, COMPILED, COPY, COLREDUCE = "ours", "plain", "plain compiled", "copy", "flash-colreduce"
 ATTENTION = "fused attention"
@@ -32,12 +33,13 @@ Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """One op on one shape.
 
     Attributes:
-        name: of the row. op: the custom op. calls: by variant. work: the least there is to do; ``times`` it is
-            repeated. map_elements: of the attention map that plain PyTorch stores; 0 where there is none.
+        name: of the row. op: the custom op. calls: by variant. work: the least there is to do. times: forwards of
+            attention that it is compared with. map_elements: of the attention map that plain PyTorch stores; 0 where
+            there is no map.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Case:
     map_elements: int = 0
 
 
-class Inputs:
+class OpInputs:
     """Seeded random tensors of one shape, laid out as diffusers' blocks have them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
@@ -75,11 +77,16 @@ class Inputs:
         self.residual_last = self.residual.to(memory_format=torch.channels_last)
 
 
-def attention_case(shape: Shape, dtype: torch.dtype, inputs: Inputs) -> Case:
+def attention_case(shape: Shape, dtype: torch.dtype, inputs: OpInputs) -> OpCase:
     """What every other row of the shape is compared with."""
     i = inputs
     call = {ATTENTION: lambda: F.scaled_dot_product_attention(i.q, i.k, i.v)}
-    return Case("attention forward", "scaled_dot_product_attention", attention_work(shape, dtype), call)
+    return OpCase("attention forward", "scaled_dot_product_attention", _attention_work(shape, dtype, inputs), call)
+
+
+def _attention_work(shape: Shape, dtype: torch.dtype, inputs: OpInputs) -> Work:
+    i = inputs
+    return attention_work(OPS["attention_with_logsumexp"].flops(i.q, i.k, i.v), shape, dtype)
 
 
 def _copy_of(work: Work, device: torch.device) -> Call:
@@ -88,12 +95,17 @@ def _copy_of(work: Work, device: torch.device) -> Call:
     return lambda: there.copy_(here)
 
 
-def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> list[Case]:
+def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -> list[OpCase]:
     """Every op; ``iterations`` of the ranking."""
     i, device = inputs, inputs.q.device
     tokens, keep, dropped = shape.tokens, shape.keep, shape.tokens - shape.keep
-    whole = map_work(shape, dtype, tokens, tokens)
-    cross = map_work(shape, dtype, tokens, TEXT_TOKENS)
+
+    def map_work_of(op: str, arguments: tuple, rows: int, columns: int, passes: int = 1) -> Work:
+        return map_work(OPS[op].flops(*arguments), shape, dtype, rows, columns, passes)
+
+    self_map = (i.q, i.k, i.lse)
+    one_pass = map_work_of("attention_column_sums", self_map, tokens, tokens)
+    text_map = (i.q, i.text_k, i.text_lse)
     on_gpu = device.type == "cuda"
 
     sums: dict[str, Call] = {
@@ -108,11 +120,11 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
     pairs = shape.batch * shape.heads
     stored = {"map_elements": pairs * tokens**2}
 
-    def rank(most: int, tolerance: float) -> Call:
-        return lambda: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=most, tolerance=tolerance)
+    def rank(max_iterations: int, tolerance: float) -> Call:
+        return lambda: ops.weighted_page_rank(*self_map, max_iterations=max_iterations, tolerance=tolerance)
 
-    def moving(op: str, suffix: str, work: Work, ours: Call, plainly: Call) -> Case:
-        return Case(op + suffix, op, work, {OURS: ours, PLAIN: plainly, COPY: _copy_of(work, device)})
+    def moving(op: str, suffix: str, work: Work, ours: Call, plainly: Call) -> OpCase:
+        return OpCase(op + suffix, op, work, {OURS: ours, PLAIN: plainly, COPY: _copy_of(work, device)})
 
     def recover(residual: torch.Tensor) -> tuple[Call, Call]:
         return (
@@ -123,43 +135,43 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
     # A kept row is read once, however often it is copied.
     map_rows = rows_work(shape, dtype, keep + tokens, tokens, tokens)
     return [
-        Case(
+        OpCase(
             "attention_with_logsumexp",
             "attention_with_logsumexp",
-            attention_work(shape, dtype),
+            _attention_work(shape, dtype, i),
             {OURS: lambda: ops.attention_with_logsumexp(i.q, i.k, i.v)},
         ),
-        Case("attention_column_sums", "attention_column_sums", whole, sums, **stored),
-        Case(
+        OpCase("attention_column_sums", "attention_column_sums", one_pass, sums, **stored),
+        OpCase(
             "attention_column_sums, weighted",
             "attention_column_sums",
-            whole,
+            one_pass,
             {
                 OURS: lambda: ops.attention_column_sums(i.q, i.k, i.lse, i.scores),
                 PLAIN: lambda: plain.weighted_column_sums(i.q, i.k, i.scores),
             },
             **stored,
         ),
-        Case(
+        OpCase(
             f"weighted_page_rank, {iterations} iterations",
             "weighted_page_rank",
-            whole * iterations,
+            map_work_of("weighted_page_rank", (*self_map, None, iterations), tokens, tokens, iterations),
             {OURS: rank(iterations, 0.0), PLAIN: lambda: plain.page_rank(i.q, i.k, iterations)},
             times=iterations,
             **stored,
         ),
         # Any change is less than this tolerance: what is left of the launches is the price of an early stop.
-        Case(
+        OpCase(
             f"weighted_page_rank, stopped after 1 of {iterations}",
             "weighted_page_rank",
-            whole,
+            map_work_of("weighted_page_rank", (*self_map, None, 1), tokens, tokens),
             {OURS: rank(iterations, 1e9), "ours, 1 of 1": rank(1, 1e9)},
             **stored,
         ),
-        Case(
+        OpCase(
             f"weighted_page_rank_cross, {iterations} iterations",
             "weighted_page_rank_cross",
-            cross * (2 * iterations),
+            map_work_of("weighted_page_rank_cross", (*text_map, None, iterations), tokens, TEXT_TOKENS, 2 * iterations),
             {
                 OURS: lambda: ops.weighted_page_rank_cross(
                     i.q, i.text_k, i.text_lse, max_iterations=iterations, tolerance=0.0
@@ -169,16 +181,17 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: Inputs, iterations: int) -> 
             times=iterations,
             map_elements=pairs * tokens * TEXT_TOKENS,
         ),
-        Case(
+        OpCase(
             "select_tokens",
             "select_tokens",
             selection_work(shape),
             {OURS: lambda: ops.select_tokens(i.scores, keep), PLAIN: lambda: plain.select(i.scores, keep)},
         ),
-        Case(
+        OpCase(
             "similarity_source",
             "similarity_source",
-            map_work(shape, dtype, dropped, keep),
+            # Of the dropped tokens alone: a kept token refills itself.
+            map_work_of("similarity_source", (i.q[:, :, :dropped], i.k, i.lse, i.index), dropped, keep),
             {
                 OURS: lambda: ops.similarity_source(i.q, i.k, i.lse, i.index),
                 PLAIN: lambda: plain.source(i.q, i.k, i.index),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from atedm.bench.measure import seconds_of
-from atedm.bench.ops.shapes import Work
+from atedm_bench.measure import seconds_of
+from atedm_bench.ops.shapes import Work
 
 _REPEATS = 7
 
@@ -17,7 +17,7 @@ _REPEATS = 7
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 _COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _EXPONENTIALS = {"cpu": 1 << 16, "cuda": 1 << 24}
-_EXPONENTIALS_EACH = {"cpu": 512, "cuda": 1024}
+_EXPONENTIALS_PER_ELEMENT = {"cpu": 512, "cuda": 1024}
 # Zeroed before each run on a GPU: while it is, the host gets ahead, so that no launch is waited for.
 _AHEAD_BYTES = 1 << 28
 
@@ -51,10 +51,10 @@ def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def _exponentials(device: torch.device) -> float:
     """Exponentials a second with the operands in registers (a GPU) or in the cache (a CPU)."""
-    count, each = _EXPONENTIALS[device.type], _EXPONENTIALS_EACH[device.type]
+    count, each = _EXPONENTIALS[device.type], _EXPONENTIALS_PER_ELEMENT[device.type]
     x = torch.rand(count, device=device)
     if device.type == "cuda":
-        from atedm.bench.ops.exponentials import repeated_exp2
+        from atedm_bench.ops.exponentials import repeated_exp2
 
         seconds = _median_seconds(lambda: repeated_exp2(x, each), device)
     else:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from atedm.bench.ops.shapes import HEAD_DIM
+from atedm_bench.ops.shapes import HEAD_DIM
 
 _MARKERS = {"ours": "o", "fused attention": "*", "plain": "x", "plain compiled": "+", "copy": "s"}
 

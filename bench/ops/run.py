@@ -12,17 +12,16 @@ from typing import Any
 import torch
 
 import atedm_kernels
-from atedm.bench.measure import Graphs, attention_backend_of, error_line, peak_memory_of, seconds_of
-from atedm.bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, Case, Inputs, attention_case, cases
-from atedm.bench.ops.ceilings import Ceilings, measure_ceilings
-from atedm.bench.ops.shapes import Shape
-from atedm_kernels._backends import choose
-from atedm_kernels._library import IMPLEMENTATIONS
+from atedm_bench.measure import Graphs, attention_backend_of, error_line, peak_memory_of, seconds_of
+from atedm_bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, OpCase, OpInputs, attention_case, cases
+from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
+from atedm_bench.ops.shapes import Shape
+from atedm_kernels.registry import OPS
 
 REFERENCE = "reference"
 
 # Fewer say nothing about the spread.
-_LEAST_ROUNDS = 3
+_MIN_ROUNDS = 3
 
 # Copies of the map that plain PyTorch holds at once, in warm-up and in a graph's pool.
 _MAPS_OF_PLAIN = 6
@@ -31,12 +30,12 @@ Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class OpsSettings:
     """What is measured.
 
     Attributes:
         shapes, dtypes: each with each. iterations: of the ranking. repeats: rounds a shape. minutes: for the whole run;
-            a shape that gets too little of it makes fewer rounds, down to ``_LEAST_ROUNDS``, and shapes that are not
+            a shape that gets too little of it makes fewer rounds, down to ``_MIN_ROUNDS``, and shapes that are not
             reached are named. compiled: also plain PyTorch under ``torch.compile``, at the size of the first shape,
             when all else is done. only: names of ops; all of them where empty.
     """
@@ -53,10 +52,10 @@ class Settings:
 
 
 @dataclass
-class Variant:
+class OpsVariant:
     """One way to run a case."""
 
-    case: Case
+    case: OpCase
     name: str
     backend: str
     call: Callable[[], object]
@@ -72,7 +71,7 @@ class OpsBench:
         failed: whether an op of ours raised; its row says how.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: OpsSettings) -> None:
         self.settings = settings
         self.ceilings: dict[str, Ceilings] = {}
         self.failed = False
@@ -121,13 +120,13 @@ class OpsBench:
     def _measure(self, shape: Shape, dtype: torch.dtype, compiled: bool, end: float) -> None:
         # Each shape is compiled for itself, and what was compiled for another is not wanted any more.
         torch._dynamo.reset()
-        inputs = Inputs(shape, dtype, self.settings.device, self.settings.seed)
+        inputs = OpInputs(shape, dtype, self.settings.device, self.settings.seed)
         variants = []
         for variant in self._variants(shape, dtype, inputs, compiled):
             if self._tried(variant, shape, dtype, lambda variant=variant: self._warm_up(variant, dtype)):
                 variants.append(variant)
         for done in range(self.settings.repeats):
-            if done >= _LEAST_ROUNDS and time.monotonic() > end:
+            if done >= _MIN_ROUNDS and time.monotonic() > end:
                 break
             first = done % max(1, len(variants))
             for variant in variants[first:] + variants[:first]:
@@ -135,7 +134,7 @@ class OpsBench:
                     variants = [other for other in variants if other is not variant]
         self._rows += self._rows_of(variants, shape, dtype, compiled)
 
-    def _tried(self, variant: Variant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
+    def _tried(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
         """Whether ``action`` went well; if not, a row says why: what has no memory or does not run is a result too."""
         try:
             action()
@@ -147,28 +146,28 @@ class OpsBench:
             return False
         return True
 
-    def _variants(self, shape: Shape, dtype: torch.dtype, inputs: Inputs, compiled: bool) -> list[Variant]:
+    def _variants(self, shape: Shape, dtype: torch.dtype, inputs: OpInputs, compiled: bool) -> list[OpsVariant]:
         s = self.settings
         attention = attention_case(shape, dtype, inputs)
         kernel = attention_backend_of(inputs.q, inputs.k, inputs.v)
-        found = [Variant(attention, ATTENTION, kernel, attention.calls[ATTENTION])]
+        found = [OpsVariant(attention, ATTENTION, kernel, attention.calls[ATTENTION])]
         for case in cases(shape, dtype, inputs, s.iterations):
             if s.only and case.op not in s.only:
                 continue
             if compiled:
                 if PLAIN in case.calls:
                     call = torch.compile(case.calls[PLAIN], dynamic=False)
-                    found.append(Variant(case, COMPILED, "torch", call))
+                    found.append(OpsVariant(case, COMPILED, "torch", call))
                 continue
             for name, call in case.calls.items():
                 ours = name.startswith(OURS)
-                backend = choose(case.op, IMPLEMENTATIONS[case.op], s.device, dtype)[0] if ours else "torch"
-                found.append(Variant(case, name, backend, call))
+                backend = OPS[case.op].backend_for(s.device, dtype)[0] if ours else "torch"
+                found.append(OpsVariant(case, name, backend, call))
                 if name == OURS and backend not in ("torch", REFERENCE) and s.device.type == "cpu":
-                    found.append(Variant(case, OURS, REFERENCE, _on_reference(call)))
+                    found.append(OpsVariant(case, OURS, REFERENCE, _on_reference(call)))
         return found
 
-    def _warm_up(self, variant: Variant, dtype: torch.dtype) -> None:
+    def _warm_up(self, variant: OpsVariant, dtype: torch.dtype) -> None:
         device = self.settings.device
         if variant.name in (PLAIN, COMPILED):
             _check_memory(variant.case.map_elements * dtype.itemsize, device)
@@ -181,11 +180,11 @@ class OpsBench:
         variant.extra_memory = max(0, peak_memory_of(variant.call, device) - before - _bytes_of(variant.call()))
         variant.call, variant.graph = self._graphs.capture(variant.call), True
 
-    def _time(self, variant: Variant) -> None:
+    def _time(self, variant: OpsVariant) -> None:
         before = None if self._flushed is None else self._flushed.zero_
         variant.seconds.append(seconds_of(variant.call, self.settings.device, before))
 
-    def _head(self, variant: Variant, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    def _head(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "name": variant.case.name,
             "variant": variant.name,
@@ -198,7 +197,7 @@ class OpsBench:
         }
 
     def _rows_of(
-        self, variants: Sequence[Variant], shape: Shape, dtype: torch.dtype, compiled: bool
+        self, variants: Sequence[OpsVariant], shape: Shape, dtype: torch.dtype, compiled: bool
     ) -> list[dict[str, Any]]:
         medians = {id(v): statistics.median(v.seconds) for v in variants}
         by_name = {(v.case.name, v.name): medians[id(v)] for v in reversed(variants)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 # A level-2 token stands for 2 × 2 latent elements, a level-3 token for 4 × 4; an element for 8 × 8 pixels.
-_PIXELS_A_TOKEN = {2: 16, 3: 32}
+_PIXELS_PER_TOKEN = {2: 16, 3: 32}
 _HEADS = {2: 10, 3: 20}
 HEAD_DIM = 64
 TEXT_TOKENS = 77
@@ -44,36 +44,33 @@ def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> S
     """The shape that a picture of ``width`` × ``height`` pixels has at ``level``, 2 or 3, with ``ratio`` dropped."""
     from atedm.options import kept_tokens
 
-    pixels = _PIXELS_A_TOKEN[level]
+    pixels = _PIXELS_PER_TOKEN[level]
     tokens = (width // pixels) * (height // pixels)
     return Shape(f"{width}x{height}", level, batch, height // pixels, width // pixels, kept_tokens(tokens, ratio))
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that an op has to do: operations of the matrix units, exponentials, bytes read and written once."""
+    """The least that an op has to do: FLOPs by its own formula, exponentials, bytes read and written once."""
 
     flops: float = 0.0
     exponentials: float = 0.0
     bytes: float = 0.0
 
-    def __mul__(self, times: int) -> Work:
-        return Work(self.flops * times, self.exponentials * times, self.bytes * times)
 
-
-def attention_work(shape: Shape, dtype: torch.dtype) -> Work:
-    """The forward of fused attention: two products, queries, keys, values and output."""
+def attention_work(flops: int, shape: Shape, dtype: torch.dtype) -> Work:
+    """The forward of fused attention: queries, keys, values and output."""
     pairs = shape.batch * shape.heads
-    map_elements = pairs * shape.tokens**2
-    return Work(4 * map_elements * HEAD_DIM, map_elements, 4 * pairs * shape.tokens * HEAD_DIM * dtype.itemsize)
+    return Work(flops, pairs * shape.tokens**2, 4 * pairs * shape.tokens * HEAD_DIM * dtype.itemsize)
 
 
-def map_work(shape: Shape, dtype: torch.dtype, rows: int, columns: int) -> Work:
-    """``rows`` × ``columns`` elements of the map of every head, from queries and keys, never stored."""
+def map_work(flops: int, shape: Shape, dtype: torch.dtype, rows: int, columns: int, passes: int = 1) -> Work:
+    """``rows`` × ``columns`` elements of the map of every head, never stored; each pass computes them again."""
     pairs = shape.batch * shape.heads
     operands = pairs * (rows + columns) * HEAD_DIM * dtype.itemsize
     # The logsumexp of a row comes in, a sum of a column goes out.
-    return Work(2 * pairs * rows * columns * HEAD_DIM, pairs * rows * columns, operands + 4 * pairs * (rows + columns))
+    sums = 4 * pairs * (rows + columns)
+    return Work(flops, passes * pairs * rows * columns, passes * (operands + sums))
 
 
 def selection_work(shape: Shape) -> Work:
@@ -81,5 +78,5 @@ def selection_work(shape: Shape) -> Work:
 
 
 def rows_work(shape: Shape, dtype: torch.dtype, read: int, written: int, indices: int) -> Work:
-    """So many rows of all channels read and written in each image, and indices of 8 bytes read."""
+    """Rows of all channels read and written in each image, and 8-byte indices read."""
     return Work(bytes=shape.batch * ((read + written) * shape.channels * dtype.itemsize + 8 * indices))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atedm.bench.scenes import COLORS, SHAPES
+from atedm_bench.scenes import COLORS, SHAPES
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
 

@@ -1,4 +1,4 @@
-"""``python -m atedm.bench.quality.checker_training``: trains the checker on renders and reports its own accuracy."""
+"""``python -m atedm_bench.quality.checker_training``: trains the checker on renders and reports its own accuracy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atedm import report
-from atedm.bench.quality.checker import SIZE, STRIDE, WEIGHTS, Checker, detect, prepare, save_checker
-from atedm.bench.quality.judge import judge
-from atedm.bench.scenes import COLORS, SHAPES, Scene, render
-from atedm.bench.scenes.split import scenes
+from atedm_bench.quality.checker import SIZE, STRIDE, WEIGHTS, Checker, detect, prepare, save_checker
+from atedm_bench.quality.judge import judge
+from atedm_bench.scenes import COLORS, SHAPES, Scene, render
+from atedm_bench.scenes.split import scenes
 
 # Seeds: training, and the held-out renders that its accuracy is measured on.
 _TRAINING, _TEST = 11, 12
@@ -115,14 +115,14 @@ def main(
 ) -> None:
     """Train the checker on renders, measure it on held-out ones, and write its weights."""
     save_checker(train(steps, batch), out)
-    from atedm.bench.quality.checker import load_checker
+    from atedm_bench.quality.checker import load_checker
 
     model = load_checker(out)
     rows = [
         {"name": f"renders of {size} pixels", "size": size, **accuracy(model, test, size)} for size in (64, 128, 256)
     ]
     settings = {"steps": steps, "batch": batch, "renders": test}
-    command = f"python -m atedm.bench.quality.checker_training --steps {steps} --batch {batch} --test {test}"
+    command = f"python -m atedm_bench.quality.checker_training --steps {steps} --batch {batch} --test {test}"
     report.write_json(report.report(command, "cpu", settings, rows), out.with_suffix(".json"))
     columns = {"name": "held-out", "scenes_right": "scenes", "scenes_right_without_extra": "nothing extra"}
     report.print_table(rows, {**columns, "objects_right": "objects", "relations_right": "relations"}, "checker")

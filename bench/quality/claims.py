@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from atedm.bench.quality.metrics import draws_difference, paired_difference
-from atedm.bench.quality.settings import BUDGETS, MAIN, RANK_EVERY
+from atedm_bench.quality.metrics import draws_difference, paired_difference
+from atedm_bench.quality.settings import BUDGETS, MAIN, RANK_EVERY
 
 # A verdict's tests are at this level, since there are a few dozen of them.
 LEVEL = 0.99

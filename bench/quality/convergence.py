@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import atedm
-from atedm.bench.quality.images import run_without_decoding
 from atedm.blocks import attention_blocks
-from atedm.many import Case, Sampling
+from atedm.many import PromptCase, Sampling
 from atedm.options import kept_tokens
+from atedm_bench.quality.images import run_without_decoding
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 
@@ -131,7 +131,7 @@ class RunningBlock:
         return remember
 
 
-def study(pipe: Any, cases: Sequence[Case], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:
+def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:
     """Make the pictures of ``cases``, pruned at ``ratio``, and watch every ranking.
 
     Returns:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atedm.bench.quality.settings import Setting, in_force
-from atedm.bench.scenes import Scene
 from atedm.comparison import open_image
-from atedm.many import Case, Sampling, make_pictures, picture_path
+from atedm.many import PromptCase, Sampling, make_pictures, picture_path
+from atedm_bench.quality.settings import Setting, in_force
+from atedm_bench.scenes import Scene
 
 
 @dataclass(frozen=True)
-class SceneCase(Case):
+class SceneCase(PromptCase):
     """A case of which it is known what was asked."""
 
     scene: Scene
@@ -30,7 +30,7 @@ def folder_of(root: Path, setting: Setting) -> Path:
     return root / "-".join(part for part in plain.split("-") if part)
 
 
-def run_without_decoding(pipe: Any, cases: Sequence[Case], sampling: Sampling, **more: Any) -> None:
+def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling, **more: Any) -> None:
     """Denoise ``cases`` in one batch, for what can be watched meanwhile; ``more``: other arguments of the pipeline."""
     arguments = {"num_inference_steps": sampling.steps, "output_type": "latent", **more}
     pipe(
@@ -46,7 +46,7 @@ def run_without_decoding(pipe: Any, cases: Sequence[Case], sampling: Sampling, *
 def make_setting(
     pipe: Any,
     setting: Setting,
-    cases: Sequence[Case],
+    cases: Sequence[PromptCase],
     root: Path,
     sampling: Sampling,
     *,

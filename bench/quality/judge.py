@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atedm.bench.quality.checker import Found
-from atedm.bench.scenes import Scene
-from atedm.bench.scenes.scene import holds
+from atedm_bench.quality.checker import Found
+from atedm_bench.scenes import Scene
+from atedm_bench.scenes.scene import holds
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from atedm.bench.quality import metrics
-from atedm.bench.quality.checker import Checker, detect, load_checker
-from atedm.bench.quality.checker_training import held_out_renders
-from atedm.bench.quality.images import SceneCase, load_pictures, picture_paths
-from atedm.bench.quality.judge import Verdict, judge
-from atedm.bench.quality.settings import Setting
-from atedm.bench.scenes import caption
-from atedm.bench.scenes.split import scenes
+from atedm_bench.quality import metrics
+from atedm_bench.quality.checker import Checker, detect, load_checker
+from atedm_bench.quality.checker_training import held_out_renders
+from atedm_bench.quality.images import SceneCase, load_pictures, picture_paths
+from atedm_bench.quality.judge import Verdict, judge
+from atedm_bench.quality.settings import Setting
+from atedm_bench.scenes import caption
+from atedm_bench.scenes.split import scenes
 
 # Seed of the held-out captions.
 _CAPTIONS = 21
 
 # Held-out renders that the Fréchet distance compares with: so many a picture made, and at least and at most these.
-_REFERENCES_A_PICTURE = 8
+_REFERENCES_PER_PICTURE = 8
 REFERENCES = (128, 2000)
 
 
@@ -53,7 +53,7 @@ class SceneFigures:
     def __init__(self, cases: Sequence[SceneCase], size: int, checker: Checker | None = None) -> None:
         self.cases = cases
         self.checker = checker or load_checker()
-        references = min(max(_REFERENCES_A_PICTURE * len(cases), REFERENCES[0]), REFERENCES[1])
+        references = min(max(_REFERENCES_PER_PICTURE * len(cases), REFERENCES[0]), REFERENCES[1])
         self.distance = metrics.FeatureDistance(self.checker, held_out_renders(references, size)[1])
 
     def verdicts(self, pixels: Tensor) -> list[Verdict]:

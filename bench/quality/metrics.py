@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from atedm.bench.quality.checker import FEATURES, Checker, prepare
+from atedm_bench.quality.checker import FEATURES, Checker, prepare
 
 BATCH = 64
 

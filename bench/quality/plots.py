@@ -14,12 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
-from atedm.bench.quality.convergence import ITERATIONS
-from atedm.bench.quality.images import folder_of
-from atedm.bench.quality.settings import Setting
 from atedm.comparison import open_image, save_image
 from atedm.files import whole_file
-from atedm.many import Case, picture_path
+from atedm.many import PromptCase, picture_path
+from atedm_bench.quality.convergence import ITERATIONS
+from atedm_bench.quality.images import folder_of
+from atedm_bench.quality.settings import Setting
 
 _COLORS = {"ours": "tab:blue", "keys": "tab:green", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
 _NAMES = {"ours": "ours (AT-EDM)", "keys": "ours, by keys", "tomesd": "ToMe (tomesd)"}
@@ -91,7 +91,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def contact_sheet(
-    settings: Sequence[Setting], cases: Sequence[Case], chosen: Sequence[int], root: Path, path: Path, side: int = 128
+    settings: Sequence[Setting],
+    cases: Sequence[PromptCase],
+    chosen: Sequence[int],
+    root: Path,
+    path: Path,
+    side: int = 128,
 ) -> None:
     """One row a setting, one column a prompt; the prompts stand on top."""
     label = 150

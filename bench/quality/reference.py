@@ -14,11 +14,11 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from atedm.bench.quality import metrics
-from atedm.bench.quality.checker import FEATURES, load_checker, prepare
-from atedm.bench.quality.lab import Figures
 from atedm.comparison import open_image
-from atedm.many import Case
+from atedm.many import PromptCase
+from atedm_bench.quality import metrics
+from atedm_bench.quality.checker import FEATURES, load_checker, prepare
+from atedm_bench.quality.lab import Figures
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Pictures of any size are brought to this one for the Inception network, as FID's definition has it.
@@ -91,7 +91,7 @@ class ReferenceFigures:
     """
 
     def __init__(
-        self, cases: Sequence[Case], references: Path, features: str, clip_model: str, device: torch.device
+        self, cases: Sequence[PromptCase], references: Path, features: str, clip_model: str, device: torch.device
     ) -> None:
         self.cases = cases
         self.device = device

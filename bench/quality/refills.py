@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 import atedm
 import atedm_kernels as kernels
-from atedm.bench.quality.convergence import RunningBlock
-from atedm.bench.quality.images import run_without_decoding
-from atedm.bench.quality.rankings import page_rank
 from atedm.blocks import attention_blocks
 from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
-from atedm.many import Case, Sampling
+from atedm.many import PromptCase, Sampling
 from atedm.options import BY_KEYS, kept_tokens
+from atedm_bench.quality.convergence import RunningBlock
+from atedm_bench.quality.images import run_without_decoding
+from atedm_bench.rankings import page_rank
 
 # The part of the kept tokens, the most used ones, whose share in the refilling is looked at.
-MOST_USED = 0.05
+HUB_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ WAYS = {
 
 def study(
     pipe: Any,
-    cases: Sequence[Case],
+    cases: Sequence[PromptCase],
     ratio: float,
     sampling: Sampling,
     on_way: Callable[[str], None] = lambda name: None,
@@ -77,7 +77,7 @@ def study(
 
 
 def _watched(
-    pipe: Any, way: Way, cases: Sequence[Case], ratio: float, sampling: Sampling
+    pipe: Any, way: Way, cases: Sequence[PromptCase], ratio: float, sampling: Sampling
 ) -> dict[int, list[dict[str, float]]]:
     """The figures of every refilling, by level."""
     levels = {block.name: block.level for block in attention_blocks(pipe.unet)}
@@ -111,7 +111,7 @@ def _described(k: Tensor, index: Tensor, source: Tensor, side: int) -> dict[str,
     tokens = k.shape[2]
     dropped = torch.ones(batch, tokens, dtype=torch.bool).scatter(1, index, False)
     uses = torch.zeros(batch, keep).scatter_add(1, source, dropped.float())
-    most = uses.sort(dim=1, descending=True).values[:, : max(1, round(MOST_USED * keep))]
+    most = uses.sort(dim=1, descending=True).values[:, : max(1, round(HUB_FRACTION * keep))]
     origin = index.gather(1, source)  # of each token, which token it is refilled from
     place = torch.stack([torch.arange(tokens) // side, torch.arange(tokens) % side], dim=1).float()
     keys = F.normalize(k.transpose(1, 2).flatten(2), dim=2)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from atedm.bench.quality.images import make_setting
-from atedm.bench.quality.lab import Figures, rows_of
-from atedm.bench.quality.settings import Setting
-from atedm.many import Case, Sampling, claim
+from atedm.many import PromptCase, Sampling, claim
 from atedm.options import Options
+from atedm_bench.quality.images import make_setting
+from atedm_bench.quality.lab import Figures, rows_of
+from atedm_bench.quality.settings import Setting
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Run:
     pipe: Any
     model: str
     settings: Sequence[Setting]
-    cases: Sequence[Case]
+    cases: Sequence[PromptCase]
     sampling: Sampling
     root: Path
     skip: int = 0
@@ -78,5 +78,5 @@ class Run:
         seconds: Mapping[str, Sequence[float]],
         on_setting: Callable[[str], None] = lambda name: None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-        """See :func:`atedm.bench.quality.lab.rows_of`."""
+        """See :func:`atedm_bench.quality.lab.rows_of`."""
         return rows_of(self.settings, self.root, self.chosen, figures, seconds, on_setting)

@@ -1,4 +1,4 @@
-"""``atedm quality`` from its options to its files: the embedded model's scenes, or a real checkpoint."""
+"""``atedm-bench quality`` from its options to its files: the embedded model's scenes, or a real checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atedm import report
-from atedm.bench.quality import convergence, plots, refills
-from atedm.bench.quality.claims import MEASURES, check_claims
-from atedm.bench.quality.lab import SceneFigures, scene_cases
-from atedm.bench.quality.reference import ReferenceFigures
-from atedm.bench.quality.run import Run
-from atedm.bench.quality.settings import MAIN, Plan
-from atedm.bench.quality.timing import ROUNDS, unet_seconds
 from atedm.flops import UNetFlops
-from atedm.many import Case, Sampling, read_prompts
+from atedm.many import PromptCase, Sampling, read_prompts
 from atedm.models import LATENT_SCALE
+from atedm_bench.quality import convergence, plots, refills
+from atedm_bench.quality.claims import MEASURES, check_claims
+from atedm_bench.quality.lab import SceneFigures, scene_cases
+from atedm_bench.quality.reference import ReferenceFigures
+from atedm_bench.quality.run import Run
+from atedm_bench.quality.settings import MAIN, Plan
+from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
@@ -60,7 +60,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class LabRequest:
     """The options of the command, see its help; None where the default depends on the device or the model."""
 
     quick: bool = False
@@ -82,7 +82,7 @@ class Request:
     fid_features: str = "inception"
 
 
-def resolved(request: Request, device: torch.device) -> Request:
+def resolved(request: LabRequest, device: torch.device) -> LabRequest:
     """``request`` with every default filled in."""
     real, gpu = request.model is not None, device.type == "cuda"
     defaults = {
@@ -112,7 +112,7 @@ def _flops_of(config: str, width: int, height: int, tokens: int) -> UNetFlops:
     return UNetFlops(json.loads(config), width=width, height=height, tokens=tokens)
 
 
-def run_embedded(request: Request, device: torch.device) -> None:
+def run_embedded(request: LabRequest, device: torch.device) -> None:
     """The lab on the embedded model."""
     from atedm.embedded import embedded_pipeline
 
@@ -126,14 +126,14 @@ def run_embedded(request: Request, device: torch.device) -> None:
     _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases[request.skip :], side))
 
 
-def run_checkpoint(request: Request, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
+def run_checkpoint(request: LabRequest, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
     """The lab on a real checkpoint: FID and CLIP score."""
     prompts = read_prompts(request.prompts)
     count = QUICK_IMAGES if request.quick else request.images or len(prompts)
     if request.skip >= len(prompts):
         raise ValueError(f"skip is {request.skip}; expected fewer than the {len(prompts)} prompts")
     prompts = prompts[: request.skip + count]
-    cases = [Case(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
+    cases = [PromptCase(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
 
     def figures() -> ReferenceFigures:
@@ -145,11 +145,11 @@ def run_checkpoint(request: Request, device: torch.device, pipe: Any, size: tupl
 
 
 def _run(
-    request: Request,
+    request: LabRequest,
     device: torch.device,
     pipe: Any,
     model: str,
-    cases: Sequence[Case],
+    cases: Sequence[PromptCase],
     sampling: Sampling,
     make_figures: Callable[[], Any],
 ) -> None:
@@ -210,7 +210,7 @@ def _run(
 
 
 def _write(
-    request: Request,
+    request: LabRequest,
     device: torch.device,
     run: Run,
     rows: list[dict[str, Any]],
@@ -225,7 +225,7 @@ def _write(
     }
     described["skipped"] = request.skip
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
-    command = report.command_line()
+    command = report.command_line("atedm-bench")
     report.write_json(report.report(command, device, described, rows), request.json)
     claims_path = request.json.with_name(request.json.stem + "-claims.json")
     report.write_json(report.report(command, device, described, claims), claims_path)

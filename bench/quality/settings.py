@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import atedm
-from atedm.bench.quality.rankings import PooledRanking, RandomRanking, no_ranking
-from atedm.flops import MAX_RATIO, Flops, UNetFlops, apply_tomesd, solve_decreasing
+from atedm.flops import MAX_RATIO, Flops, UNetFlops, solve_decreasing
 from atedm.options import BY_KEYS
+from atedm_bench.peers import TomesdFlops, apply_tomesd
+from atedm_bench.rankings import PooledRanking, RandomRanking, no_ranking
 
 # The paper's tables: TFLOPs of a call that prunes every block, of 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
@@ -113,6 +114,7 @@ class Plan:
 
     def __init__(self, flops: UNetFlops, steps: int, pooled_tokens: int | None = None) -> None:
         self.flops = flops
+        self.merged = TomesdFlops(flops)
         self.steps = steps
         self._ours = functools.cache(self._solve_ours)
         self.builders: dict[str, tuple[str, Callable[[str], Setting]]] = {"full": ("budget", self._full)}
@@ -167,8 +169,8 @@ class Plan:
 
     def _tomesd(self, name: str) -> Setting:
         ours = self._ours(name.split()[1])
-        ratio = self.flops.nearest_merge_ratio(ours.flops)
-        merged = self.flops.merged(ratio)
+        ratio = self.merged.nearest_ratio(ours.flops)
+        merged = self.merged.at(ratio)
         note = "" if abs(merged.unet / ours.flops - 1) < 0.02 else "tomesd cannot come closer to ours' FLOPs"
         return Setting(name, "tomesd", "budget", ours.budget, ratio, merged.unet, merged.scoring, note=note)
 

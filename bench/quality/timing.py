@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from atedm import report
-from atedm.bench.quality.images import run_without_decoding
-from atedm.bench.quality.settings import Setting, in_force
 from atedm.comparison import UNetTimer
-from atedm.many import Case, Sampling
+from atedm.many import PromptCase, Sampling
+from atedm_bench.quality.images import run_without_decoding
+from atedm_bench.quality.settings import Setting, in_force
 
 # Enough steps for a share of light ones (3 of 10) near that of a whole run.
 STEPS, PICTURES, ROUNDS = 10, 4, 5
@@ -21,7 +21,7 @@ STEPS, PICTURES, ROUNDS = 10, 4, 5
 def unet_seconds(
     pipe: Any,
     settings: Sequence[Setting],
-    cases: Sequence[Case],
+    cases: Sequence[PromptCase],
     sampling: Sampling,
     path: Path,
     rounds: int = ROUNDS,

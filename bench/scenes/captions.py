@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atedm.bench.scenes.scene import Object, Scene, one_of
+from atedm_bench.scenes.scene import Object, Scene, one_of
 
 # Other words for a size; sizes are often left out.
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "large": ("large", "big", "huge")}

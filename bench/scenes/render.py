@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from atedm.bench.scenes.scene import BACKGROUND_COLORS, COLORS, Background, Object, Scene
+from atedm_bench.scenes.scene import BACKGROUND_COLORS, COLORS, Background, Object, Scene
 
 # Width of a ring and of a cross's arms, in parts of the radius.
 _RING_WIDTH = 0.42

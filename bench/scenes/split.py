@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from atedm.bench.scenes.scene import Scene, sample_scene
+from atedm_bench.scenes.scene import Scene, sample_scene
 
 _PARTS = 10
 

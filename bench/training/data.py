@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from atedm.bench.scenes import Scene, caption, render
-from atedm.bench.scenes.split import scenes
+from atedm_bench.scenes import Scene, caption, render
+from atedm_bench.scenes.split import scenes
 
 
 def generator(*seed: int) -> np.random.Generator:

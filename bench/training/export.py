@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from atedm.bench.training.config import Config
-from atedm.bench.training.loop import Counter
-from atedm.bench.training.models import sampling_scheduler
+from atedm_bench.training.config import Config
+from atedm_bench.training.loop import Counter
+from atedm_bench.training.models import sampling_scheduler
 
 
 def export(config: Config, folder: Path, target: Path) -> Counter:
@@ -22,7 +22,7 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
     """
-    from atedm.bench.training.unet import load_average
+    from atedm_bench.training.unet import load_average
 
     model, counter = load_average(config, folder)
     pipe = StableDiffusionXLPipeline(

@@ -10,9 +10,9 @@ import numpy as np
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from atedm.bench.scenes import caption
-from atedm.bench.scenes.split import scenes
-from atedm.bench.training.config import Config
+from atedm_bench.scenes import caption
+from atedm_bench.scenes.split import scenes
+from atedm_bench.training.config import Config
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _TIME_EMBEDDING = 32

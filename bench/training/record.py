@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from atedm.bench.training.loop import LOG, counter_of, newest_checkpoint
 from atedm.report import device_name, versions
+from atedm_bench.training.loop import LOG, counter_of, newest_checkpoint
 
 _STAGES = {"vae-training": "autoencoder", "text-training": "text encoders", "unet-training": "UNet and text encoders"}
 _POINTS = 60

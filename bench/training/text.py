@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from atedm.bench.scenes import COLORS, SHAPES, Scene
-from atedm.bench.scenes.scene import BACKGROUND_COLORS, PLACES, RELATIONS
-from atedm.bench.training.config import Config
-from atedm.bench.training.data import batches, draw, tokenize
-from atedm.bench.training.loop import Counter, Stage
-from atedm.bench.training.models import build_text_encoders, build_tokenizer
+from atedm_bench.scenes import COLORS, SHAPES, Scene
+from atedm_bench.scenes.scene import BACKGROUND_COLORS, PLACES, RELATIONS
+from atedm_bench.training.config import Config
+from atedm_bench.training.data import batches, draw, tokenize
+from atedm_bench.training.loop import Counter, Stage
+from atedm_bench.training.models import build_text_encoders, build_tokenizer
 
 _STAGE = 3
 _MAX_OBJECTS = 3

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from atedm.bench.scenes import COLORS, SHAPES, Scene, render
-from atedm.bench.training.config import Config, Phase, UnetRecipe
-from atedm.bench.training.data import as_tensor, batches, draw, tokenize
-from atedm.bench.training.loop import Counter, Stage, newest_checkpoint
-from atedm.bench.training.models import build_unet, training_scheduler
-from atedm.bench.training.text import TextEncoders
+from atedm_bench.scenes import COLORS, SHAPES, Scene, render
+from atedm_bench.training.config import Config, Phase, UnetRecipe
+from atedm_bench.training.data import as_tensor, batches, draw, tokenize
+from atedm_bench.training.loop import Counter, Stage, newest_checkpoint
+from atedm_bench.training.models import build_unet, training_scheduler
+from atedm_bench.training.text import TextEncoders
 
 _STAGE = 4
 _FOLDER = "unet-training"

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atedm.bench.scenes import render
-from atedm.bench.scenes.scene import Scene
-from atedm.bench.training.config import Config
-from atedm.bench.training.data import batches, draw, generator, pictures
-from atedm.bench.training.loop import Counter, Stage
-from atedm.bench.training.models import build_vae
+from atedm_bench.scenes import render
+from atedm_bench.scenes.scene import Scene
+from atedm_bench.training.config import Config
+from atedm_bench.training.data import batches, draw, generator, pictures
+from atedm_bench.training.loop import Counter, Stage
+from atedm_bench.training.models import build_vae
 
 _STAGE = 2
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from atedm_extras import hint, missing
+
 if TYPE_CHECKING:
     from atedm.options import PRESETS, Options
     from atedm.pictures import plot
     from atedm.plugin import applied, apply, pruned_blocks, record, remove
     from atedm.schedule import DSAP
     from atedm_kernels import __version__
+
+if missing("diffusers"):
+    raise ModuleNotFoundError(hint("diffusers", ["diffusers"]), name="diffusers")
 
 # Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
 _HOMES = {

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from atedm_kernels._checks import MAX_HEAD_DIM, MIN_HEAD_DIM
+from atedm_kernels import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 # Self-attention processors whose computation is plain scaled dot-product attention over one set of projections,
 # so that ours, which also returns the logsumexp, stands in for them in the first layer of a pruned block.

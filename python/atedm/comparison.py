@@ -45,7 +45,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class ImageRequest:
     """What is to be made. ``guidance`` above 1 doubles the batch of a UNet call.
 
     ``seed``: of the first image's noise; the n-th has ``seed + n``. ``images``: of the prompt, made at once.
@@ -120,14 +120,14 @@ class UNetTimer:
         self.seconds.append(self._now() - self._started)
 
 
-def sized(request: Request, pipe: StableDiffusionXLPipeline) -> Request:
+def sized(request: ImageRequest, pipe: StableDiffusionXLPipeline) -> ImageRequest:
     """``request`` with the size that ``pipe`` was trained for wherever it names none."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return replace(request, width=request.width or side, height=request.height or side)
 
 
 def generate_image(
-    pipe: StableDiffusionXLPipeline, request: Request, on_step: Callable[[], None] = lambda: None
+    pipe: StableDiffusionXLPipeline, request: ImageRequest, on_step: Callable[[], None] = lambda: None
 ) -> Generated:
     """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
     request = sized(request, pipe)
@@ -137,7 +137,7 @@ def generate_image(
 
 
 def _run(
-    pipe: StableDiffusionXLPipeline, request: Request, on_step: Callable[[], None] = lambda: None, **overrides: Any
+    pipe: StableDiffusionXLPipeline, request: ImageRequest, on_step: Callable[[], None] = lambda: None, **overrides: Any
 ) -> Any:
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
@@ -202,7 +202,7 @@ def psnr_db(image: Image, reference: Image) -> float | None:
 
 def compare(
     pipe: StableDiffusionXLPipeline,
-    request: Request,
+    request: ImageRequest,
     options: Options,
     folder: Path,
     *,
@@ -268,17 +268,17 @@ def _progress(console: Console | None) -> Iterator[Progress]:
         yield progress
 
 
-def _warm_up(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress, name: str) -> None:
+def _warm_up(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress, name: str) -> None:
     task = progress.add_task(f"{name}: warm-up", total=WARM_UP_STEPS)
     _run(pipe, request, lambda: progress.advance(task), num_inference_steps=WARM_UP_STEPS, output_type="latent")
 
 
-def _timed(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress, name: str) -> Generated:
+def _timed(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress, name: str) -> Generated:
     task = progress.add_task(f"{name}: denoising", total=request.steps)
     return generate_image(pipe, request, lambda: progress.advance(task))
 
 
-def _recorded(pipe: StableDiffusionXLPipeline, request: Request, progress: Progress) -> Recording:
+def _recorded(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress) -> Recording:
     """The masks of a run of their own, without its picture."""
     task = progress.add_task("pruned: token masks", total=request.steps)
     with atedm.record(pipe) as recording:
@@ -307,7 +307,7 @@ def _row(
     name: str,
     run: Generated,
     pipe: StableDiffusionXLPipeline,
-    request: Request,
+    request: ImageRequest,
     tflops: float,
     options: Options | None = None,
 ) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _row(
     return row
 
 
-def describe(request: Request, options: Options, **more: Any) -> dict[str, Any]:
+def describe(request: ImageRequest, options: Options, **more: Any) -> dict[str, Any]:
     """The ``settings`` of the JSON report: the request, the pruning as applied, and ``more``."""
     light = 0.0 if options.schedule is None else options.schedule.fraction
     return {**more, **asdict(request), **options.to_dict(), "light_fraction": light, "warm_up_steps": WARM_UP_STEPS}

@@ -1,27 +1,23 @@
 """FLOPs of a call of a diffusers UNet, counted on the meta device: no weights, no memory, exact.
 
 Two FLOPs a multiply-add, as in AT-EDM's tables. What pruning spends on choosing and refilling tokens ("scoring": the
-ranking and the source map) is counted apart from the UNet's own work, and so is tomesd's matching.
+ranking and the source map) is counted apart from the UNet's own work. Each op of atedm_kernels states its own FLOPs.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
-import atedm_kernels  # noqa: F401 (registers the ops that are counted)
 from atedm.models import meta_unet, unet_inputs
 from atedm.options import Ranking
-
-# The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
-TOMESD_MAX_RATIO = 0.75
+from atedm_kernels.registry import OPS
 
 # What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
 MAX_RATIO = 0.999
@@ -29,53 +25,11 @@ MAX_RATIO = 0.999
 # A ratio is solved for until the FLOPs are as near as this part of the target: below the second decimal of a TFLOP.
 SOLVE_TOLERANCE = 1e-3
 
-_ops = torch.ops.atedm
-_SCORING_OPS = (
-    _ops.attention_column_sums,
-    _ops.weighted_page_rank,
-    _ops.weighted_page_rank_cross,
-    _ops.similarity_source,
+# Choosing tokens, and finding what refills them.
+_SCORING_OPS = tuple(
+    OPS[name].overload.overloadpacket
+    for name in ("attention_column_sums", "weighted_page_rank", "weighted_page_rank_cross", "similarity_source")
 )
-
-
-def _map_flops(q: tuple[int, ...], keys: int) -> int:
-    """One product of every query with ``keys`` keys: 2·B·H·M·N·D."""
-    batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * keys * head_dim
-
-
-@register_flop_formula(_ops.attention_with_logsumexp)
-def attention_with_logsumexp_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """4·B·H·M·N·D, as torch counts attention; the logsumexp comes out of it for free."""
-    return 2 * _map_flops(q, k[2])
-
-
-@register_flop_formula(_ops.attention_column_sums)
-def attention_column_sums_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
-    """2·B·H·M·N·D: the logits once more; sums and exponentials are not products."""
-    return _map_flops(q, k[2])
-
-
-@register_flop_formula(_ops.weighted_page_rank)
-def weighted_page_rank_flops(
-    q: Any, k: Any, lse: Any, scale: Any, max_iterations: int, *args: Any, **kwargs: Any
-) -> int:
-    """2·B·H·N²·D an iteration, for ``max_iterations``: an upper bound, most heads converge before."""
-    return _map_flops(q, k[2]) * max_iterations
-
-
-@register_flop_formula(_ops.weighted_page_rank_cross)
-def weighted_page_rank_cross_flops(
-    q: Any, k: Any, lse: Any, scale: Any, max_iterations: int, *args: Any, **kwargs: Any
-) -> int:
-    """4·B·H·M·N·D an iteration (``Aᵀ s`` and ``A s``), for ``max_iterations``: an upper bound."""
-    return 2 * _map_flops(q, k[2]) * max_iterations
-
-
-@register_flop_formula(_ops.similarity_source)
-def similarity_source_flops(q: Any, k: Any, lse: Any, index: Any, *args: Any, **kwargs: Any) -> int:
-    """2·B·H·N·K·D: the logits of every token against the kept ones."""
-    return _map_flops(q, index[1])
 
 
 @dataclass(frozen=True)
@@ -84,8 +38,8 @@ class Flops:
 
     Attributes:
         unet: of the network itself.
-        scoring: of choosing tokens and finding what refills them (ours), or of matching them (tomesd); an upper
-            bound for an iterated ranking.
+        scoring: of choosing tokens and finding what refills them; an upper bound for an iterated ranking. A peer's
+            matching of tokens counts as scoring too.
     """
 
     unet: int
@@ -128,10 +82,10 @@ class UNetFlops:
         self.config = config
         self.unet = meta_unet(config)
         self._inputs = unet_inputs(self.unet, width=width, height=height, batch=batch, tokens=tokens)
-        self._merged_unet: nn.Module | None = None
         self._counted: dict[tuple, Flops] = {}
 
-    def _call(self, unet: nn.Module) -> None:
+    def call(self, unet: nn.Module) -> None:
+        """Call ``unet``, one on the meta device, on images of this counter's size."""
         positional, kwargs = self._inputs
         unet(*positional, **kwargs)
 
@@ -142,7 +96,7 @@ class UNetFlops:
 
     def full(self) -> Flops:
         """FLOPs of the UNet as it is."""
-        return self._count_once(("full",), lambda: count_flops(lambda: self._call(self.unet)))
+        return self._count_once(("full",), lambda: count_flops(lambda: self.call(self.unet)))
 
     def pruned(
         self,
@@ -168,7 +122,7 @@ class UNetFlops:
             schedule = atedm.DSAP(fraction=1.0) if light else None
             settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
             with atedm.applied(self.unet, ratio=ratio, schedule=schedule, **settings):
-                return count_flops(lambda: self._call(self.unet))
+                return count_flops(lambda: self.call(self.unet))
 
         if ratio == 0:  # Nothing is pruned, which apply would say.
             return self.full()
@@ -188,40 +142,6 @@ class UNetFlops:
             for a, b in ((light.unet, rest.unet), (light.scoring, rest.scoring))
         ]
         return Flops(*mean)
-
-    def merged(self, ratio: float) -> Flops:
-        """FLOPs of a call patched by tomesd at ``ratio``, see :func:`apply_tomesd`; its matching is ``scoring``."""
-
-        def count() -> Flops:
-            # tomesd leaves attributes behind on what it patched, so it gets a UNet of its own.
-            if self._merged_unet is None:
-                self._merged_unet = meta_unet(self.config)
-            apply_tomesd(self._merged_unet, ratio)
-            import tomesd
-
-            try:
-                with _counting_matching() as matching:
-                    total = count_flops(lambda: self._call(self._merged_unet))
-            finally:
-                tomesd.remove_patch(self._merged_unet)
-            return Flops(total.unet - sum(matching), sum(matching))
-
-        return self._count_once(("merged", ratio), count)
-
-    def nearest_merge_ratio(self, target: int, on_count: Callable[[float, float], None] | None = None) -> float:
-        """tomesd's ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""
-
-        def count(ratio: float) -> float:
-            flops = self.merged(ratio).unet
-            if on_count is not None:
-                on_count(ratio, flops)
-            return flops
-
-        if count(TOMESD_MAX_RATIO) >= target:
-            return TOMESD_MAX_RATIO
-        if count(0.0) <= target:
-            return 0.0
-        return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
 
 
 def solve_decreasing(
@@ -260,37 +180,3 @@ def solve_decreasing(
             high, right = middle, gap
             left, kept = (left / 2, -1) if kept == -1 else (left, -1)
     return best
-
-
-def apply_tomesd(unet: nn.Module, ratio: float) -> None:
-    """Patch ``unet`` with tomesd so that it saves what it can on SDXL: at both levels, in all three parts of a layer.
-
-    Raises:
-        RuntimeError: tomesd is not installed.
-    """
-    try:
-        import tomesd
-    except ModuleNotFoundError as error:
-        raise RuntimeError("tomesd is not installed; pip install 'atedm-kernels[bench]'") from error
-    tomesd.apply_patch(unet, ratio=ratio, max_downsample=4, merge_attn=True, merge_crossattn=True, merge_mlp=True)
-
-
-@contextlib.contextmanager
-def _counting_matching() -> Iterator[list[int]]:
-    """Collects the FLOPs of each of tomesd's matchings, which run inside the layers."""
-    from tomesd import merge
-
-    original = merge.bipartite_soft_matching_random2d
-    counted: list[int] = []
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        with FlopCounterMode(display=False) as mode:
-            found = original(*args, **kwargs)
-        counted.append(mode.get_total_flops())
-        return found
-
-    merge.bipartite_soft_matching_random2d = counting
-    try:
-        yield counted
-    finally:
-        merge.bipartite_soft_matching_random2d = original

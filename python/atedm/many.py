@@ -25,7 +25,7 @@ _RUN = "run.json"
 
 
 @dataclass(frozen=True)
-class Case:
+class PromptCase:
     """A prompt and the seed of its starting noise."""
 
     prompt: str
@@ -90,7 +90,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     return found
 
 
-def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], settings: Mapping[str, Any]) -> None:
+def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase], settings: Mapping[str, Any]) -> None:
     """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
 
     A later run may have more cases, or fewer, and more settings.
@@ -130,7 +130,7 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[Case], setti
 
 def make_pictures(
     pipe: Any,
-    cases: Sequence[Case],
+    cases: Sequence[PromptCase],
     sampling: Sampling,
     folder: Path,
     *,
@@ -179,7 +179,7 @@ class PromptRun:
     pipe: Any
     model: str
     dtype: str
-    cases: Sequence[Case]
+    cases: Sequence[PromptCase]
     sampling: Sampling
     options: Options
     root: Path

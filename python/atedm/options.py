@@ -14,8 +14,7 @@ from torch import Tensor
 
 from atedm.files import whole_file
 from atedm.schedule import DSAP
-from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE
-from atedm_kernels.ops.select_tokens.op import REDUCTIONS
+from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
 RANKINGS = ("self", "cross", "keys")

@@ -26,7 +26,7 @@ Pipeline = TypeVar("Pipeline")
 # What was removed from each UNet last. A compiled graph is guarded by the very objects that it was made with: applying
 # the same again takes no new graph if they come back.
 _EARLIER: weakref.WeakKeyDictionary[nn.Module, list[StepFollower]] = weakref.WeakKeyDictionary()
-_MOST_EARLIER = 8
+_MAX_EARLIER = 8
 
 
 def _denoiser_of(target: object) -> Any:
@@ -82,7 +82,7 @@ def _uninstall(unet: nn.Module) -> None:
         unet._forward_pre_hooks_with_kwargs.pop(key, None)
         follower.stop_following()
         _EARLIER.setdefault(unet, []).append(follower)
-        del _EARLIER[unet][:-_MOST_EARLIER]
+        del _EARLIER[unet][:-_MAX_EARLIER]
 
 
 def _install(target: nn.Module, unet: nn.Module, follower: StepFollower) -> None:

@@ -25,7 +25,7 @@ from atedm.projections import project, project_cross, project_out, scale_of
 from atedm.recording import Ranked
 from atedm.recovery import append_zero_token, interpolate_bicubic, sources_or_zero
 from atedm.state import PruningState
-from atedm_kernels.ops.select_tokens.reference import join_heads
+from atedm_kernels.ops.select_tokens import join_heads
 
 # Keyword arguments for attention that are known to mean the same for a subset of the tokens, or are made to.
 _TOKENWISE_KWARGS = frozenset({"scale", "ip_adapter_masks"})

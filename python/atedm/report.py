@@ -72,9 +72,9 @@ def write_json(document: dict, path: Path) -> None:
         partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def command_line() -> str:
+def command_line(program: str = "atedm") -> str:
     """The command as typed, for the report."""
-    return " ".join(["atedm", *sys.argv[1:]])
+    return " ".join([program, *sys.argv[1:]])
 
 
 def cell(value: Any) -> str:

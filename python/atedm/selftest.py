@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import atedm_kernels as kernels
-from atedm_kernels import _native
+from atedm_kernels import native
 
 # Contract: 2e-4 for sums and scores; attention itself is torch's, held to the rounding of its output.
 _LIMITS = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -85,11 +85,11 @@ def _iterate(step: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -
 
 
 def native_library() -> dict[str, Any]:
-    """State of the native CPU library: in use or why not, and each level of instructions with why it cannot run."""
+    """The native CPU library: in use or why not, and each instruction set with why it cannot run here."""
     try:
-        return {"library": _native.describe(), "levels": _native.levels()}
+        return {"library": native.describe(), "isas": native.isas()}
     except ValueError as error:  # ATEDM_CPU
-        return {"library": f"not in use: {error}", "levels": _native.levels()}
+        return {"library": f"not in use: {error}", "isas": native.isas()}
 
 
 def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-# pytest's importlib mode leaves sys.path alone; the tests share the modules of this folder.
-sys.path.append(str(Path(__file__).parent))
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -21,7 +17,7 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 
 # After the choice above: it loads no triton, but what a test module imports next does.
-from atedm_kernels import _native  # noqa: E402
+from atedm_kernels import native  # noqa: E402
 
 
 @pytest.fixture
@@ -34,8 +30,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "native":
         if HAS_GPU:
             pytest.skip("native code serves CPU tensors, and these tests take the GPU's")
-        if _native.why_not() is not None:
-            pytest.skip(_native.why_not())
+        if native.why_not() is not None:
+            pytest.skip(native.why_not())
     return request.param
 
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # B, H, M, N, D

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 MATRIX = {
@@ -35,9 +35,8 @@ REGISTERS = 65536
 
 def compiled(target: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "compile_launches.py"), target]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    command = [sys.executable, "-m", "tests.helpers.compile_launches", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

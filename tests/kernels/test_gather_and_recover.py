@@ -76,7 +76,7 @@ def test_indices_out_of_range_stay_inside(device):
     clamped = wild.clamp(0, 3)
     assert torch.equal(gather_rows_triton(x, wild), x[:, clamped[0]])
     residual = torch.zeros(1, 24, 2, 3, device=device)
-    out = recover_feature_map_triton(x, wild, residual, torch.empty_like(residual))
+    out = recover_feature_map_triton(x, wild, residual)
     assert torch.equal(out.flatten(2).mT, x[:, clamped[0]])
     q = torch.randn(1, 2, 6, 16).to(device)
     source = similarity_source_triton(q, q, torch.zeros(1, 2, 6, device=device), wild, 0.25)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.gpu
 

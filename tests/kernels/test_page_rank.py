@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 OPS = {"self": atedm_kernels.weighted_page_rank, "cross": atedm_kernels.weighted_page_rank_cross}

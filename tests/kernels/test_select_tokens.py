@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels
+from tests.helpers import oracle
 
 
 def select(backend: str, scores: torch.Tensor, keep: int, reduction: str = "rms") -> torch.Tensor:

@@ -1,30 +1,12 @@
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def kept_tokens(batch: int, tokens: int, keep: int, device: torch.device) -> torch.Tensor:
-    torch.manual_seed(keep)
-    return torch.stack([torch.randperm(tokens)[:keep].sort().values for _ in range(batch)]).to(device)
-
-
-def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
-    """Compared by the similarity that they pick: two may be equal up to rounding."""
-    keep = index.shape[1]
-    assert source.dtype == torch.int64 and source.shape == (q.shape[0], q.shape[2])
-    assert (source >= 0).all() and (source < keep).all()
-    slots = torch.arange(keep, device=q.device).expand_as(index)
-    assert torch.equal(source.gather(1, index), slots)
-    similarity = oracle.mean_similarity(q, k, lse, index)
-    dropped = torch.ones_like(source, dtype=torch.bool).scatter_(1, index, False)
-    picked = similarity.gather(2, source[..., None])[..., 0]
-    assert (picked >= similarity.amax(-1) * (1 - tolerance))[dropped].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,21 +25,21 @@ def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
 )
 def test_sources(backend, device, dtype, batch, heads, tokens, keep, head_dim, layout, poisoned_empty):
     q, k, lse = oracle.attention_inputs((batch, heads, tokens, tokens, head_dim), dtype, device, layout=layout)
-    index = kept_tokens(batch, tokens, keep, device)
+    index = oracle.kept_tokens(batch, tokens, keep, device)
     with atedm_kernels.backend(backend):
         source = atedm_kernels.similarity_source(q, k, lse, index)
         assert torch.equal(source, atedm_kernels.similarity_source(q, k, lse.mT.contiguous().mT, index))
-    assert_sources(q, k, lse, index, source, 2e-5)
+    oracle.assert_sources(q, k, lse, index, source, 2e-5)
 
 
 @pytest.mark.parametrize("std", [10.0, 60.0])
 def test_large_logits(backend, device, std):
     """Some dropped tokens attend to no kept one at all: their similarities may vanish together."""
     q, k, lse = oracle.attention_inputs((1, 2, 150, 150, 64), torch.float32, device, std=std)
-    index = kept_tokens(1, 150, 60, device)
+    index = oracle.kept_tokens(1, 150, 60, device)
     with atedm_kernels.backend(backend):
         source = atedm_kernels.similarity_source(q, k, lse, index)
-    assert_sources(q, k, lse, index, source, 2e-4)
+    oracle.assert_sources(q, k, lse, index, source, 2e-4)
 
 
 @pytest.mark.parametrize("keep", [3, 70])
@@ -75,10 +57,10 @@ def test_ties_go_to_the_lowest_slot(backend, device, keep):
 
 def test_unsorted_index(backend, device):
     q, k, lse = oracle.attention_inputs((1, 2, 90, 90, 32), torch.float16, device)
-    index = kept_tokens(1, 90, 40, device).flip(-1)
+    index = oracle.kept_tokens(1, 90, 40, device).flip(-1)
     with atedm_kernels.backend(backend):
         source = atedm_kernels.similarity_source(q, k, lse, index)
-    assert_sources(q, k, lse, index, source, 2e-5)
+    oracle.assert_sources(q, k, lse, index, source, 2e-5)
 
 
 def test_nan_rows_stay_inside(backend, device):
@@ -86,7 +68,7 @@ def test_nan_rows_stay_inside(backend, device):
     q[:, 0, 3] = float("nan")
     lse[:, 1, 7] = float("nan")
     lse[:, :, 20:40] = float("-inf")  # infinite similarity to every kept token
-    index = kept_tokens(1, 70, 10, device)
+    index = oracle.kept_tokens(1, 70, 10, device)
     with atedm_kernels.backend(backend):
         source = atedm_kernels.similarity_source(q, k, lse, index)
     assert (source >= 0).all() and (source < 10).all()
@@ -95,7 +77,7 @@ def test_nan_rows_stay_inside(backend, device):
 
 def test_repeats_bit_for_bit(backend, device):
     q, k, lse = oracle.attention_inputs((1, 3, 200, 200, 64), torch.bfloat16, device)
-    index = kept_tokens(1, 200, 130, device)
+    index = oracle.kept_tokens(1, 200, 130, device)
     with atedm_kernels.backend(backend):
         first, again = (atedm_kernels.similarity_source(q, k, lse, index) for _ in range(2))
     assert torch.equal(first, again)

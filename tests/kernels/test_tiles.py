@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from atedm_kernels import _tiles
-from atedm_kernels._tiles import Tile, tile_for
+from atedm_kernels import tiles
+from atedm_kernels.tiles import Tile, tile_for
 
 OPS = ["attention_column_sums", "similarity_source", "weighted_page_rank_cross"]
 ARCHITECTURES = {"*", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
@@ -20,7 +20,7 @@ def queries(head_dim: int, dtype: torch.dtype = torch.float16, tokens: int = 102
 
 @pytest.mark.parametrize("op", OPS)
 def test_tables(op):
-    for row in json.loads(_tiles.table_path(op).read_text()):
+    for row in json.loads(tiles.table_path(op).read_text()):
         assert row["architecture"] in ARCHITECTURES
         assert set(row["dtypes"]) <= {"float16", "bfloat16", "float32"}
         for size in ("block_m", "block_n", "num_warps"):
@@ -33,10 +33,10 @@ def test_tables(op):
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Replace every table by rows of a test."""
-    monkeypatch.setattr(_tiles, "table_path", lambda op: tmp_path / "tiles.json")
-    _tiles._look_up.cache_clear()
+    monkeypatch.setattr(tiles, "table_path", lambda op: tmp_path / "tiles.json")
+    tiles._look_up.cache_clear()
     yield lambda rows: (tmp_path / "tiles.json").write_text(json.dumps(rows))
-    _tiles._look_up.cache_clear()
+    tiles._look_up.cache_clear()
 
 
 def row(block_m: int, **fields: object) -> dict:
@@ -45,7 +45,7 @@ def row(block_m: int, **fields: object) -> dict:
 
 
 def test_the_closest_row_is_taken(table):
-    minor = _tiles.triton_minor()
+    minor = tiles.triton_minor()
     table(
         [
             row(16, head_dim=64),
@@ -56,18 +56,18 @@ def test_the_closest_row_is_taken(table):
     )
     assert tile_for("any", queries(64)).block_m == 16
     assert tile_for("any", queries(65)).block_m == 32
-    with _tiles.assume(architecture="sm_90"):
+    with tiles.assume(architecture="sm_90"):
         assert tile_for("any", queries(64)).block_m == 128
         assert tile_for("any", queries(64, tokens=4096)).block_m == 16
-        with _tiles.assume(any=Tile(256, 64, 4, 1)):
+        with tiles.assume(any=Tile(256, 64, 4, 1)):
             assert tile_for("any", queries(64)).block_m == 256
             assert tile_for("other", queries(64)).block_m == 128
-    with _tiles.assume(architecture="sm_80"):
+    with tiles.assume(architecture="sm_80"):
         assert tile_for("any", queries(64)).block_m == 16
     assert tile_for("any", queries(64)).block_m == 16
 
 
 def test_rows_of_an_older_triton_serve_until_there_are_newer_ones(table):
     table([row(16), row(64, architecture="sm_90", triton="0.0")])
-    with _tiles.assume(architecture="sm_90"):
+    with tiles.assume(architecture="sm_90"):
         assert tile_for("any", queries(64)).block_m == 64

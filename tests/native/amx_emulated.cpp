@@ -1,11 +1,11 @@
-// The kernels of the AMX level, on emulated tiles, against those of the portable level.
+// The kernels of the AMX isa, on emulated tiles, against those of the portable isa.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "levels.h"
+#include "isa.h"
 
 namespace atedm {
 namespace portable {

@@ -1,4 +1,4 @@
-// Every function of the C interface at every level that runs here, over awkward sizes, strides and values, for the
+// Every function of the C interface at every isa that runs here, over awkward sizes, strides and values, for the
 // sanitizers to watch. Buffers are exactly as large as they must be and start at odd addresses. Prints the number of
 // calls; aborts on a wrong result.
 #include <cmath>
@@ -169,9 +169,9 @@ void copy(int64_t batch, int64_t length, int64_t channels, int64_t height, int64
 
 int main() {
   const float inf = INFINITY, nan = NAN;
-  for (int32_t level = 0; atedm_level_name(level) != nullptr; ++level) {
-    if (atedm_level_why_not(level) != nullptr) continue;
-    CHECK(atedm_set_level(level) == ATEDM_OK && atedm_level() == level);
+  for (int32_t isa = 0; atedm_isa_name(isa) != nullptr; ++isa) {
+    if (atedm_isa_why_not(isa) != nullptr) continue;
+    CHECK(atedm_set_isa(isa) == ATEDM_OK && atedm_isa() == isa);
     for (const int32_t dtype : {ATEDM_FLOAT32, ATEDM_BFLOAT16, ATEDM_FLOAT16}) {
       for (const Problem &p : {
                Problem{1, 1, 1, 1, 8, dtype, 1, 0}, Problem{2, 3, 67, 67, 40, dtype, 1, 0},
@@ -203,6 +203,6 @@ int main() {
   CHECK(atedm_gather_rows(nullptr, none, 1, 0, 4, 2, nullptr, none, 3, nullptr, 1) == ATEDM_INVALID);
   CHECK(atedm_gather_rows(nullptr, none, 1, 1, 4, 8, nullptr, none, 3, nullptr, 1) == ATEDM_INVALID);
   CHECK(atedm_select_tokens(nullptr, none, 1, 1, 3, 4, ATEDM_RMS, nullptr, 1) == ATEDM_INVALID);
-  CHECK(atedm_set_level(-1) == ATEDM_INVALID && atedm_set_level(99) == ATEDM_INVALID);
+  CHECK(atedm_set_isa(-1) == ATEDM_INVALID && atedm_set_isa(99) == ATEDM_INVALID);
   std::printf("%ld calls\n", calls);
 }

@@ -1,4 +1,4 @@
-"""What the environment decides: the level, and whether there is a library at all."""
+"""What the environment decides: the isa, and whether there is a library at all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import atedm_kernels as ak
-from atedm_kernels import _native
-from atedm_kernels._backends import choose
+from atedm_kernels import native
+from atedm_kernels.backends import choose
 
 CODE = """
 import torch, atedm_kernels as ak
-from atedm_kernels import _native
-from atedm_kernels._backends import choose
+from atedm_kernels import native
+from atedm_kernels.backends import choose
 q = torch.eye(8)[None, None]
-print(ak.attention_column_sums(q, q, torch.zeros(1, 1, 8)).shape[2], _native.level())
+print(ak.attention_column_sums(q, q, torch.zeros(1, 1, 8)).shape[2], native.isa())
 print(choose("select_tokens", ("triton", "native", "reference"), torch.device("cpu"), torch.float32))
 """
 
@@ -36,10 +36,10 @@ def test_the_library_is_the_default(monkeypatch):
     assert name == "reference" and "float64" in why
 
 
-def test_a_level_is_forced():
+def test_an_isa_is_forced():
     done = run(ATEDM_CPU="portable")
     assert done.stdout.startswith("8 portable\n('native'"), done.stderr
-    missing = [name for name, reason in _native.levels().items() if reason is not None]
+    missing = [name for name, reason in native.isas().items() if reason is not None]
     for name, message in [("sse9", "ATEDM_CPU is 'sse9'; expected one of portable, avx2")] + [
         (name, f"ATEDM_CPU is '{name}', which cannot run here") for name in missing[-1:]
     ]:
@@ -48,32 +48,32 @@ def test_a_level_is_forced():
 
 
 def test_levels_are_forced_in_process():
-    before = _native.level()
-    with _native.forced_level("portable"):
-        assert _native.level() == "portable"
-    assert _native.level() == before
-    with pytest.raises(ValueError, match="level is 'mmx'; expected one of"), _native.forced_level("mmx"):
+    before = native.isa()
+    with native.forced_isa("portable"):
+        assert native.isa() == "portable"
+    assert native.isa() == before
+    with pytest.raises(ValueError, match="isa is 'mmx'; expected one of"), native.forced_isa("mmx"):
         pass
 
 
 def test_without_the_library_the_reference_serves(monkeypatch, tmp_path):
     monkeypatch.delenv("ATEDM_BACKEND", raising=False)
-    monkeypatch.setattr(_native, "PATH", tmp_path / "libatedm.so")
+    monkeypatch.setattr(native, "PATH", tmp_path / "libatedm.so")
     for content, reason in [(None, "was not built"), (b"no library", "cannot be loaded")]:
         if content is not None:
-            _native.PATH.write_bytes(content)
-        _native._load.cache_clear()
+            native.PATH.write_bytes(content)
+        native._load.cache_clear()
         try:
             name, why = choose("op", ("triton", "native", "reference"), torch.device("cpu"), torch.float32)
             assert name == "reference" and reason in why
-            assert _native.levels() == {} and _native.level() is None and reason in _native.describe()
+            assert native.isas() == {} and native.isa() is None and reason in native.describe()
             x, index = torch.rand(1, 3, 2), torch.tensor([[1]])
             assert torch.equal(ak.gather_tokens(x, index), x[:, 1:2])
             with ak.backend("native"), pytest.raises(ValueError, match=reason):
                 ak.gather_tokens(x, index)
         finally:
-            _native._load.cache_clear()
+            native._load.cache_clear()
 
 
-def test_the_report_names_level_and_threads():
-    assert _native.level() in _native.describe() and "threads" in _native.describe()
+def test_the_report_names_isa_and_threads():
+    assert native.isa() in native.describe() and "threads" in native.describe()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import atedm_kernels as ak
-from atedm_kernels import _native
+from atedm_kernels import native
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SEEDS = range(60)
@@ -61,13 +61,13 @@ class Fuzz:
 
     @contextlib.contextmanager
     def settings(self):
-        """A random level, route and number of threads."""
-        level = self.choice.choice([name for name, missing in _native.levels().items() if missing is None])
+        """A random isa, route and number of threads."""
+        isa = self.choice.choice([name for name, missing in native.isas().items() if missing is None])
         limits = self.choice.choice([(1 << 40, 0), (0, 1 << 40), (0, 0)])
         before = torch.get_num_threads()
         torch.set_num_threads(self.choice.choice([1, 2, 3]))
         try:
-            with _native.forced_level(level), _native.map_limits(*limits):
+            with native.forced_isa(isa), native.map_limits(*limits):
                 yield
         finally:
             torch.set_num_threads(before)
@@ -218,7 +218,7 @@ def test_indices_out_of_range_stay_inside():
     clamped = wild.clamp(0, 3)
     assert torch.equal(gather_rows_native(x, wild), x[:, clamped[0]])
     residual = torch.zeros(1, 24, 2, 3)
-    out = recover_feature_map_native(x, wild, residual, torch.empty_like(residual))
+    out = recover_feature_map_native(x, wild, residual)
     assert torch.equal(out.flatten(2).mT, x[:, clamped[0]])
     q = torch.randn(1, 2, 6, 16)
     source = similarity_source_native(q, q, torch.zeros(1, 2, 6), wild, 0.25)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from atedm_kernels import _native
+from atedm_kernels import native
+from csrc import build
 
-ROOT = Path(__file__).parents[2]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
 
 
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("atedm_csrc_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_no_sanitizer_complains(build, tmp_path):
+def test_no_sanitizer_complains(tmp_path):
     try:
         probe = tmp_path / "probe.cpp"
         probe.write_text("int main() { return 0; }")
@@ -31,8 +22,8 @@ def test_no_sanitizer_complains(build, tmp_path):
     except (build.BuildError, OSError) as error:
         pytest.skip(f"no compiler with sanitizers: {str(error)[-200:]}")
     # What cannot run here need not be compiled.
-    levels = [name for name, missing in _native.levels().items() if missing is None]
-    files = build.objects(tmp_path, SANITIZERS, levels)
+    isas = [name for name, missing in native.isas().items() if missing is None]
+    files = build.objects(tmp_path, SANITIZERS, isas)
     program, source = tmp_path / "exercise", Path(__file__).with_name("exercise.cpp")
     command = [*build.compiler(), *build.FLAGS, *SANITIZERS, f"-I{build.SOURCES}", source, *files, "-o", program]
     build._run([str(part) for part in command])
@@ -41,18 +32,18 @@ def test_no_sanitizer_complains(build, tmp_path):
     assert int(done.stdout.split()[0]) > 1000
 
 
-def test_amx_kernels_on_emulated_tiles(build, tmp_path):
-    """The one level that could not be run where it was written: its code, with the tile unit emulated."""
-    if _native.levels()["avx512_bf16"] is not None:
-        pytest.skip(f"the rest of the level needs avx512_bf16: {_native.levels()['avx512_bf16']}")
+def test_amx_kernels_on_emulated_tiles(tmp_path):
+    """Where no machine has AMX: its code with the tile unit emulated."""
+    if native.isas()["avx512_bf16"] is not None:
+        pytest.skip(f"the rest of the ISA needs avx512_bf16: {native.isas()['avx512_bf16']}")
     here = Path(__file__).parent
     base = [*build.compiler(), *build.FLAGS, "-O1", f"-I{build.SOURCES}", f"-I{here}"]
-    emulated = [*build.LEVELS["avx512_bf16"], "-DATEDM_LEVEL=4", "-DATEDM_NAMESPACE=amx"]
+    emulated = [*build.ISAS["avx512_bf16"], "-DATEDM_ISA=4", "-DATEDM_NAMESPACE=amx"]
     emulated.append('-DATEDM_EMULATED_TILES="amx_emulation.h"')
     objects = build.objects(tmp_path, ["-O1"], ["portable"])
     program = tmp_path / "amx"
     try:
-        build._run([*base, *emulated, "-c", f"{build.SOURCES}/level.cpp", "-o", f"{tmp_path}/emulated.o"])
+        build._run([*base, *emulated, "-c", f"{build.SOURCES}/kernels.cpp", "-o", f"{tmp_path}/emulated.o"])
         sources = [f"{here}/amx_emulated.cpp", f"{tmp_path}/emulated.o", *map(str, objects)]
         build._run([*base, *sources, "-o", str(program)])
     except build.BuildError as error:

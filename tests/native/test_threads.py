@@ -7,12 +7,12 @@ import subprocess
 import sys
 import threading
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels as ak
-from atedm_kernels import _native
+from atedm_kernels import native
+from tests.helpers import oracle
 
 EVERYTHING = 1 << 40
 
@@ -28,7 +28,7 @@ def everything(q, k, lse, residual):
     """Results of every op, and of every route of the ranking."""
     out = []
     for limits in ((EVERYTHING, EVERYTHING), (0, EVERYTHING), (0, 0)):
-        with _native.map_limits(*limits):
+        with native.map_limits(*limits):
             out += ak.weighted_page_rank(q, k, lse, max_iterations=4, tolerance=1e-3)
             out += ak.weighted_page_rank_cross(q, k[:, :, :77], lse, max_iterations=2)
     out.append(ak.attention_column_sums(q, k, lse, out[0]))
@@ -51,21 +51,21 @@ def test_results_do_not_depend_on_the_threads(problem, threads):
 def test_threads_of_its_own_give_the_same(problem, threads):
     """Without torch's OpenMP runtime, as on macOS."""
     threads(3)
-    library, _ = _native._load()
+    library, _ = native._load()
     with ak.backend("native"):
         shared = everything(*problem)
         library.atedm_set_openmp(None)
         try:
             own = everything(*problem)
         finally:
-            library.atedm_set_openmp(_native._torch_openmp())
+            library.atedm_set_openmp(native._torch_openmp())
     for a, b in zip(own, shared, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is shared on Linux alone")
 def test_torchs_threads_are_found():
-    assert _native._torch_openmp() is not None or "openmp" not in torch.__config__.parallel_info().lower()
+    assert native._torch_openmp() is not None or "openmp" not in torch.__config__.parallel_info().lower()
 
 
 FORKS = """
@@ -102,8 +102,8 @@ def test_the_interpreter_goes_on(threads):
     """Another Python thread counts while the library works."""
     threads(1)
     q, k, lse = oracle.attention_inputs((1, 4, 2000, 2000, 64), torch.float32, torch.device("cpu"))
-    # The slowest level, so that the call outlasts a turn of the interpreter's by far.
-    with ak.backend("native"), _native.forced_level("portable"):
+    # The slowest isa, so that the call outlasts a turn of the interpreter's by far.
+    with ak.backend("native"), native.forced_isa("portable"):
         working, seen = threading.Event(), []
 
         def count() -> None:

@@ -1,17 +1,11 @@
 """The embedded model's parts, in every pipeline that diffusers has for them."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 import atedm
 from atedm.embedded import embedded_pipeline
-
-# pytest's importlib mode leaves sys.path alone; the tests share running.py.
-sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

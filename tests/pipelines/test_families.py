@@ -5,9 +5,9 @@ import copy
 import diffusers
 import pytest
 import torch
-from running import check, latents
 
 import atedm
+from tests.helpers.running import check, latents
 
 FAMILIES = {
     "1.5": {"attention_head_dim": 2},

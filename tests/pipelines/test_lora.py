@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 from peft import LoraConfig
-from running import check, latents
 
 import atedm
+from tests.helpers.running import check, latents
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import PROMPT, STEPS, check, latents
 
 import atedm
+from tests.helpers.running import PROMPT, STEPS, check, latents
 
 
 def of(base, name, **more):

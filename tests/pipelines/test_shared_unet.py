@@ -5,9 +5,9 @@ import copy
 import diffusers
 import pytest
 import torch
-from running import latents
 
 import atedm
+from tests.helpers.running import latents
 
 PROMPTS = ["a red circle", "a green star"]
 

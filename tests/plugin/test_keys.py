@@ -5,11 +5,11 @@ import torch
 
 import atedm_kernels
 from atedm.keys import rank_by_keys, sources_by_keys, unit_keys
-from atedm_kernels import _native
+from atedm_kernels import native
 
 BACKENDS = [
     "reference",
-    pytest.param("native", marks=pytest.mark.skipif(_native.why_not() is not None, reason="no library")),
+    pytest.param("native", marks=pytest.mark.skipif(native.why_not() is not None, reason="no library")),
 ]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atedm.bench.quality.claims import CLAIMS, check_claims
+from atedm_bench.quality.claims import CLAIMS, check_claims
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(0, 5, 200)

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from atedm.bench.quality.images import make_setting, picture_paths
-from atedm.bench.quality.settings import Setting
-from atedm.many import Case, Sampling
+from atedm.many import PromptCase, Sampling
+from atedm_bench.quality.images import make_setting, picture_paths
+from atedm_bench.quality.settings import Setting
 
 FULL = Setting("full", "full")
-CASES = [Case(f"prompt {n}", n) for n in range(7)]
+CASES = [PromptCase(f"prompt {n}", n) for n in range(7)]
 SAMPLING = Sampling(steps=2, guidance=5.0, width=8, height=8, batch=2)
 
 

@@ -1,8 +1,8 @@
 """The judge's rules: every asked object in shape and colour, every asked relation."""
 
-from atedm.bench.quality.checker import Found
-from atedm.bench.quality.judge import judge
-from atedm.bench.scenes import Background, Object, Relation, Scene
+from atedm_bench.quality.checker import Found
+from atedm_bench.quality.judge import judge
+from atedm_bench.scenes import Background, Object, Relation, Scene
 
 
 def seen(kind, x, y):

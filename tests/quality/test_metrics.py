@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from atedm.bench.quality import metrics
-from atedm.bench.quality.checker import FEATURES, SIZE, Checker, load_checker, prepare, save_checker
-from atedm.bench.quality.images import load_pictures
+from atedm_bench.quality import metrics
+from atedm_bench.quality.checker import FEATURES, SIZE, Checker, load_checker, prepare, save_checker
+from atedm_bench.quality.images import load_pictures
 
 
 def pictures(count, size=64, seed=0):

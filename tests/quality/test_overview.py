@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from atedm.bench import overview
 from atedm.recording import Ranked, Recording
+from atedm_bench import overview
+from atedm_bench.cli import app
 
 
 def test_dropped_tokens_fade_and_kept_ones_stay():
@@ -24,7 +25,7 @@ def test_dropped_tokens_fade_and_kept_ones_stay():
 
 def test_it_draws_one(tmp_path, monkeypatch):
     monkeypatch.setattr(overview, "STEPS", 2)
-    result = CliRunner().invoke(overview.app, ["--images", "2", "--output", str(tmp_path / "new" / "overview.png")])
+    result = CliRunner().invoke(app, ["overview", "--images", "2", "--output", str(tmp_path / "new" / "overview.png")])
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "new" / "overview.png") as image:
         assert image.size[1] > image.size[0] > 300

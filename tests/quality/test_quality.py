@@ -1,4 +1,4 @@
-"""``atedm quality``, end to end: on the embedded model, and with it standing in for a real checkpoint."""
+"""``atedm-bench quality``, end to end: on the embedded model, and with it standing in for a real checkpoint."""
 
 import json
 import os
@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from atedm.bench.quality.checker_training import held_out_renders
-from atedm.bench.quality.claims import CLAIMS
-from atedm.bench.quality.lab import scene_cases
-from atedm.bench.quality.session import flops_of
-from atedm.bench.quality.settings import BUDGETS, Plan
-from atedm.bench.scenes.split import held_out
-from atedm.cli import app
 from atedm.embedded import WEIGHTS
 from atedm.many import picture_path
+from atedm_bench.cli import app
+from atedm_bench.quality.checker_training import held_out_renders
+from atedm_bench.quality.claims import CLAIMS
+from atedm_bench.quality.lab import scene_cases
+from atedm_bench.quality.session import flops_of
+from atedm_bench.quality.settings import BUDGETS, Plan
+from atedm_bench.scenes.split import held_out
 
 SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_gets_fid_and_clip_score(checkpoint, checkpoint_rows):
 
 
 def test_several_processes_share_the_work_and_change_nothing(checkpoint, checkpoint_rows, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atedm", "quality"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atedm_bench", "quality"]
     # accelerate chooses gloo where it is told to use the CPU.
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     arguments = map(str, checkpoint_run(checkpoint, tmp_path / "run"))

@@ -3,7 +3,7 @@
 import torch
 
 import atedm_kernels as kernels
-from atedm.bench.quality.rankings import PooledRanking, RandomRanking, page_rank
+from atedm_bench.rankings import PooledRanking, RandomRanking, page_rank
 
 
 def attention(batch=2, heads=2, tokens=16, dim=8, seed=0):

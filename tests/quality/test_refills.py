@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from atedm.bench.quality import refills
-from atedm.bench.quality.lab import scene_cases
 from atedm.embedded import embedded_pipeline
 from atedm.many import Sampling
+from atedm_bench.quality import refills
+from atedm_bench.quality.lab import scene_cases
 
 
 def test_figures_of_a_map_that_is_told_by_hand():

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from atedm.bench.scenes import COLORS, SHAPES, Background, Object, Scene, caption, render, sample_scene
-from atedm.bench.scenes.captions import _RELATION_WORDS, _SIZE_WORDS
-from atedm.bench.scenes.scene import BACKGROUND_COLORS, TEXTURES, holds
-from atedm.bench.scenes.split import held_out, scenes
+from atedm_bench.scenes import COLORS, SHAPES, Background, Object, Scene, caption, render, sample_scene
+from atedm_bench.scenes.captions import _RELATION_WORDS, _SIZE_WORDS
+from atedm_bench.scenes.scene import BACKGROUND_COLORS, TEXTURES, holds
+from atedm_bench.scenes.split import held_out, scenes
 
 
 def drawn(count, seed=0):

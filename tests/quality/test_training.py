@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from atedm.bench.training import config as recipe
-from atedm.bench.training import loop
-from atedm.bench.training.data import draw, generator, pictures
-from atedm.bench.training.export import export
-from atedm.bench.training.text import train_text
-from atedm.bench.training.unet import load_average, train_unet
-from atedm.bench.training.vae import train_vae
+from atedm_bench.training import config as recipe
+from atedm_bench.training import loop
+from atedm_bench.training.data import draw, generator, pictures
+from atedm_bench.training.export import export
+from atedm_bench.training.text import train_text
+from atedm_bench.training.unet import load_average, train_unet
+from atedm_bench.training.vae import train_vae
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
@@ -114,7 +114,7 @@ def test_the_committed_recipe_is_well_formed():
 
 
 def test_record_follows_the_steps_that_counted(trained, tmp_path):
-    from atedm.bench.training.record import lineage, record
+    from atedm_bench.training.record import lineage, record
 
     notes = [{"step": n, "loss": 1.0 * n} for n in (1, 2, 5, 3, 4)]
     assert [note["step"] for note in lineage(notes, 4)] == [1, 2, 3, 4]

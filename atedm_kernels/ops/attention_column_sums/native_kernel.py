@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels import _native
+from atedm_kernels import native
 
 
 def attention_column_sums_native(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float) -> Tensor:
     """``Σ_i w_i A_ij``; shapes as the public op."""
     out = torch.empty(*k.shape[:3], dtype=torch.float32)
-    _native.call(
+    native.call(
         "atedm_attention_column_sums",
-        _native.attention_map(q, k, lse, scale),
+        native.attention_map(q, k, lse, scale),
         None if weights is None else weights.data_ptr(),
-        None if weights is None else _native.strides(weights),
+        None if weights is None else native.strides(weights),
         out.data_ptr(),
     )
     return out

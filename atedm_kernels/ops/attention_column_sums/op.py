@@ -1,22 +1,20 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
 from atedm_kernels._checks import (
     check_attention_map,
     check_scale,
     check_shape,
     check_tensor,
-    check_tensors,
     score_dtype,
     softmax_scale,
 )
-from atedm_kernels._library import define_op
 from atedm_kernels.ops.attention_column_sums.native_kernel import attention_column_sums_native
 from atedm_kernels.ops.attention_column_sums.reference import attention_column_sums_reference
-
-_BACKENDS = ("triton", "native", "reference")
+from atedm_kernels.ops.attention_map import map_flops
+from atedm_kernels.registry import define_op, lazily
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float | None) -> None:
@@ -27,30 +25,32 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: flo
         check_shape("weights", weights, tuple(lse.shape), "the shape of lse")
 
 
-def _implementation(
-    q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    _check(q, k, lse, weights, scale)
-    scale = softmax_scale(q, scale)
-    backend, _ = choose("attention_column_sums", _BACKENDS, q.device, q.dtype)
-    if backend == "triton":
-        from atedm_kernels.ops.attention_column_sums.triton_kernel import attention_column_sums_triton
-
-        return attention_column_sums_triton(q, k, lse, weights, scale)
-    sums = attention_column_sums_native if backend == "native" else attention_column_sums_reference
-    return sums(q, k, lse, weights, scale)
+def _fake(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float | None) -> Tensor:
+    return q.new_empty(k.shape[:3], dtype=score_dtype(q))
 
 
-def _fake(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None = None, scale: float | None = None) -> Tensor:
-    _check(q, k, lse, weights, scale)
-    return q.new_empty(k.shape[0], k.shape[1], k.shape[2], dtype=score_dtype(q))
+def _prepare(
+    q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    return q, k, lse, weights, softmax_scale(q, scale)
+
+
+def _flops(q: torch.Size, k: torch.Size, *_: object) -> int:
+    """2·B·H·M·N·D: the logits. Sums and exponentials are not products."""
+    return map_flops(q, k[2])
 
 
 _op = define_op(
     "attention_column_sums(Tensor q, Tensor k, Tensor lse, Tensor? weights=None, float? scale=None) -> Tensor",
-    _implementation,
+    _check,
     _fake,
-    _BACKENDS,
+    {
+        "triton": lazily("atedm_kernels.ops.attention_column_sums.triton_kernel", "attention_column_sums_triton"),
+        "native": attention_column_sums_native,
+        "reference": attention_column_sums_reference,
+    },
+    prepare=_prepare,
+    flops=_flops,
 )
 
 
@@ -75,8 +75,4 @@ def attention_column_sums(
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.
     """
-    check_tensors(q=q, k=k, lse=lse)
-    if weights is not None:
-        check_tensors(weights=weights)
-    check_scale(scale)
     return _op(q, k, lse, weights, scale)

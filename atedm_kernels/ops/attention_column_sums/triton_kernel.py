@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
-from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     head_pointer,
@@ -23,6 +22,7 @@ from atedm_kernels.ops.triton_tiles import (
     streamed_products,
     tile_constants,
 )
+from atedm_kernels.tiles import tile_for
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _column_sums_kernel(
 
 OP = "attention_column_sums"
 
-_MOST_SPLITS = 16
+_MAX_SPLITS = 16
 
 # Partial sums, and a ranking's bias, stay below this part of a head's map in 16 bits.
 _SCRATCH_OF_MAP = 0.01
@@ -139,7 +139,7 @@ def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
     programs = q.shape[0] * q.shape[1] * cdiv(k.shape[2], tile.block_n)
     tiles = cdiv(q.shape[2], tile.block_m)
     affordable = int(_SCRATCH_OF_MAP * 2 * q.shape[2] / 4) - 1
-    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles // 4, affordable))
+    splits = max(1, min(cdiv(tile.programs, programs), _MAX_SPLITS, tiles // 4, affordable))
     tiles_per_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_m
 

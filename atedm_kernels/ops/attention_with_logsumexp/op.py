@@ -1,22 +1,20 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
 from atedm_kernels._checks import (
     check_query_key,
     check_scale,
     check_shape,
     check_tensor,
-    check_tensors,
     score_dtype,
     softmax_scale,
 )
-from atedm_kernels._library import define_op
-from atedm_kernels.ops.attention_with_logsumexp.fused import fused_attention
+from atedm_kernels.ops.attention_map import map_flops
 from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
-
-_BACKENDS = ("torch", "reference")
+from atedm_kernels.ops.attention_with_logsumexp.torch_kernel import attention_with_logsumexp_torch
+from atedm_kernels.registry import define_op
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -26,27 +24,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     check_scale(scale)
 
 
-def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, scale)
-    scale = softmax_scale(q, scale)
-    backend, _ = choose("attention_with_logsumexp", _BACKENDS, q.device, q.dtype)
-    fused = fused_attention(q, k, v, scale) if backend == "torch" else None
-    out, lse = attention_with_logsumexp_reference(q, k, v, scale) if fused is None else fused
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(score_dtype(q)).contiguous()
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, scale)
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     batch, heads, queries, head_dim = q.shape
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     return out, q.new_empty(batch, heads, queries, dtype=score_dtype(q))
 
 
+def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    return q, k, v, softmax_scale(q, scale)
+
+
+def _flops(q: torch.Size, k: torch.Size, *_: object) -> int:
+    """4·B·H·M·N·D, as torch counts attention; the logsumexp comes with it."""
+    return 2 * map_flops(q, k[2])
+
+
 _op = define_op(
     "attention_with_logsumexp(Tensor q, Tensor k, Tensor v, float? scale=None) -> (Tensor, Tensor)",
-    _implementation,
+    _check,
     _fake,
-    _BACKENDS,
+    {"torch": attention_with_logsumexp_torch, "reference": attention_with_logsumexp_reference},
+    prepare=_prepare,
+    flops=_flops,
 )
 
 
@@ -69,6 +68,4 @@ def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.
     """
-    check_tensors(q=q, k=k, v=v)
-    check_scale(scale)
     return _op(q, k, v, scale)

@@ -2,23 +2,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels._backends import choose
-from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor, check_tensors
-from atedm_kernels._library import define_op
+from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
 from atedm_kernels.ops.gather_tokens.native_kernel import gather_rows_native
 from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
+from atedm_kernels.registry import define_op, lazily
 
-BACKENDS = ("triton", "native", "reference")
-
-
-def gather_rows(op: str, x: Tensor, index: Tensor) -> Tensor:
-    """``out[b, j] = x[b, index[b, j]]`` by the backend that serves ``op``: gathering and recovering are one kernel."""
-    backend, _ = choose(op, BACKENDS, x.device, x.dtype)
-    if backend == "triton":
-        from atedm_kernels.ops.gather_tokens.triton_kernel import gather_rows_triton
-
-        return gather_rows_triton(x, index)
-    return (gather_rows_native if backend == "native" else gather_rows_reference)(x, index)
+# ``out[b, j] = x[b, index[b, j]]``. Recovering tokens is the same with more indices than rows.
+GATHER_ROWS = {
+    "triton": lazily("atedm_kernels.ops.gather_tokens.triton_kernel", "gather_rows_triton"),
+    "native": gather_rows_native,
+    "reference": gather_rows_reference,
+}
 
 
 def _check(x: Tensor, index: Tensor) -> None:
@@ -26,18 +20,18 @@ def _check(x: Tensor, index: Tensor) -> None:
     check_index("index", index, x.shape[0], x.device)
 
 
-def _implementation(x: Tensor, index: Tensor) -> Tensor:
-    _check(x, index)
+def _check_values(x: Tensor, index: Tensor) -> None:
     check_index_values("index", index, x.shape[1], "positions in x")
-    return gather_rows("gather_tokens", x, index)
 
 
-def _fake(x: Tensor, index: Tensor) -> Tensor:
-    _check(x, index)
+def empty_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Uninitialised ``[B, K, C]`` for ``x`` ``[B, N, C]`` and ``index`` ``[B, K]``."""
     return x.new_empty(x.shape[0], index.shape[1], x.shape[2])
 
 
-_op = define_op("gather_tokens(Tensor x, Tensor index) -> Tensor", _implementation, _fake, BACKENDS)
+_op = define_op(
+    "gather_tokens(Tensor x, Tensor index) -> Tensor", _check, empty_rows, GATHER_ROWS, check_values=_check_values
+)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -54,5 +48,4 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or an index out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such an index is clamped). TypeError: a dtype that is not served.
     """
-    check_tensors(x=x, index=index)
     return _op(x, index)

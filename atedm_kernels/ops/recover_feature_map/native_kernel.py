@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels import _native
+from atedm_kernels import native
+from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map
 
 
-def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor, out: Tensor) -> Tensor:
-    """``out = residual[b, :, n // w, n % w] + x[b, source[b, n]]``; ``out`` contiguous or channels-last."""
+def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
+    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as the public op."""
+    out = empty_feature_map(x, residual)
     batch, channels, height, width = residual.shape
-    feature_map = _native.FeatureMap(
+    feature_map = native.FeatureMap(
         x.data_ptr(),
         residual.data_ptr(),
         source.data_ptr(),
@@ -20,13 +22,13 @@ def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor, out:
         channels,
         height,
         width,
-        _native.strides(x),
-        _native.strides(source),
-        _native.strides(residual),
-        _native.DTYPE_CODES[x.dtype],
-        _native.DTYPE_CODES[residual.dtype],
-        _native.DTYPE_CODES[out.dtype],
+        native.strides(x),
+        native.strides(source),
+        native.strides(residual),
+        native.DTYPE_CODES[x.dtype],
+        native.DTYPE_CODES[residual.dtype],
+        native.DTYPE_CODES[out.dtype],
         not out.is_contiguous(),
     )
-    _native.call("atedm_recover_feature_map", feature_map)
+    native.call("atedm_recover_feature_map", feature_map)
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
 from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
+from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map
 
 _BLOCK_TOKENS = 64
 _BLOCK_CHANNELS = 64
@@ -106,7 +107,8 @@ def recover_launch(x: Tensor, source: Tensor, residual: Tensor, out: Tensor) -> 
     )
 
 
-def recover_feature_map_triton(x: Tensor, source: Tensor, residual: Tensor, out: Tensor) -> Tensor:
-    """``residual + recovered`` into ``out``, which is returned; shapes as the public op."""
+def recover_feature_map_triton(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
+    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as the public op."""
+    out = empty_feature_map(x, residual)
     run_all([recover_launch(x, source.contiguous(), residual, out)], x.device)
     return out

@@ -1,12 +1,12 @@
-"""Recovery of a token sequence. Its definition and kernel are those of ``gather_tokens``: both gather rows."""
+"""Recovery of a token sequence: gathers rows, as ``gather_tokens`` does."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor, check_tensors
-from atedm_kernels._library import define_op
-from atedm_kernels.ops.gather_tokens.op import BACKENDS, gather_rows
+from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
+from atedm_kernels.ops.gather_tokens.op import GATHER_ROWS, empty_rows
+from atedm_kernels.registry import define_op
 
 
 def _check(x: Tensor, source: Tensor) -> None:
@@ -14,18 +14,13 @@ def _check(x: Tensor, source: Tensor) -> None:
     check_index("source", source, x.shape[0], x.device)
 
 
-def _implementation(x: Tensor, source: Tensor) -> Tensor:
-    _check(x, source)
+def _check_values(x: Tensor, source: Tensor) -> None:
     check_index_values("source", source, x.shape[1], "slots of x")
-    return gather_rows("recover_tokens", x, source)
 
 
-def _fake(x: Tensor, source: Tensor) -> Tensor:
-    _check(x, source)
-    return x.new_empty(x.shape[0], source.shape[1], x.shape[2])
-
-
-_op = define_op("recover_tokens(Tensor x, Tensor source) -> Tensor", _implementation, _fake, BACKENDS)
+_op = define_op(
+    "recover_tokens(Tensor x, Tensor source) -> Tensor", _check, empty_rows, GATHER_ROWS, check_values=_check_values
+)
 
 
 def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
@@ -42,5 +37,4 @@ def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such a source is clamped). TypeError: a dtype that is not served.
     """
-    check_tensors(x=x, source=source)
     return _op(x, source)

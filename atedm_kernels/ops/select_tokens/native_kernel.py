@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels import _native
+from atedm_kernels import native
 
 
 def select_tokens_native(scores: Tensor, keep: int, reduction: str) -> Tensor:
     """The ``keep`` best tokens of each row, ascending; shapes as the public op."""
     out = torch.empty(scores.shape[0], keep, dtype=torch.int64)
-    reduction_code = _native.REDUCTION_CODES[reduction]
-    _native.call(
+    reduction_code = native.REDUCTION_CODES[reduction]
+    native.call(
         "atedm_select_tokens",
         scores.data_ptr(),
-        _native.strides(scores),
+        native.strides(scores),
         *scores.shape,
         keep,
         reduction_code,

@@ -13,8 +13,8 @@ from torch import Tensor
 from atedm_kernels._launch import Launch, next_power_of_2, run_all
 
 # Rows up to this long are held in registers from the first pass to the last (16 values a thread).
-_MOST_TOKENS_IN_REGISTERS = 8192
-_TOKENS_A_STEP = 4096
+_MAX_TOKENS_IN_REGISTERS = 8192
+_TOKENS_PER_STEP = 4096
 
 # The threshold is found two bits at a time; three counts share an int64, 21 bits each. Longer rows take one bit.
 _TWO_BIT_LIMIT = 1 << 21
@@ -139,14 +139,14 @@ def _select_kernel(
 
 
 def _in_registers(tokens: int) -> bool:
-    return tokens <= _MOST_TOKENS_IN_REGISTERS
+    return tokens <= _MAX_TOKENS_IN_REGISTERS
 
 
 def select_launch(scores: Tensor, importance: Tensor | None, out: Tensor, reduction: str) -> Launch:
     """``importance`` uint32 ``[B, N]`` from :func:`scratch`."""
     batch, heads, tokens = scores.shape
     in_registers = _in_registers(tokens)
-    block = max(128, next_power_of_2(tokens)) if in_registers else _TOKENS_A_STEP
+    block = max(128, next_power_of_2(tokens)) if in_registers else _TOKENS_PER_STEP
     two_bits = tokens < _TWO_BIT_LIMIT
     return Launch(
         _select_kernel,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels import _native
+from atedm_kernels import native
 
 
 def similarity_source_native(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
     """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
     source = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64)
-    _native.call(
+    native.call(
         "atedm_similarity_source",
-        _native.attention_map(q, k, lse, scale),
+        native.attention_map(q, k, lse, scale),
         index.data_ptr(),
-        _native.strides(index),
+        native.strides(index),
         index.shape[1],
         source.data_ptr(),
     )

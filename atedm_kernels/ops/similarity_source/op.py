@@ -3,21 +3,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels._backends import choose
 from atedm_kernels._checks import (
     check_attention_map,
     check_index,
     check_index_values,
     check_scale,
     check_self_attention,
-    check_tensors,
     softmax_scale,
 )
-from atedm_kernels._library import define_op
+from atedm_kernels.ops.attention_map import map_flops
 from atedm_kernels.ops.similarity_source.native_kernel import similarity_source_native
 from atedm_kernels.ops.similarity_source.reference import similarity_source_reference
-
-_BACKENDS = ("triton", "native", "reference")
+from atedm_kernels.registry import define_op, lazily
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> None:
@@ -29,29 +26,37 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None
     check_scale(scale)
 
 
-def _implementation(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None = None) -> Tensor:
-    _check(q, k, lse, index, scale)
+def _check_values(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> None:
     check_index_values("index", index, q.shape[2], "tokens of q")
-    scale = softmax_scale(q, scale)
-    backend, _ = choose("similarity_source", _BACKENDS, q.device, q.dtype)
-    if backend == "triton":
-        from atedm_kernels.ops.similarity_source.triton_kernel import similarity_source_triton
-
-        return similarity_source_triton(q, k, lse, index, scale)
-    find = similarity_source_native if backend == "native" else similarity_source_reference
-    return find(q, k, lse, index, scale)
 
 
-def _fake(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None = None) -> Tensor:
-    _check(q, k, lse, index, scale)
+def _fake(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], dtype=torch.int64)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    return q, k, lse, index, softmax_scale(q, scale)
+
+
+def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, index: torch.Size, *_: object) -> int:
+    """2·B·H·N·K·D: the logits of every token against the kept ones. The kernels leave out those of the kept tokens."""
+    return map_flops(q, index[1])
 
 
 _op = define_op(
     "similarity_source(Tensor q, Tensor k, Tensor lse, Tensor index, float? scale=None) -> Tensor",
-    _implementation,
+    _check,
     _fake,
-    _BACKENDS,
+    {
+        "triton": lazily("atedm_kernels.ops.similarity_source.triton_kernel", "similarity_source_triton"),
+        "native": similarity_source_native,
+        "reference": similarity_source_reference,
+    },
+    check_values=_check_values,
+    prepare=_prepare,
+    flops=_flops,
 )
 
 
@@ -75,6 +80,4 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
         ValueError: an argument that does not fit, or an index out of range (on a GPU only with
             ``ATEDM_CHECK=1``; without it such an index is clamped). TypeError: a dtype that is not served.
     """
-    check_tensors(q=q, k=k, lse=lse, index=index)
-    check_scale(scale)
     return _op(q, k, lse, index, scale)

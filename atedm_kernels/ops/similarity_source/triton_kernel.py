@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
-from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.gather_tokens.triton_kernel import load_index
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
@@ -24,6 +23,7 @@ from atedm_kernels.ops.triton_tiles import (
     streamed_products,
     tile_constants,
 )
+from atedm_kernels.tiles import tile_for
 
 _LOW_BITS = tl.constexpr(0x7FFFFFFF)
 
@@ -186,10 +186,10 @@ def _join_kernel(parts, dropped, out, splits, batch_size, tokens, count, BLOCK: 
 
 OP = "similarity_source"
 
-_MOST_SPLITS = 16
+_MAX_SPLITS = 16
 
-_LISTED_A_STEP = 4096
-_JOINED_A_PROGRAM = 256
+_LISTED_PER_STEP = 4096
+_JOINED_PER_PROGRAM = 256
 
 
 def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
@@ -197,7 +197,7 @@ def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
     tile = tile_for(OP, q)
     programs = q.shape[0] * cdiv(q.shape[2] - index.shape[1], tile.block_m)
     tiles = cdiv(index.shape[1], tile.block_n)
-    splits = max(1, min(cdiv(tile.programs, programs), _MOST_SPLITS, tiles))
+    splits = max(1, min(cdiv(tile.programs, programs), _MAX_SPLITS, tiles))
     tiles_per_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_per_split), tiles_per_split * tile.block_n
 
@@ -211,7 +211,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         _dropped_kernel,
         grid=batch,
         arguments={"index": index, "dropped": dropped, "out": out, "tokens": tokens, "slots": slots},
-        constants={"BLOCK": _LISTED_A_STEP},
+        constants={"BLOCK": _LISTED_PER_STEP},
         num_warps=8,
         num_stages=1,
     )
@@ -252,12 +252,12 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         return [listing, search]
     join = Launch(
         _join_kernel,
-        grid=cdiv(count, _JOINED_A_PROGRAM) * batch,
+        grid=cdiv(count, _JOINED_PER_PROGRAM) * batch,
         arguments={
             **{"parts": parts, "dropped": dropped, "out": out, "splits": splits},
             **{"batch_size": batch, "tokens": tokens, "count": count},
         },
-        constants={"BLOCK": _JOINED_A_PROGRAM},
+        constants={"BLOCK": _JOINED_PER_PROGRAM},
     )
     return [listing, search, join]
 

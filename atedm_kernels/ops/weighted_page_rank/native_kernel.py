@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels import _native
+from atedm_kernels import native
 
 
 def rank_native(
@@ -14,9 +14,9 @@ def rank_native(
     """Scores and iterations of either ranking, by the library's ``function``."""
     scores = torch.empty(q.shape[:3], dtype=torch.float32)
     iterations = torch.empty(q.shape[:2], dtype=torch.int32)
-    _native.call(
+    native.call(
         function,
-        _native.attention_map(q, k, lse, scale),
+        native.attention_map(q, k, lse, scale),
         min(max_iterations, 2**31 - 1),
         tolerance,
         scores.data_ptr(),

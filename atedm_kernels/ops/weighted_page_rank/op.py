@@ -1,21 +1,44 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from atedm_kernels._checks import check_iteration, check_scale, check_self_attention, check_tensors
-from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
+from atedm_kernels._checks import check_self_attention
+from atedm_kernels.ops.attention_map import map_flops
+from atedm_kernels.ops.ranking import (
+    DEFAULT_MAX_ITERATIONS,
+    DEFAULT_TOLERANCE,
+    SCHEMA,
+    check_ranking,
+    fake_ranking,
+    prepare_ranking,
+)
 from atedm_kernels.ops.weighted_page_rank.native_kernel import weighted_page_rank_native
 from atedm_kernels.ops.weighted_page_rank.reference import weighted_page_rank_reference
+from atedm_kernels.registry import define_op, lazily
 
 
-def _import_triton() -> Ranking:
-    from atedm_kernels.ops.weighted_page_rank.triton_kernel import weighted_page_rank_triton
+def _check(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float) -> None:
+    check_ranking(q, k, lse, scale, max_iterations, tolerance)
+    check_self_attention(q, k)
 
-    return weighted_page_rank_triton
+
+def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, scale: float | None, iterations: int, *_: object) -> int:
+    """2·B·H·N²·D an iteration, for ``max_iterations``: an upper bound, as most heads converge earlier."""
+    return map_flops(q, k[2]) * iterations
 
 
-_op = define_ranking_op(
-    "weighted_page_rank", check_self_attention, weighted_page_rank_native, weighted_page_rank_reference, _import_triton
+_op = define_op(
+    f"weighted_page_rank{SCHEMA}",
+    _check,
+    fake_ranking,
+    {
+        "triton": lazily("atedm_kernels.ops.weighted_page_rank.triton_kernel", "weighted_page_rank_triton"),
+        "native": weighted_page_rank_native,
+        "reference": weighted_page_rank_reference,
+    },
+    prepare=prepare_ranking,
+    flops=_flops,
 )
 
 
@@ -46,7 +69,4 @@ def weighted_page_rank(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
-    check_tensors(q=q, k=k, lse=lse)
-    check_scale(scale)
-    check_iteration(max_iterations, tolerance)
     return _op(q, k, lse, scale, max_iterations, tolerance)

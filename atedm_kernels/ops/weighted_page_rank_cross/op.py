@@ -1,29 +1,38 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from atedm_kernels._checks import check_iteration, check_scale, check_tensors
-from atedm_kernels.ops.ranking import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, Ranking, define_ranking_op
+from atedm_kernels.ops.attention_map import map_flops
+from atedm_kernels.ops.ranking import (
+    DEFAULT_MAX_ITERATIONS,
+    DEFAULT_TOLERANCE,
+    SCHEMA,
+    check_ranking,
+    fake_ranking,
+    prepare_ranking,
+)
 from atedm_kernels.ops.weighted_page_rank_cross.native_kernel import weighted_page_rank_cross_native
 from atedm_kernels.ops.weighted_page_rank_cross.reference import weighted_page_rank_cross_reference
+from atedm_kernels.registry import define_op, lazily
 
 
-def _import_triton() -> Ranking:
-    from atedm_kernels.ops.weighted_page_rank_cross.triton_kernel import weighted_page_rank_cross_triton
-
-    return weighted_page_rank_cross_triton
-
-
-def _any_lengths(q: Tensor, k: Tensor) -> None:
-    """Image and text may have any number of tokens each."""
+def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, scale: float | None, iterations: int, *_: object) -> int:
+    """4·B·H·M·N·D an iteration (``Aᵀ s`` and ``A s``), for ``max_iterations``: an upper bound."""
+    return 2 * map_flops(q, k[2]) * iterations
 
 
-_op = define_ranking_op(
-    "weighted_page_rank_cross",
-    _any_lengths,
-    weighted_page_rank_cross_native,
-    weighted_page_rank_cross_reference,
-    _import_triton,
+_op = define_op(
+    f"weighted_page_rank_cross{SCHEMA}",
+    check_ranking,
+    fake_ranking,
+    {
+        "triton": lazily("atedm_kernels.ops.weighted_page_rank_cross.triton_kernel", "weighted_page_rank_cross_triton"),
+        "native": weighted_page_rank_cross_native,
+        "reference": weighted_page_rank_cross_reference,
+    },
+    prepare=prepare_ranking,
+    flops=_flops,
 )
 
 
@@ -55,7 +64,4 @@ def weighted_page_rank_cross(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
-    check_tensors(q=q, k=k, lse=lse)
-    check_scale(scale)
-    check_iteration(max_iterations, tolerance)
     return _op(q, k, lse, scale, max_iterations, tolerance)

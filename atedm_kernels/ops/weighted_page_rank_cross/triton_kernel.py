@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv
-from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.attention_column_sums.triton_kernel import column_sums_launch, empty_partial_sums
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
@@ -21,6 +20,7 @@ from atedm_kernels.ops.triton_tiles import (
 )
 from atedm_kernels.ops.weighted_page_rank.triton_kernel import State, iterate, normalise_launch, sum_parts
 from atedm_kernels.ops.weighted_page_rank_cross.reference import ENTROPY_FLOOR
+from atedm_kernels.tiles import tile_for
 
 
 @triton.jit

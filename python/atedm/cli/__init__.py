@@ -1,8 +1,8 @@
-"""The command line ``atedm``: one module a command."""
+"""The command line ``atedm``: one module per command."""
 
 import typer
 
-from atedm.cli import bench, demo, doctor, flops, generate, quality
+from atedm.cli import demo, doctor, flops, generate
 
 app = typer.Typer(
     name="atedm",
@@ -14,8 +14,6 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("flops")(flops.flops)
-app.add_typer(bench.app, name="bench")
-app.command("quality")(quality.quality)
 app.command("doctor")(doctor.doctor)
 
 

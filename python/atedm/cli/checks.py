@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from atedm.cli.extras import require
+from atedm_extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-
 # What a text-to-image pipeline reads its prompt with.
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-_LONGEST_PROMPT = 1 << 20  # tokens; SDXL's is 77
+_MAX_PROMPT_TOKENS = 1 << 20  # SDXL takes 77
 
 # Bytes that a folder for results must have room for: a picture takes more, its figures less.
-_ROOM = 1 << 16
+_MIN_ROOM = 1 << 16
 
 
 def bad(option: str, message: str) -> typer.BadParameter:
@@ -51,7 +50,7 @@ def check_output(folder: Path, json: Path | None) -> Path:
             path.mkdir(parents=True, exist_ok=True)
             # The mode bits do not tell for a read-only or full file system, so try.
             with tempfile.NamedTemporaryFile(dir=path) as trial:
-                trial.write(bytes(_ROOM))
+                trial.write(bytes(_MIN_ROOM))
         except OSError as error:
             raise bad(option, f"cannot write to {path}: {error.strerror or error}") from None
     return file
@@ -109,14 +108,26 @@ def parse_device(text: str | None) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise bad("device", f"{text!r}; expected cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise bad("device", f"{text!r}; expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise bad("device", f"{text!r}; torch sees {count} CUDA devices on this machine")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise bad("device", f"{text!r}; expected cpu: torch {torch.__version__} finds no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise bad("device", f"{text!r}; expected an index under {torch.cuda.device_count()}, the number of GPUs here")
     return device
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, DTYPES[check_dtype(text)])
+
+
+def check_dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise bad("dtype", f"{text!r}; expected one of {', '.join(DTYPES)}")
+    return text
 
 
 @contextlib.contextmanager
@@ -132,6 +143,16 @@ def failing_clearly() -> Iterator[None]:
     except OSError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def load_config(model: str) -> dict[str, Any]:
+    """The UNet configuration that ``model`` names; usage error where it names none."""
+    from atedm.models import unet_config
+
+    try:
+        return unet_config(model)
+    except ValueError as error:
+        raise bad("model", str(error)) from None
 
 
 def parse_levels(text: str | None) -> tuple[int, ...] | None:
@@ -188,7 +209,7 @@ def load_pipeline(
         raise bad("model", f"{model} has no {missing[0]}; expected a text-to-image model (SDXL's refiner is none)")
     for part in _TEXT[2:]:
         # Where its files are missing, transformers makes a tokenizer that knows no words and no length.
-        if getattr(pipe, part).model_max_length > _LONGEST_PROMPT:
+        if getattr(pipe, part).model_max_length > _MAX_PROMPT_TOKENS:
             raise bad("model", f"{model} has an empty {part}; expected its files in a folder of that name")
     channels, of_latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels != of_latent:

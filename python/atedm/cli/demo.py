@@ -53,7 +53,7 @@ def demo(
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
         pipe = embedded_pipeline().to(place)
-        request = comparison.sized(comparison.Request(prompt, None, steps, guidance, seed, images=images), pipe)
+        request = comparison.sized(comparison.ImageRequest(prompt, None, steps, guidance, seed, images=images), pipe)
         found = comparison.compare(pipe, request, options, output)
         described = comparison.describe(request, options, model="embedded", dtype="fp32")
         title = f"embedded model, {images} × {request.width}×{request.height}, {steps} steps"

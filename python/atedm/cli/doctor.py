@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def doctor(
@@ -17,8 +20,7 @@ def doctor(
 
     from atedm import report
     from atedm.selftest import check_ops, native_library
-    from atedm_kernels._backends import choose
-    from atedm_kernels._library import IMPLEMENTATIONS
+    from atedm_kernels.registry import OPS
 
     console = Console()
     report.print_table(
@@ -34,8 +36,8 @@ def doctor(
         console.print("No CUDA or ROCm device is visible to torch: the Triton kernels are not in use.")
     native = native_library()
     console.print(f"Native CPU library: {native['library']}")
-    for level, reason in native["levels"].items():
-        console.print(f"  {level}: {reason or 'runs here'}")
+    for isa, reason in native["isas"].items():
+        console.print(f"  {isa}: {reason or 'runs here'}")
 
     rows = []
     for device, dtype in cases:
@@ -45,8 +47,8 @@ def doctor(
                 outcomes[check.op] = check
         except Exception as error:  # a crash is a finding, to be reported with what was found before it
             console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
-        for op, implementations in IMPLEMENTATIONS.items():
-            backend, reason = _serving(op, implementations, device, dtype, choose)
+        for op in OPS:
+            backend, reason = _serving(op, device, dtype)
             check = outcomes.get(op)
             rows.append(
                 {
@@ -81,8 +83,10 @@ def doctor(
     console.print(f"All {len(rows)} checks passed.")
 
 
-def _serving(op, implementations, device, dtype, choose) -> tuple[str, str]:
+def _serving(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    from atedm_kernels.registry import OPS
+
     try:
-        return choose(op, implementations, device, dtype)
+        return OPS[op].backend_for(device, dtype)
     except ValueError as error:
         return "none", str(error)

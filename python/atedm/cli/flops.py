@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atedm.cli.checks import bad, load_config, parse_levels, parse_size
+
 if TYPE_CHECKING:
     from atedm.flops import Flops, UNetFlops
 
@@ -41,30 +43,23 @@ def flops(
 
     from atedm import DSAP, report
     from atedm.flops import UNetFlops
-    from atedm.models import image_size, unet_config
 
     if placement not in PLACEMENTS:
-        raise _bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
+        raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
     if not 0 <= ratio < 1:
-        raise _bad("ratio", f"{ratio}; expected from 0 up to, not including, 1")
+        raise bad("ratio", f"{ratio}; expected from 0 up to, not including, 1")
     if budget is not None and budget <= 0:
-        raise _bad("budget", f"{budget}; expected a positive number of TFLOPs")
-    chosen = _parse_levels(levels)
-    try:
-        width, height = image_size(size)
-    except ValueError as error:
-        raise _bad("size", str(error)) from error
-    try:
-        config = unet_config(model)
-    except ValueError as error:
-        raise _bad("model", str(error)) from error
+        raise bad("budget", f"{budget}; expected a positive number of TFLOPs")
+    chosen = parse_levels(levels)
+    width, height = parse_size(size)
+    config = load_config(model)
     settings: dict[str, Any] = {
         **{"model": model, "size": f"{width}x{height}", "batch": batch, "tokens": tokens, "steps": steps},
         "light_steps": DSAP().light_steps(steps),
         "flops_per_multiply_add": 2,
     }
     if paper and (budget is not None or any(settings[key] != value for key, value in PAPER_SETTINGS.items())):
-        raise _bad("paper", "the paper's rows are for --model sdxl --size 1024 --batch 1 --tokens 77, without --budget")
+        raise bad("paper", "the paper's rows are for --model sdxl --size 1024 --batch 1 --tokens 77, without --budget")
 
     progress = Console(stderr=True)
     counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
@@ -82,25 +77,12 @@ def flops(
         report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
 
 
-def _bad(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"--{option}")
-
-
-def _parse_levels(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise _bad("levels", f"{text!r}; expected level numbers separated by commas, such as 2,3")
-    return tuple(sorted({int(part) for part in parts}))
-
-
 def _check_levels(counter: UNetFlops, levels: tuple[int, ...]) -> None:
     from atedm.blocks import attention_blocks
 
     available = sorted({block.level for block in attention_blocks(counter.unet)})
     if not set(levels) <= set(available):
-        raise _bad("levels", f"{_join(levels)}; expected some of {_join(available)}, the levels with attention")
+        raise bad("levels", f"{_join(levels)}; expected some of {_join(available)}, the levels with attention")
 
 
 def _join(levels: Any) -> str:
@@ -175,7 +157,7 @@ def _budget_rows(
         try:
             ratio = solve_decreasing(average, budget * 1e12, 0.0, MAX_RATIO)
         except ValueError as error:
-            raise _bad("budget", f"{name} placement: {error}") from error
+            raise bad("budget", f"{name} placement: {error}") from error
         for row in _rows(counter, settings, ratio, levels, name, status):
             yield {**row, "budget_tflops": budget}
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atedm.cli.checks import (
-    DTYPES,
     bad,
     check_applicable,
+    check_dtype,
     check_installed,
     check_options,
     check_output,
@@ -86,8 +86,7 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
-    if dtype not in DTYPES:
-        raise bad("dtype", f"{dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if preset is not None and options is not None:
         raise bad("preset", "is given with --options; expected one of the two")
     if prompts is not None and explain:
@@ -114,7 +113,7 @@ def generate(
     with failing_clearly():
         pipe = load(place)
         check_applicable(pruning, pipe)
-        request = comparison.Request(prompt, negative_prompt, steps, guidance, seed, width, height)
+        request = comparison.ImageRequest(prompt, negative_prompt, steps, guidance, seed, width, height)
         with_full = compare is None or compare
         found = comparison.compare(pipe, request, pruning, output, with_full=with_full)
         described = comparison.describe(request, pruning, model=model, dtype=dtype)
@@ -139,7 +138,7 @@ def _generate_many(
 
     with failing_clearly():
         try:
-            cases = [many.Case(text, seed + n) for n, text in enumerate(many.read_prompts(prompts))]
+            cases = [many.PromptCase(text, seed + n) for n, text in enumerate(many.read_prompts(prompts))]
         except ValueError as error:
             raise bad("prompts", str(error)) from None
         device = many.own_device(device)

@@ -1,13 +1,13 @@
-"""Every op at every level against float64."""
+"""Every op at every isa against float64."""
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 import atedm_kernels as ak
-from atedm_kernels import _native
+from atedm_kernels import native
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ ROUTES = {"float32": (EVERYTHING, 0, 2e-4), "16 bits": (0, EVERYTHING, 1e-3), "c
 
 
 @pytest.fixture(autouse=True)
-def native():
+def native_serves():
     with ak.backend("native"):
         yield
 
@@ -40,7 +40,7 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_column_sums(level, dtype):
+def test_column_sums(isa, dtype):
     for *shape, layout in SHAPES:
         q, k, lse = oracle.attention_inputs(tuple(shape), dtype, CPU, layout=layout)
         sums = ak.attention_column_sums(q, k, lse)
@@ -52,9 +52,9 @@ def test_column_sums(level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("route", ROUTES)
-def test_page_rank(level, dtype, route):
+def test_page_rank(isa, dtype, route):
     *limits, tolerance = ROUTES[route]
-    with _native.map_limits(*limits):
+    with native.map_limits(*limits):
         for batch, heads, tokens, _, head_dim, layout in SHAPES:
             q, k, lse = oracle.attention_inputs((batch, heads, tokens, tokens, head_dim), dtype, CPU, layout=layout)
             scores, iterations = ak.weighted_page_rank(q, k, lse, max_iterations=4, tolerance=0.0)
@@ -64,42 +64,42 @@ def test_page_rank(level, dtype, route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_page_rank_of_peaked_maps(level, route):
+def test_page_rank_of_peaked_maps(isa, route):
     """Logits of SDXL's spread and beyond: few entries decide each sum, so little averages out."""
     *limits, tolerance = ROUTES[route]
     for std in (2.5, 10.0):
         q, k, lse = oracle.attention_inputs((1, 2, 401, 401, 64), torch.bfloat16, CPU, std=std)
-        with _native.map_limits(*limits):
+        with native.map_limits(*limits):
             scores, iterations = ak.weighted_page_rank(q, k, lse, max_iterations=5, tolerance=0.0)
         exact = oracle.page_rank(q, k, lse, iterations.long())[0]
         assert ((scores.double() - exact).abs() / exact.clamp(min=1e-9)).max() < tolerance
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_heads_stop_on_their_own(level, route):
+def test_heads_stop_on_their_own(isa, route):
     q, k, _ = oracle.attention_inputs((2, 4, 90, 90, 32), torch.float32, CPU)
     q = q * torch.tensor([0.0, 0.3, 1.0, 2.0])[:, None, None]
     lse = oracle.logits(q, k).logsumexp(-1).float()
-    with _native.map_limits(*ROUTES[route][:2]):
+    with native.map_limits(*ROUTES[route][:2]):
         scores, iterations = ak.weighted_page_rank(q, k, lse, max_iterations=30, tolerance=1e-4)
         again, same = ak.weighted_page_rank(q, k, lse, max_iterations=40, tolerance=1e-4)
     assert iterations[:, 0].tolist() == [1, 1] and len(iterations.unique()) >= 3 and iterations.max() < 30
     assert torch.equal(scores, again) and torch.equal(iterations, same)
 
 
-def test_entries_that_16_bits_cannot_hold(level):
+def test_entries_that_16_bits_cannot_hold(isa):
     """A logsumexp that is too small makes entries of 2 and more: such a head is computed anew."""
     q, k, lse = oracle.attention_inputs((1, 3, 90, 90, 32), torch.float32, CPU)
     lse[0, 1, 40] -= 9.0
-    with _native.map_limits(0, EVERYTHING):
+    with native.map_limits(0, EVERYTHING):
         scores, iterations = ak.weighted_page_rank(q, k, lse, max_iterations=4, tolerance=0.0)
     assert relative(scores, oracle.page_rank(q, k, lse, iterations.long())[0]) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", [True, False])
-def test_page_rank_cross(level, dtype, kept):
-    with _native.map_limits(EVERYTHING, EVERYTHING if kept else 0):
+def test_page_rank_cross(isa, dtype, kept):
+    with native.map_limits(EVERYTHING, EVERYTHING if kept else 0):
         for *shape, layout in SHAPES:
             if shape[3] < 2:
                 continue  # entropies of 0 are all rounding: see tests/kernels
@@ -109,17 +109,17 @@ def test_page_rank_cross(level, dtype, kept):
             assert (scores.double().sum(-1) - 1).abs().max() < 2e-5
 
 
-def test_cross_in_chunks(level):
+def test_cross_in_chunks(isa):
     """More rows and keys than one chunk or block holds."""
     for kept in (0, EVERYTHING):
         q, k, lse = oracle.attention_inputs((1, 2, 1100, 600, 16), torch.bfloat16, CPU)
-        with _native.map_limits(0, kept):
+        with native.map_limits(0, kept):
             scores, iterations = ak.weighted_page_rank_cross(q, k, lse, max_iterations=2, tolerance=0.0)
         assert relative(scores, oracle.page_rank(q, k, lse, iterations.long(), cross=True)[0]) < 2e-4
 
 
 @pytest.mark.parametrize("std", [10.0, 40.0])
-def test_large_logits(level, std):
+def test_large_logits(isa, std):
     for dtype in DTYPES:
         q, k, lse = oracle.attention_inputs((1, 2, 200, 150, 64), dtype, CPU, std=std)
         sums = ak.attention_column_sums(q, k, lse)
@@ -127,7 +127,7 @@ def test_large_logits(level, std):
         assert ((sums.double() - exact).abs() / exact.clamp(min=1e-12)).max() < 2e-4
 
 
-def test_one_hot_rows(level):
+def test_one_hot_rows(isa):
     """Every token attends to one other and to nothing else: a permutation, whose ranking is uniform for ever."""
     tokens = 61
     q = torch.eye(64)[:tokens][None, None] * 60
@@ -135,7 +135,7 @@ def test_one_hot_rows(level):
     k = (torch.eye(64)[:tokens] * 60)[permutation][None, None]
     lse = oracle.logits(q, k).logsumexp(-1).float()
     for limits in ((EVERYTHING, 0), (0, EVERYTHING), (0, 0)):
-        with _native.map_limits(*limits):
+        with native.map_limits(*limits):
             scores, iterations = ak.weighted_page_rank(q, k, lse, tolerance=1e-4)
         assert (iterations == 1).all() and relative(scores, torch.full_like(scores, 1 / tokens).double()) < 1e-4
     source = ak.similarity_source(q, k, lse, torch.arange(10)[None])
@@ -145,9 +145,7 @@ def test_one_hot_rows(level):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_similarity_source(level, dtype):
-    from test_similarity_source import assert_sources, kept_tokens
-
+def test_similarity_source(isa, dtype):
     for batch, heads, tokens, keep, head_dim, layout in [
         (1, 1, 1, 1, 8, "heads first"),
         (2, 3, 131, 67, 64, "tokens first"),
@@ -158,12 +156,12 @@ def test_similarity_source(level, dtype):
         (1, 1, 33, 20, 256, "heads first"),
     ]:
         q, k, lse = oracle.attention_inputs((batch, heads, tokens, tokens, head_dim), dtype, CPU, layout=layout)
-        index = kept_tokens(batch, tokens, keep, CPU)
-        assert_sources(q, k, lse, index, ak.similarity_source(q, k, lse, index), 2e-5)
-        assert_sources(q, k, lse, index.flip(-1), ak.similarity_source(q, k, lse, index.flip(-1)), 2e-5)
+        index = oracle.kept_tokens(batch, tokens, keep, CPU)
+        oracle.assert_sources(q, k, lse, index, ak.similarity_source(q, k, lse, index), 2e-5)
+        oracle.assert_sources(q, k, lse, index.flip(-1), ak.similarity_source(q, k, lse, index.flip(-1)), 2e-5)
 
 
-def test_ties_go_to_the_lowest_slot(level):
+def test_ties_go_to_the_lowest_slot(isa):
     q, _, _ = oracle.attention_inputs((1, 2, 300, 300, 16), torch.float16, CPU)
     k = torch.ones_like(q)
     lse = oracle.logits(q, k).logsumexp(-1).float()
@@ -175,7 +173,7 @@ def test_ties_go_to_the_lowest_slot(level):
 
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_recover_feature_map(level, x_dtype, dtype):
+def test_recover_feature_map(isa, x_dtype, dtype):
     generator = torch.Generator().manual_seed(0)
     for batch, channels, height, width in [(1, 1, 1, 1), (2, 70, 5, 13), (1, 65, 1, 70), (2, 3, 67, 1), (1, 129, 9, 9)]:
         x = torch.randn(batch, 7, channels, generator=generator).to(x_dtype)
@@ -187,7 +185,7 @@ def test_recover_feature_map(level, x_dtype, dtype):
             assert torch.equal(ak.recover_feature_map(x, source, view), expected)
 
 
-def test_every_float16(level):
+def test_every_float16(isa):
     """Conversions of every value there is: through a sum with zeros, in and out."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     x, source = torch.zeros(1, 1, 1), torch.zeros(1, 2**16, dtype=torch.int64)
@@ -200,7 +198,7 @@ def test_every_float16(level):
         assert torch.equal(out.nan_to_num(123.0), (numbers + 0.0).nan_to_num(123.0))
 
 
-def test_rounding_to_16_bits(level):
+def test_rounding_to_16_bits(isa):
     """Halfway cases, denormals and overflow round as torch's own sums do."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16):

@@ -1,7 +1,7 @@
 """Compile the launches of every op ahead of time and report what the compiler made of them, as JSON.
 
-Run in a process of its own, without ``TRITON_INTERPRET``: ``python compile_launches.py sm_90 [case ...]``. No GPU is
-needed: the launches are built from meta tensors, and Triton brings the assemblers.
+Run in a process of its own, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90 [case …]``.
+No GPU is needed: the launches are built from meta tensors, and Triton brings the assemblers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atedm_kernels import _tiles
+from atedm_kernels import tiles
 from atedm_kernels._launch import Launch
-from atedm_kernels._tiles import tile_for
 from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
 from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
@@ -31,6 +30,7 @@ from atedm_kernels.ops.select_tokens import triton_kernel as select
 from atedm_kernels.ops.similarity_source import triton_kernel as similarity
 from atedm_kernels.ops.weighted_page_rank import triton_kernel as page_rank
 from atedm_kernels.ops.weighted_page_rank_cross import triton_kernel as page_rank_cross
+from atedm_kernels.tiles import tile_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,7 +85,7 @@ def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: i
     launches = similarity.similarity_launches(q, k, lse, index, 0.125, out)
     # As large batches make it: enough rows to fill a GPU with the kept tokens in one part.
     tile = replace(tile_for(similarity.OP, q), programs=1)
-    with _tiles.assume(similarity_source=tile):
+    with tiles.assume(similarity_source=tile):
         return launches + similarity.similarity_launches(q, k, lse, index, 0.125, out)
 
 
@@ -219,7 +219,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, object]:
 def rows(target: str, names: list[str]) -> Iterator[dict[str, object]]:
     for name, build in cases().items():
         if not names or name in names:
-            with _tiles.assume(architecture=target):
+            with tiles.assume(architecture=target):
                 launches = build()
             for launch in launches:
                 yield {"target": target, "case": name, **compile_launch(launch, TARGETS[target])}

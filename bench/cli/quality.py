@@ -1,4 +1,4 @@
-"""``atedm quality``: what pruning costs in picture quality."""
+"""``atedm-bench quality``: what pruning costs in picture quality."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.checks import (
-    DTYPES,
     bad,
+    check_dtype,
     check_installed,
     check_output,
     failing_clearly,
@@ -17,10 +17,10 @@ from atedm.cli.checks import (
     parse_device,
     parse_size,
 )
-from atedm.cli.extras import require
+from atedm_extras import require
 
 if TYPE_CHECKING:
-    from atedm.bench.quality.session import Request
+    from atedm_bench.quality.session import LabRequest
 
 _PACKAGES = ("transformers", "accelerate", "matplotlib", "pillow", "scipy", "torchmetrics", "tomesd")
 
@@ -79,15 +79,15 @@ def quality(
     Without --model: the embedded model and its scenes, offline; a checker counts the pictures that show what was
     asked. With --model, --prompts and --references: any SDXL checkpoint, FID and CLIP score.
 
-    Ctrl-C at any time: the same command goes on where it stopped. Start it with `accelerate launch -m atedm` to
+    Ctrl-C at any time: the same command goes on where it stopped. Start it with `accelerate launch -m atedm_bench` to
     share the work between several GPUs.
     """
     require("quality", *_PACKAGES)
     check_installed()
-    from atedm.bench.quality import session
     from atedm.many import own_device
+    from atedm_bench.quality import session
 
-    request = session.Request(
+    request = session.LabRequest(
         quick=quick,
         images=images,
         steps=steps,
@@ -125,9 +125,9 @@ def quality(
             raise typer.Exit(130) from None
 
 
-def _check(request: Request) -> None:
-    if request.dtype not in (None, *DTYPES):
-        raise bad("dtype", f"{request.dtype!r}; expected one of {', '.join(DTYPES)}")
+def _check(request: LabRequest) -> None:
+    if request.dtype is not None:
+        check_dtype(request.dtype)
     if request.model is None:
         for name in ("prompts", "references"):
             if getattr(request, name) is not None:

@@ -1,5 +1,5 @@
-// Which levels this CPU runs, and the choice among them.
-#include "levels.h"
+// Which instruction sets (ISAs) this CPU runs, and the choice among them.
+#include "isa.h"
 
 #include <atomic>
 
@@ -14,10 +14,10 @@
 
 namespace atedm {
 
-// ATEDM_HAS_… is defined for the levels that were compiled.
-#define ATEDM_DECLARE(level)       \
-  namespace level {                \
-  extern const Kernels kKernels;   \
+// ATEDM_HAS_… is defined for the ISAs that were compiled.
+#define ATEDM_DECLARE(isa)       \
+  namespace isa {                \
+  extern const Kernels kKernels; \
   }
 ATEDM_DECLARE(portable)
 ATEDM_DECLARE(avx2)
@@ -25,7 +25,7 @@ ATEDM_DECLARE(avx512)
 ATEDM_DECLARE(avx512_bf16)
 ATEDM_DECLARE(amx)
 
-const Kernels *const kLevelKernels[ATEDM_LEVELS] = {
+const Kernels *const kIsaKernels[ATEDM_ISAS] = {
     &portable::kKernels,
 #if defined(ATEDM_HAS_AVX2)
     &avx2::kKernels,
@@ -51,7 +51,7 @@ const Kernels *const kLevelKernels[ATEDM_LEVELS] = {
 
 namespace {
 
-constexpr const char *kNames[ATEDM_LEVELS] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char *kNames[ATEDM_ISAS] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(ATEDM_X86)
 
@@ -76,7 +76,7 @@ bool tiles_are_granted() {
 #endif
 }
 
-const char *find_why_not(int32_t level) {
+const char *find_why_not(int32_t isa) {
   constexpr uint64_t kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
   unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, a71 = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return "this CPU has no CPUID";
@@ -86,12 +86,12 @@ const char *find_why_not(int32_t level) {
   (void)c7;
   if (!bit(c1, 27) || !saves(kYmm)) return "the operating system does not save AVX registers";
   if (!bit(c1, 28) || !bit(b7, 5) || !bit(c1, 12) || !bit(c1, 29)) return "this CPU lacks AVX2, FMA or F16C";
-  if (level == ATEDM_AVX2) return nullptr;
+  if (isa == ATEDM_AVX2) return nullptr;
   if (!bit(b7, 16) || !bit(b7, 17) || !bit(b7, 30) || !bit(b7, 31)) return "this CPU lacks AVX-512 F, DQ, BW or VL";
   if (!saves(kZmm)) return "the operating system does not save AVX-512 registers";
-  if (level == ATEDM_AVX512) return nullptr;
+  if (isa == ATEDM_AVX512) return nullptr;
   if (!bit(a71, 5)) return "this CPU lacks AVX512_BF16";
-  if (level == ATEDM_AVX512_BF16) return nullptr;
+  if (isa == ATEDM_AVX512_BF16) return nullptr;
   if (!bit(d7, 22) || !bit(d7, 24)) return "this CPU lacks AMX-BF16";
   if (!saves(kTiles)) return "the operating system does not save AMX tiles";
   if (!tiles_are_granted()) return "the operating system grants no AMX tiles";
@@ -100,33 +100,33 @@ const char *find_why_not(int32_t level) {
 
 #else
 
-const char *find_why_not(int32_t) { return "this is no x86 CPU"; }
+const char *find_why_not(int32_t) { return "this CPU is not an x86"; }
 
 #endif
 
-const char *why_not(int32_t level) {
-  if (level < 0 || level >= ATEDM_LEVELS) return "there is no such level";
-  if (kLevelKernels[level] == nullptr) return "this build of the library lacks it";
-  return level == ATEDM_PORTABLE ? nullptr : find_why_not(level);
+const char *why_not(int32_t isa) {
+  if (isa < 0 || isa >= ATEDM_ISAS) return "there is no such ISA";
+  if (kIsaKernels[isa] == nullptr) return "this build of the library lacks it";
+  return isa == ATEDM_PORTABLE ? nullptr : find_why_not(isa);
 }
 
-int32_t best_level() {
-  for (int32_t level = ATEDM_LEVELS - 1; level > 0; --level) {
-    if (why_not(level) == nullptr) return level;
+int32_t best_isa() {
+  for (int32_t isa = ATEDM_ISAS - 1; isa > 0; --isa) {
+    if (why_not(isa) == nullptr) return isa;
   }
   return ATEDM_PORTABLE;
 }
 
-std::atomic<int32_t> &current_level() {
-  static std::atomic<int32_t> level{best_level()};
-  return level;
+std::atomic<int32_t> &current_isa() {
+  static std::atomic<int32_t> isa{best_isa()};
+  return isa;
 }
 
 // Chosen by measurement, see weighted_page_rank.cpp.
 constexpr int64_t kFloatMapLimit = 1 << 20, kSixteenBitMapLimit = 256 << 20;
 std::atomic<int64_t> float_limit{kFloatMapLimit}, sixteen_bit_limit{kSixteenBitMapLimit};
 
-const Kernels &kernels() { return *kLevelKernels[current_level().load()]; }
+const Kernels &kernels() { return *kIsaKernels[current_isa().load()]; }
 
 }  // namespace
 
@@ -139,17 +139,17 @@ extern "C" {
 
 int32_t atedm_abi(void) { return ATEDM_ABI; }
 
-const char *atedm_level_name(int32_t level) {
-  return level >= 0 && level < ATEDM_LEVELS ? atedm::kNames[level] : nullptr;
+const char *atedm_isa_name(int32_t isa) {
+  return isa >= 0 && isa < ATEDM_ISAS ? atedm::kNames[isa] : nullptr;
 }
 
-const char *atedm_level_why_not(int32_t level) { return atedm::why_not(level); }
+const char *atedm_isa_why_not(int32_t isa) { return atedm::why_not(isa); }
 
-int32_t atedm_level(void) { return atedm::current_level().load(); }
+int32_t atedm_isa(void) { return atedm::current_isa().load(); }
 
-int32_t atedm_set_level(int32_t level) {
-  if (atedm::why_not(level) != nullptr) return ATEDM_INVALID;
-  atedm::current_level().store(level);
+int32_t atedm_set_isa(int32_t isa) {
+  if (atedm::why_not(isa) != nullptr) return ATEDM_INVALID;
+  atedm::current_isa().store(isa);
   return ATEDM_OK;
 }
 

@@ -1,7 +1,7 @@
-"""The native CPU library (``csrc/``): finding it, its instruction level, and calling it.
+"""The native CPU library (``csrc/``): loading it, its instruction set (ISA), and calling it.
 
 It has a plain C interface and knows neither Python nor torch: ctypes hands over addresses and strides, and releases the
-GIL for the length of a call. Loaded when an op first wants it; where that fails, :func:`why_not` says why.
+GIL during a call. The first op that wants the library loads it; :func:`why_not` says why there is none.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 PATH = Path(__file__).with_name("libatedm" + SUFFIX)
 
-# ATEDM_ABI of csrc/atedm.h, raised when a signature changes: a library left from an older build is noticed.
-ABI = 1
+# ATEDM_ABI of csrc/atedm.h, which a changed signature raises: a library left from an older build is refused.
+ABI = 2
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"rms": 0, "mean": 1}
@@ -90,7 +90,7 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int64, _pointer, _int32),
     ),
     "atedm_recover_feature_map": (ctypes.POINTER(FeatureMap), _int32),
-    "atedm_set_level": (_int32,),
+    "atedm_set_isa": (_int32,),
 }
 
 
@@ -112,7 +112,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _int32
-    for name in ("atedm_level_name", "atedm_level_why_not"):
+    for name in ("atedm_isa_name", "atedm_isa_why_not"):
         function = getattr(library, name)
         function.argtypes, function.restype = (_int32,), ctypes.c_char_p
     library.atedm_set_map_limits.argtypes = (_int64, _int64)
@@ -124,7 +124,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _torch_openmp() -> int | None:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch's own CPU kernels use, or None.
 
-    Its threads spin for a while after torch's last kernel: threads of our own would compete with them for the cores.
+    Its threads spin for a while after torch's last kernel; a second set of threads would compete for the cores.
     """
     # A child of a fork inherits a runtime that waits for threads it does not have.
     is_child = os.getpid() != _PROCESS or multiprocessing.parent_process() is not None
@@ -147,29 +147,29 @@ def _torch_openmp() -> int | None:
 
 def _names(library: ctypes.CDLL) -> list[str]:
     names: list[str] = []
-    while (name := library.atedm_level_name(len(names))) is not None:
+    while (name := library.atedm_isa_name(len(names))) is not None:
         names.append(name.decode())
     return names
 
 
-def levels() -> dict[str, str | None]:
-    """Instruction levels, slowest first, and why this machine cannot run each, or None. Empty without the library."""
+def isas() -> dict[str, str | None]:
+    """Instruction sets, slowest first, and why this machine cannot run each, or None. Empty without the library."""
     library, _ = _load()
     if library is None:
         return {}
-    reasons = [library.atedm_level_why_not(i) for i in range(len(_names(library)))]
+    reasons = [library.atedm_isa_why_not(i) for i in range(len(_names(library)))]
     return {
         name: None if reason is None else reason.decode() for name, reason in zip(_names(library), reasons, strict=True)
     }
 
 
-def _set_level(library: ctypes.CDLL, name: str, source: str) -> None:
-    available = levels()
+def _set_isa(library: ctypes.CDLL, name: str, source: str) -> None:
+    available = isas()
     if name not in available:
         raise ValueError(f"{source} is {name!r}; expected one of {', '.join(available)}")
     if available[name] is not None:
         raise ValueError(f"{source} is {name!r}, which cannot run here: {available[name]}")
-    library.atedm_set_level(list(available).index(name))
+    library.atedm_set_isa(list(available).index(name))
 
 
 @functools.cache
@@ -177,14 +177,14 @@ def _obey_environment() -> None:
     library, _ = _load()
     name = os.environ.get("ATEDM_CPU")
     if library is not None and name:
-        _set_level(library, name, "ATEDM_CPU")
+        _set_isa(library, name, "ATEDM_CPU")
 
 
 def why_not() -> str | None:
     """Why there is no native library, or None where there is one.
 
     Raises:
-        ValueError: ``ATEDM_CPU`` names no level, or one that cannot run here.
+        ValueError: ``ATEDM_CPU`` names no ISA, or one that cannot run here.
     """
     reason = _load()[1]
     if reason is None:
@@ -192,30 +192,30 @@ def why_not() -> str | None:
     return reason
 
 
-def level() -> str | None:
-    """The instruction level in force, or None without the library."""
+def isa() -> str | None:
+    """The ISA in force, or None without the library."""
     if why_not() is not None:
         return None
     library, _ = _load()
-    return _names(library)[library.atedm_level()]
+    return _names(library)[library.atedm_isa()]
 
 
 @contextlib.contextmanager
-def forced_level(name: str) -> Iterator[None]:
-    """Run every thread's native kernels at another level: for tests.
+def forced_isa(name: str) -> Iterator[None]:
+    """Run every thread's native kernels with another ISA: for tests.
 
     Raises:
-        ValueError: no such level, or one that cannot run here.
+        ValueError: no such ISA, or one that cannot run here.
     """
-    before = level()
+    before = isa()
     library, reason = _load()
     if library is None:
-        raise ValueError(f"level {name!r} is asked for, but there is no native library: {reason}")
-    _set_level(library, name, "level")
+        raise ValueError(f"isa is {name!r}, but there is no native library: {reason}")
+    _set_isa(library, name, "isa")
     try:
         yield
     finally:
-        _set_level(library, before, "level")
+        _set_isa(library, before, "isa")
 
 
 @contextlib.contextmanager
@@ -234,10 +234,10 @@ def describe() -> str:
     reason = why_not()
     if reason is not None:
         return f"not in use: {reason}"
-    best = [name for name, missing in levels().items() if missing is None][-1]
-    forced = "" if level() == best else f" (forced by ATEDM_CPU; the best here is {best})"
+    best = [name for name, missing in isas().items() if missing is None][-1]
+    forced = "" if isa() == best else f" (forced by ATEDM_CPU; the best here is {best})"
     threads = "torch's OpenMP threads" if _torch_openmp() else "threads of its own"
-    return f"{PATH.name}, level {level()}{forced}, {platform.machine()}, up to {torch.get_num_threads()} of {threads}"
+    return f"{PATH.name}, ISA {isa()}{forced}, {platform.machine()}, up to {torch.get_num_threads()} of {threads}"
 
 
 def strides(tensor: Tensor) -> ctypes.Array:

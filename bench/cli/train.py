@@ -1,4 +1,4 @@
-"""``python -m atedm.bench.training``: train the embedded model, stage by stage."""
+"""``atedm-bench train``: train the embedded model, stage by stage."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import functools
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from accelerate import Accelerator
 
-from atedm.bench.training import config as recipe
+from atedm_extras import require
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, help="Train the embedded model, stage by stage.")
 
+_RECIPE = Path(__file__).parents[1] / "training" / "config.yaml"
 Recipe = Annotated[Path, typer.Option(help="The recipe.", exists=True, dir_okay=False)]
 Out = Annotated[Path, typer.Option(help="Folder of checkpoints, logs and weights; an earlier run there is resumed.")]
 
@@ -25,20 +24,28 @@ class StageName(str, enum.Enum):
     unet = "unet"
 
 
+_PACKAGES = ("accelerate", "transformers", "pillow", "pyyaml")
+
+
 @app.command()
 def run(
     out: Out,
     stages: Annotated[list[StageName] | None, typer.Argument(help="Default: all, in their order.")] = None,
-    config: Recipe = recipe.DEFAULT,
+    config: Recipe = _RECIPE,
     precision: Annotated[str, typer.Option(help="accelerate's mixed precision: bf16, fp16 or no.")] = "bf16",
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes; for GPUs.")] = 0,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet: minutes a size, then faster.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads a process; 0: torch's own choice.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet; takes minutes per size.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's own choice.")] = 0,
 ) -> None:
-    """Train. Start it with `accelerate launch` to use several processes or GPUs."""
-    from atedm.bench.training.text import train_text
-    from atedm.bench.training.unet import train_unet
-    from atedm.bench.training.vae import train_vae
+    """Train. Start it with `accelerate launch -m atedm_bench` to use several processes or GPUs."""
+    require("quality", *_PACKAGES)
+    import torch
+    from accelerate import Accelerator
+
+    from atedm_bench.training import config as recipe
+    from atedm_bench.training.text import train_text
+    from atedm_bench.training.unet import train_unet
+    from atedm_bench.training.vae import train_vae
 
     if threads:
         torch.set_num_threads(threads)
@@ -56,35 +63,34 @@ def run(
     accelerator.end_training()
 
 
-@app.command(name="export")
-def export_command(
+@app.command()
+def export(
     out: Out,
     to: Annotated[Path, typer.Option(help="Folder to write; replaced where it exists.")],
-    config: Recipe = recipe.DEFAULT,
+    config: Recipe = _RECIPE,
 ) -> None:
-    """Write the pipeline from the newest checkpoint, in half precision; a training may go on meanwhile."""
-    from atedm.bench.training.export import export
+    """Write the pipeline from the newest checkpoint, in half precision; a training run may go on meanwhile."""
+    require("quality", *_PACKAGES)
+    from atedm_bench.training import config as recipe
+    from atedm_bench.training.export import export as export_pipeline
 
-    counter = export(recipe.load(config), out, to)
-    print(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
+    counter = export_pipeline(recipe.load(config), out, to)
+    typer.echo(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
 
 
-@app.command(name="record")
-def record_command(
+@app.command()
+def record(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of `run`, each begun with the weights of the one before.")
     ],
     to: Annotated[Path, typer.Option(help="JSON file to write.")],
 ) -> None:
     """Write how far each stage came, its wall time and its loss curve."""
-    from atedm.bench.training.record import record
+    require("quality", *_PACKAGES)
     from atedm.report import write_json
+    from atedm_bench.training.record import record as record_runs
 
-    document = record(runs)
+    document = record_runs(runs)
     write_json(document, to)
     for stage in document["stages"]:
-        print("{stage}, run {run}: {steps} steps, {images} images, {minutes} min".format(**stage))
-
-
-if __name__ == "__main__":
-    app()
+        typer.echo("{stage}, run {run}: {steps} steps, {images} images, {minutes} min".format(**stage))

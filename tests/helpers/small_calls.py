@@ -1,4 +1,7 @@
-"""Every op on small awkward shapes, for a memory checker: ``compute-sanitizer python small_calls.py [cpu]``."""
+"""Every op on small awkward shapes, for a memory checker.
+
+``compute-sanitizer python -m tests.helpers.small_calls [cpu]``.
+"""
 
 from __future__ import annotations
 

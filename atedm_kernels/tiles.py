@@ -1,9 +1,9 @@
-"""How large the steps of a kernel over the attention map are: looked up in the table beside it, never tuned here.
+"""The tile sizes of the kernels over an attention map, looked up in a table beside each kernel.
 
 Each ``tiles.json`` is a list of rows. A row serves an architecture (``"*"``: every one), some dtypes, and head dims and
 numbers of queries up to its own. The first row that fits wins; rows measured with the installed Triton (``triton``: its
-minor version) go before others of that architecture, and those before ``"*"``. ``bench/tune.py`` measures and writes
-them; a row without ``triton`` was chosen from what the compiler reports.
+minor version) go before others of that architecture, and those before ``"*"``. ``atedm-bench tune`` measures and writes
+them; the compiler's reports chose a row without ``triton``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tile:
     max_registers: int | None = None
 
 
-# What is looked up otherwise: the architecture under "architecture", the tile of an op under its name.
+# What :func:`assume` puts in force: the architecture under "architecture", the tile of an op under its name.
 _assumed: contextvars.ContextVar[dict[str, str | Tile] | None] = contextvars.ContextVar("atedm_tiles", default=None)
 
 
@@ -60,7 +60,7 @@ def _device_architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm_90"`` or ``"gfx942"``; ``"*"`` for what is no GPU."""
+    """``"sm_90"`` or ``"gfx942"``; ``"*"`` where there is no GPU."""
     assumed = (_assumed.get() or {}).get("architecture")
     if isinstance(assumed, str):
         return assumed

@@ -1,8 +1,8 @@
-"""The fused attention that torch itself would run, asked for the logsumexp that it computes anyway.
+"""The fused attention that torch itself would run, with the logsumexp that it computes anyway.
 
-``torch.nn.functional.scaled_dot_product_attention`` throws the logsumexp away. The kernels below it return it,
-so the same kernel is called directly and attention costs what it always did. Which one is torch's own choice
-(``torch._fused_sdp_choice``), so ``torch.nn.attention.sdpa_kernel`` keeps its effect.
+``torch.nn.functional.scaled_dot_product_attention`` throws the logsumexp away, while the kernels below it return it.
+Calling the kernel directly costs what attention always did. torch chooses it (``torch._fused_sdp_choice``), so
+``torch.nn.attention.sdpa_kernel`` keeps its effect.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from atedm_kernels._checks import score_dtype
+from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
 
 aten = torch.ops.aten
 
@@ -22,8 +25,17 @@ _CUDNN = int(SDPBackend.CUDNN_ATTENTION.value)
 _HEAD_DIM_MULTIPLE = 8
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """``out [B, H, M, D]`` and ``lse [B, H, M]`` from torch's fused kernel, or None where none serves."""
+def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention and its logsumexp by torch's fused kernel; by the reference where no fused kernel serves the inputs."""
+    fused = _fused_attention(q, k, v, scale)
+    if fused is None:
+        return attention_with_logsumexp_reference(q, k, v, scale)
+    out, lse = fused
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(score_dtype(q)).contiguous()
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts, or None where no fused kernel serves."""
     head_dim = q.shape[-1]
     padding = -head_dim % _HEAD_DIM_MULTIPLE
     if padding:

@@ -1,7 +1,7 @@
 """Which implementation of an op serves a call: ``triton``, ``native`` or ``reference``.
 
-The choice is made per call from the device and dtype of the tensors. ``ATEDM_BACKEND`` forces one
-for the process, :func:`backend` for a block of code (it wins over the environment).
+Each call chooses by the device and dtype of its tensors. ``ATEDM_BACKEND`` forces a backend for the process,
+:func:`backend` for a block of code; the block wins.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
-from atedm_kernels import _native
+from atedm_kernels import native
 
 BACKENDS = ("triton", "native", "reference")
 
-# What a kernel reads. float64 is served by the reference alone: it exists to verify the others.
+# What a kernel reads. The reference alone serves float64, which exists to verify the others.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("atedm_backend", default=None)
 
 
-def _named(name: str, source: str) -> str:
+def _check_name(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
@@ -40,7 +40,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. An op that the forced backend cannot serve raises when it is called.
     """
-    token = _forced.set(_named(name, "backend name"))
+    token = _forced.set(_check_name(name, "backend name"))
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _why_not(name: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(name: str, implementations: Collection[str], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot serve the call, or None where it can."""
     if name not in implementations:
         return f"no {name} implementation in this build"
@@ -72,7 +72,7 @@ def _why_not(name: str, implementations: tuple[str, ...], device: torch.device, 
         if device.type == "cuda" and triton_interprets():
             return "TRITON_INTERPRET=1 is set, so triton kernels do not run on the GPU"
     if name == "native":
-        return "native code serves CPU tensors only" if device.type != "cpu" else _native.why_not()
+        return "native code serves CPU tensors only" if device.type != "cpu" else native.why_not()
     return None
 
 
@@ -85,12 +85,12 @@ def _forced_backend() -> tuple[str | None, str]:
     if _forced.get() is not None:
         return _forced.get(), "atedm_kernels.backend"
     if os.environ.get("ATEDM_BACKEND"):
-        return _named(os.environ["ATEDM_BACKEND"], "ATEDM_BACKEND"), "ATEDM_BACKEND"
+        return _check_name(os.environ["ATEDM_BACKEND"], "ATEDM_BACKEND"), "ATEDM_BACKEND"
     return None, ""
 
 
-def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and why it is that one.
+def choose(op: str, implementations: Collection[str], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and the reason.
 
     An op that torch itself has a kernel for lists ``"torch"`` among its ``implementations``; only a forced reference
     takes its place.
@@ -106,7 +106,7 @@ def choose(op: str, implementations: tuple[str, ...], device: torch.device, dtyp
         if reason is not None:
             raise ValueError(f"backend {forced!r}, forced by {source}, cannot serve {op}: {reason}")
         return forced, f"forced by {source}"
-    # The interpreter is for tests: it is never chosen for a CPU tensor unless it is asked for.
+    # The interpreter is for tests, so a CPU tensor goes there only where the caller forces it.
     order = ("triton", "reference") if device.type == "cuda" else ("native", "reference")
     passed_over = []
     for name in order:

@@ -79,3 +79,22 @@ def mean_similarity(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:
     """``[B, N, K]``: attention of each token to each kept one, averaged over the heads."""
     a = attention_map(q, k, lse).mean(1)
     return a.gather(2, index[:, None, :].expand(-1, a.shape[1], -1))
+
+
+def kept_tokens(batch: int, tokens: int, keep: int, device: torch.device) -> Tensor:
+    """Random kept tokens ``[B, K]``, ascending."""
+    torch.manual_seed(keep)
+    return torch.stack([torch.randperm(tokens)[:keep].sort().values for _ in range(batch)]).to(device)
+
+
+def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
+    """Compared by the similarity that they pick: two may be equal up to rounding."""
+    keep = index.shape[1]
+    assert source.dtype == torch.int64 and source.shape == (q.shape[0], q.shape[2])
+    assert (source >= 0).all() and (source < keep).all()
+    slots = torch.arange(keep, device=q.device).expand_as(index)
+    assert torch.equal(source.gather(1, index), slots)
+    similarity = mean_similarity(q, k, lse, index)
+    dropped = torch.ones_like(source, dtype=torch.bool).scatter_(1, index, False)
+    picked = similarity.gather(2, source[..., None])[..., 0]
+    assert (picked >= similarity.amax(-1) * (1 - tolerance))[dropped].all()

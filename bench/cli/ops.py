@@ -1,4 +1,4 @@
-"""``atedm bench ops``: each op on SDXL's shapes, against plain PyTorch, fused attention and its floor."""
+"""``atedm-bench ops``: each op on SDXL's shapes, against plain PyTorch, fused attention and its floor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.bench.common import device_of, dtype_of, minutes_of, ratio_of, run, size_of
-from atedm.cli.checks import bad
-from atedm.cli.extras import require
+from atedm.cli.checks import bad, parse_device, parse_dtype, parse_size
+from atedm_bench.cli.common import check_minutes, check_ratio, run
+from atedm_extras import require
 
 # On a CPU, plain PyTorch takes minutes where a map of a large picture is stored.
 _DEFAULTS = {
@@ -46,30 +46,30 @@ def ops(
     from rich.console import Console
 
     from atedm import report
-    from atedm.bench.ops.plots import plot_roofline
-    from atedm.bench.ops.run import OpsBench, Settings
-    from atedm.bench.ops.shapes import shape_of
-    from atedm_kernels._library import IMPLEMENTATIONS
+    from atedm_bench.ops.plots import plot_roofline
+    from atedm_bench.ops.run import OpsBench, OpsSettings
+    from atedm_bench.ops.shapes import shape_of
+    from atedm_kernels.registry import OPS
 
-    place = device_of(device)
+    place = parse_device(device)
     defaults = _DEFAULTS[place.type]
     for name in op or ():
-        if name not in IMPLEMENTATIONS:
-            raise bad("op", f"{name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+        if name not in OPS:
+            raise bad("op", f"{name!r}; expected one of {', '.join(OPS)}")
     shapes = tuple(
-        shape_of(*size_of(one), level, _count(number), ratio_of(ratio))
+        shape_of(*parse_size(one), level, _count(number), check_ratio(ratio))
         for one in _listed(size or defaults["size"])
         for number in _listed(batch or defaults["batch"])
         for level in (2, 3)
     )
     measured = OpsBench(
-        Settings(
+        OpsSettings(
             device=place,
             shapes=shapes,
-            dtypes=tuple(dtype_of(name) for name in _listed(dtype or defaults["dtype"])),
+            dtypes=tuple(parse_dtype(name) for name in _listed(dtype or defaults["dtype"])),
             iterations=iterations,
             repeats=repeats or defaults["repeats"],
-            minutes=minutes_of(minutes),
+            minutes=check_minutes(minutes),
             compiled=compile,
             only=tuple(op or ()),
         )
@@ -78,7 +78,7 @@ def ops(
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
-        document = report.report(report.command_line(), place, settings, measured.rows())
+        document = report.report(report.command_line("atedm-bench"), place, settings, measured.rows())
         report.write_json(document, path)
         return document
 

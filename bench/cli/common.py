@@ -1,0 +1,53 @@
+"""What the commands share: checks of their options, and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from atedm.cli.checks import bad
+
+
+class Benchmark(Protocol):
+    """A measurement that can be stopped: ``run`` calls its argument ``work()`` times, with what comes next."""
+
+    def work(self) -> int: ...
+
+    def run(self, notify: Callable[[str], None]) -> None: ...
+
+
+def check_minutes(minutes: float) -> float:
+    if minutes <= 0:
+        raise bad("minutes", f"{minutes}; expected a positive number")
+    return minutes
+
+
+def check_ratio(ratio: float) -> float:
+    if not 0 < ratio < 1:
+        raise bad("ratio", f"{ratio}; expected a number between 0 and 1")
+    return ratio
+
+
+def run(benchmark: Benchmark, save: Callable[[], None]) -> bool:
+    """Run under a progress bar, saving what is measured between the steps; False where Ctrl-C ended it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # On stderr, so that the tables can be piped. One refresh a second, as the bar takes time from what is measured.
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as progress:
+        task = progress.add_task("starting", total=benchmark.work())
+        begun = False
+
+        def notify(what: str) -> None:
+            nonlocal begun
+            if begun:
+                save()
+            progress.update(task, advance=1 if begun else 0, description=what, refresh=True)
+            begun = True
+
+        try:
+            benchmark.run(notify)
+        except KeyboardInterrupt:
+            return False
+    return True

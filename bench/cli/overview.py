@@ -1,0 +1,21 @@
+"""``atedm-bench overview``: the picture on top of the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atedm_extras import require
+
+
+def overview(
+    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("outputs/overview.png"),
+    images: Annotated[int, typer.Option(min=1, help="How many captions.")] = 6,
+) -> None:
+    """Draw what the embedded model makes, whole and pruned, and the tokens that it computed at the last step."""
+    require("quality", "transformers", "matplotlib", "pillow")
+    from atedm_bench.overview import write_overview
+
+    write_overview(output, images)

@@ -1,0 +1,89 @@
+"""Other packages that make a UNet cheaper, as their own README says to use them, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from atedm.flops import Flops, UNetFlops, count_flops, solve_decreasing
+from atedm.models import meta_unet
+
+# The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
+TOMESD_MAX_RATIO = 0.75
+
+
+def apply_tomesd(unet: nn.Module, ratio: float) -> None:
+    """Patch ``unet`` with tomesd so that it saves what it can on SDXL: at both levels, in all three parts of a layer.
+
+    Raises:
+        RuntimeError: tomesd is not installed.
+    """
+    try:
+        import tomesd
+    except ModuleNotFoundError as error:
+        raise RuntimeError("tomesd is not installed; pip install 'atedm-kernels[bench]'") from error
+    tomesd.apply_patch(unet, ratio=ratio, max_downsample=4, merge_attn=True, merge_crossattn=True, merge_mlp=True)
+
+
+class TomesdFlops:
+    """Counts calls patched by :func:`apply_tomesd`, on the UNet and the inputs of ``counter``; each ratio once."""
+
+    def __init__(self, counter: UNetFlops) -> None:
+        self._counter = counter
+        # tomesd leaves attributes behind on what it patches, so it gets a UNet of its own.
+        self._unet = meta_unet(counter.config)
+        self._counted: dict[float, Flops] = {}
+
+    def at(self, ratio: float) -> Flops:
+        """FLOPs of a call at ``ratio``; the matching of tokens is ``scoring``."""
+        if ratio not in self._counted:
+            self._counted[ratio] = self._count(ratio)
+        return self._counted[ratio]
+
+    def _count(self, ratio: float) -> Flops:
+        apply_tomesd(self._unet, ratio)
+        import tomesd
+
+        try:
+            with _counting_matching() as matching:
+                total = count_flops(lambda: self._counter.call(self._unet))
+        finally:
+            tomesd.remove_patch(self._unet)
+        return Flops(total.unet - sum(matching), sum(matching))
+
+    def nearest_ratio(self, target: int) -> float:
+        """The ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""
+
+        def count(ratio: float) -> float:
+            return self.at(ratio).unet
+
+        if count(TOMESD_MAX_RATIO) >= target:
+            return TOMESD_MAX_RATIO
+        if count(0.0) <= target:
+            return 0.0
+        return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
+
+
+@contextlib.contextmanager
+def _counting_matching() -> Iterator[list[int]]:
+    """Collects the FLOPs of each of tomesd's matchings, which run inside the layers."""
+    from tomesd import merge
+
+    original = merge.bipartite_soft_matching_random2d
+    counted: list[int] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as mode:
+            found = original(*args, **kwargs)
+        counted.append(mode.get_total_flops())
+        return found
+
+    merge.bipartite_soft_matching_random2d = counting
+    try:
+        yield counted
+    finally:
+        merge.bipartite_soft_matching_random2d = original
