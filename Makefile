@@ -5,17 +5,27 @@ VENV ?= .venv
 JOBS ?= 2
 
 INSTALLED = $(VENV)/installed-
+BASE = $(VENV)/base
+PIP = -m pip --quiet --disable-pip-version-check
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test witnesses docs lint clean
+.PHONY: demo test base-install witnesses docs lint clean
 
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
-test: $(INSTALLED)test
+test: $(INSTALLED)test base-install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# The wheel alone, with what it requires, in an environment of its own: every op runs there.
+base-install: $(BASE)/bin/python
+	rm -rf build $(BASE)/wheel
+	$(BASE)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel .
+	$(BASE)/bin/python $(PIP) install --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
+	$(BASE)/bin/python $(PIP) install --no-deps --force-reinstall $(BASE)/wheel/*.whl
+	$(BASE)/bin/python tests/helpers/base_install.py
 
 # diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
 witnesses: $(INSTALLED)test
@@ -30,11 +40,11 @@ lint: $(INSTALLED)test
 
 # Build isolation fetches setuptools alone: torch is not needed to build.
 $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	$(VENV)/bin/python $(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/bin/python $(BASE)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info
