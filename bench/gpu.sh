@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a bare machine without network: tests, benchmarks, memory checkers.
+# Runs everything that needs a GPU, on a bare machine without network: tests, benchmarks, memory checkers.
 #
 #   bash bench/gpu.sh [RESULTS [WHEELS]]      (default: outputs/gpu and .whl)
 #
-# Wants Python with torch, triton and pytest; what else is missing (diffusers, tomesd) is installed from the wheels in
-# WHEELS. Ends within nine minutes ($MINUTES for another limit): steps come in order of weight, each has a limit of its
-# own, and what is finished stays when the rest is cut. RESULTS/log.txt tells how each step ended; STEPS="tests ops"
-# runs only these of: doctor tests graphs ops unet unet-2048 sanitizers.
+# Requires Python with torch, triton and pytest; other packages (diffusers, tomesd) are installed from the wheels in
+# WHEELS. Ends within nine minutes; $MINUTES sets another limit. The most important steps run first, each step has its
+# own limit, and finished results stay when the rest is cut. RESULTS/log.txt shows how each step ended.
+# STEPS="tests ops" runs only these of: doctor tests graphs ops unet unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 RESULTS=$(realpath -m "${1:-outputs/gpu}")
@@ -19,7 +19,7 @@ mkdir -p "$RESULTS"
 : >"$LOG"
 FAILED=0
 
-step() { # name, seconds at most, command
+step() { # name, maximum seconds, command
     local name=$1 most=$2 began=$SECONDS left=$((LIMIT - SECONDS - 10))
     shift 2
     if ((left < 15)); then
@@ -27,7 +27,7 @@ step() { # name, seconds at most, command
         return
     fi
     echo "BEGIN $name: $*" | tee -a "$LOG"
-    # Ctrl-C: the benchmarks then print what they have.
+    # The signal is that of Ctrl-C, so the benchmarks print what they have.
     timeout --signal=INT --kill-after=10 $((left < most ? left : most)) "$@" >>"$LOG" 2>&1
     local status=$?
     ((status == 0)) || FAILED=1
@@ -36,7 +36,7 @@ step() { # name, seconds at most, command
 
 wanted() { [[ $STEPS == *" $1 "* ]]; }
 
-# The packages as an installation lays them out, from this checkout.
+# This checkout's packages, laid out as an installation has them.
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 ln -s "$PWD/atedm_kernels" "$PWD/python/atedm" "$PWD/python/atedm_extras.py" "$SITE/"
@@ -61,7 +61,7 @@ fi
 if wanted ops; then
     step ops 150 "$PYTHON" -m atedm_bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"
 fi
-# Batch 2 is one image with guidance. Compiled by region, which takes seconds where the whole takes minutes.
+# Batch 2 is one image with guidance. Regional compilation takes seconds; compiling the whole UNet takes minutes.
 for batch in 2 8; do
     if wanted unet; then
         step "unet, batch $batch" 110 "$PYTHON" -m atedm_bench unet --device cuda --batch $batch --regional \
@@ -76,9 +76,9 @@ for batch in 2 8; do
     fi
 done
 if wanted sanitizers && command -v compute-sanitizer >/dev/null; then
-    step "small calls" 60 "$PYTHON" -m tests.helpers.small_calls # compiles, which would take long under a checker
+    step "small calls" 60 "$PYTHON" -m tests.helpers.small_calls # compiles first, which would take long under a checker
     for tool in memcheck racecheck synccheck; do
-        # Without torch's cache of memory, every tensor has its own bounds.
+        # Without torch's memory cache, every tensor has its own bounds.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 \
             "$PYTHON" -m tests.helpers.small_calls
     done

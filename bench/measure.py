@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import torch
 
-# A CPU's resident memory is looked at this often while a call runs.
+# Interval between samples of the resident memory while a call runs on a CPU.
 _SAMPLING_SECONDS = 0.002
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
-    """Seconds that ``call()`` takes: on the device's own clock for CUDA, wall time otherwise.
+    """Seconds that ``call()`` takes: device time on CUDA, wall time otherwise.
 
-    ``before`` runs first, untimed. On a GPU nobody waits for it, so that the host is ahead when ``call`` begins.
+    ``before`` runs first, untimed. On a GPU the host does not wait for it, so it is ahead when ``call`` begins.
     """
     if device.type != "cuda":
         if before is not None:
@@ -53,9 +53,9 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def op_seconds_of(call: Callable[[], object], device: torch.device, namespace: str = "atedm") -> dict[str, float]:
-    """Seconds spent in each op of ``namespace`` during ``call()``, what it calls included; device time on CUDA.
+    """Seconds spent in each op of ``namespace`` during ``call()``, including what the op calls; device time on CUDA.
 
-    Empty where the profiler saw none of them, or has no clock of the device.
+    Empty if the profiler saw no such op or has no device clock.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def op_seconds_of(call: Callable[[], object], device: torch.device, namespace: s
 
 
 def _release_freed_memory() -> None:
-    """Hand memory that was freed back to the system, so that a call is not charged for an earlier one."""
+    """Return freed memory to the system, so that a call is not charged for an earlier one."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -84,14 +84,14 @@ def _release_freed_memory() -> None:
 
 
 class Graphs:
-    """CUDA graphs, which leave out what the host does. They share one pool of memory, as large as the largest."""
+    """CUDA graphs, which exclude the host's work. They share one memory pool, as large as the largest graph needs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
-        """``call``, which has run before, as a graph; raises where it cannot be captured."""
+        """Capture ``call``, which must have run before, as a graph; raises if it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             call()
@@ -99,7 +99,7 @@ class Graphs:
 
 
 def error_line(error: Exception) -> str:
-    """One line for the row of what could not be measured."""
+    """One line for the row of a failed measurement."""
     return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 

@@ -1,6 +1,6 @@
-"""The picture of the README: what the embedded model draws whole and pruned, and what it computed at the end.
+"""The README's picture: what the embedded model draws whole and pruned, and what it computed at the last step.
 
-It draws held-out captions of the quality lab, the first ones that the lab's figures count.
+The captions are the first held-out ones that the quality lab's figures count.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from atedm_bench.quality.images import SceneCase
 from atedm_bench.quality.lab import scene_cases
 
 PRESET, STEPS, GUIDANCE = "fast", 25, 5.0
-# Whose tokens are shown: the last block but one of each level, at the last step.
+# The blocks whose tokens are shown, at the last step: the last but one of each level.
 BLOCKS = ("up_blocks.1.attentions.1", "up_blocks.0.attentions.1")
 _SKIP = 64
-# What is left of a dropped token, and the colour that it fades to: none of a picture's own.
+# How much of a dropped token stays visible, and the colour that it fades to, which no scene uses.
 _LEFT, _DROPPED = 0.15, (0.36, 0.33, 0.55)
 
 
@@ -42,15 +42,15 @@ def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
 
 
 def kept_only(pictures: np.ndarray, recording: Recording, block: str) -> np.ndarray:
-    """``pictures`` with the tokens that ``block`` dropped at the last step faded."""
+    """``pictures``, with the tokens that ``block`` dropped at the last step faded."""
     last: Ranked = [ranked for ranked in recording.ranked if ranked.block == block][-1]
-    masks = last.mask()[-len(pictures) :].numpy()  # with guidance the prompts' half is the second
+    masks = last.mask()[-len(pictures) :].numpy()  # with guidance, the second half belongs to the prompts
     masks = np.stack([np.asarray(Image.fromarray(mask).resize(pictures.shape[2:0:-1], 0)) for mask in masks])
     return np.where(masks[..., None], pictures, _LEFT * pictures + (1 - _LEFT) * np.array(_DROPPED))
 
 
 def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figure:
-    """A row for each of ``rows``, its name before it; the captions stand on top."""
+    """One row of pictures for each of ``rows``, its name on the left and the captions on top."""
     left, top, side = 1.35, 0.75, 1.2
     width, height = left + side * len(cases), top + side * len(rows)
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
@@ -68,7 +68,7 @@ def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figu
 
 
 def write_overview(output: Path, images: int) -> None:
-    """Draw ``images`` captions to the PNG ``output``."""
+    """Draw ``images`` captions and write the PNG ``output``."""
     cases = scene_cases(_SKIP + images)[_SKIP:]
     pipe = embedded_pipeline()
     full = draw(pipe, cases)

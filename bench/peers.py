@@ -1,4 +1,4 @@
-"""Other packages that make a UNet cheaper, as their own README says to use them, and what they cost."""
+"""Other packages that make a UNet cheaper, used as their READMEs recommend, and what they cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOMESD_MAX_RATIO = 0.75
 
 
 def apply_tomesd(unet: nn.Module, ratio: float) -> None:
-    """Patch ``unet`` with tomesd so that it saves what it can on SDXL: at both levels, in all three parts of a layer.
+    """Patch ``unet`` with tomesd for its largest savings on SDXL: at both levels, in all three parts of a layer.
 
     Raises:
         RuntimeError: tomesd is not installed.
@@ -30,16 +30,16 @@ def apply_tomesd(unet: nn.Module, ratio: float) -> None:
 
 
 class TomesdFlops:
-    """Counts calls patched by :func:`apply_tomesd`, on the UNet and the inputs of ``counter``; each ratio once."""
+    """Counts calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``; caches each ratio."""
 
     def __init__(self, counter: UNetFlops) -> None:
         self._counter = counter
-        # tomesd leaves attributes behind on what it patches, so it gets a UNet of its own.
+        # tomesd leaves attributes behind on the UNet that it patches, so it gets its own.
         self._unet = meta_unet(counter.config)
         self._counted: dict[float, Flops] = {}
 
     def at(self, ratio: float) -> Flops:
-        """FLOPs of a call at ``ratio``; the matching of tokens is ``scoring``."""
+        """FLOPs of a call at ``ratio``; token matching counts as ``scoring``."""
         if ratio not in self._counted:
             self._counted[ratio] = self._count(ratio)
         return self._counted[ratio]
@@ -70,7 +70,7 @@ class TomesdFlops:
 
 @contextlib.contextmanager
 def _counting_matching() -> Iterator[list[int]]:
-    """Collects the FLOPs of each of tomesd's matchings, which run inside the layers."""
+    """Collect the FLOPs of each token matching of tomesd, which runs inside the layers."""
     from tomesd import merge
 
     original = merge.bipartite_soft_matching_random2d

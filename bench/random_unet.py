@@ -14,11 +14,11 @@ from atedm.blocks import attention_blocks
 from atedm.models import latent_size, meta_unet
 from atedm_bench.measure import attention_backend_of
 
-# Standard deviation of a row of self-attention logits. With default weights it is near 0: the maps are uniform, the
-# ranking converges in its first iteration, and pruning would look cheaper than it is.
+# Standard deviation of a row of self-attention logits. With default weights it is near 0. The maps are then uniform,
+# the ranking converges in its first iteration, and pruning looks cheaper than it is.
 LOGIT_STD = 2.5
 
-# Rows of each attention map that the calibration looks at.
+# Rows of each attention map that the calibration samples.
 _SAMPLED_QUERIES = 64
 
 
@@ -32,8 +32,8 @@ def random_unet(
 ) -> UNet2DConditionModel:
     """A UNet with normal weights of variance ``1 / fan_in``, zero biases and unit norms.
 
-    Allocated once, in ``dtype`` on ``device``: SDXL's 2.57 billion parameters take 5.1 GB in bf16. The values depend
-    on ``seed`` and on the kind of device.
+    The weights are allocated once, in ``dtype`` on ``device``: SDXL's 2.57 billion parameters take 5.1 GB in bf16.
+    Their values depend on ``seed`` and on the type of device.
     """
     unet = meta_unet(config, dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -50,7 +50,7 @@ def random_unet(
 
 
 def sharing_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet object over the same weights, to be patched or compiled on its own at no cost in memory."""
+    """Another UNet object with the same weights, which can be patched or compiled separately and costs no memory."""
     copy = meta_unet(unet.config, unet.dtype)
     copy.load_state_dict(unet.state_dict(), assign=True)
     return copy.eval().requires_grad_(False)
@@ -62,13 +62,13 @@ def calibrate_attention(unet: UNet2DConditionModel, call: Callable[[], object], 
     Each layer is scaled just before it runs, so its input already comes from calibrated layers.
 
     Args:
-        call: runs ``unet`` once. std: the wanted standard deviation of a row of logits, averaged over rows and heads.
+        call: runs ``unet`` once. std: the target standard deviation of a row of logits, averaged over rows and heads.
 
     Returns:
-        The spread of each self-attention after its scaling, measured anew with the scaled weights.
+        The spread of each self-attention, measured again with the scaled weights.
 
     Raises:
-        ValueError: the logits of a layer are all alike or not finite.
+        ValueError: the logits of a layer are all equal or not finite.
     """
     found: list[float] = []
 
@@ -92,7 +92,7 @@ def calibrate_attention(unet: UNet2DConditionModel, call: Callable[[], object], 
 
 
 def _logit_std(attention: nn.Module, hidden_states: Tensor) -> float:
-    """Mean over heads and sampled rows of the standard deviation of a row of logits; the first image of the batch."""
+    """Standard deviation of a row of logits, averaged over heads and sampled rows of the first image in the batch."""
     tokens = hidden_states[0]
     stride = max(1, len(tokens) // _SAMPLED_QUERIES)
     q, k = attention.to_q(tokens[::stride]), attention.to_k(tokens)
@@ -102,9 +102,9 @@ def _logit_std(attention: nn.Module, hidden_states: Tensor) -> float:
 
 
 def attention_kernels(unet: UNet2DConditionModel, width: int, height: int, batch: int) -> dict[str, str]:
-    """By level, which kernel torch chooses for self-attention in a call on ``width`` × ``height`` pixels.
+    """The kernel that torch chooses for self-attention, by level, in a call on ``width`` × ``height`` pixels.
 
-    The full UNet runs it by way of ``scaled_dot_product_attention``; the pruned one makes the same choice itself.
+    The full UNet runs it through ``scaled_dot_product_attention``; the pruned one makes the same choice itself.
     """
     found = {}
     rows, columns = latent_size(width, height)

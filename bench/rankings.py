@@ -1,4 +1,4 @@
-"""Other ways to choose the tokens: a random one to be compared with, and a cheaper one to be looked into.
+"""Other ways to rank tokens: a random one as a baseline, and a cheaper one to study.
 
 Each is a ``ranking`` for :func:`atedm.apply`: a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` to scores.
 """
@@ -20,12 +20,12 @@ def page_rank(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
 
 
 def no_ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    """Equal scores, which cost nothing: to count what is spent besides the ranking."""
+    """Equal scores at no cost, to count what everything but the ranking costs."""
     return q.new_zeros((q.shape[0], 1, q.shape[2]), dtype=torch.float32)
 
 
 class RandomRanking:
-    """Scores that know nothing: any tokens may go. Seeded; :meth:`restart` begins the same series again."""
+    """Random scores, so any token may be dropped. Seeded; :meth:`restart` restarts the same series."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -42,7 +42,7 @@ class RandomRanking:
 class PooledRanking:
     """Ranks square maps of ``tokens`` tokens on 2×2-pooled queries and keys: a sixteenth of the cost.
 
-    Every token of a 2×2 cell gets the cell's score; smaller maps are ranked as always.
+    Every token of a 2×2 cell gets the cell's score. Maps of other sizes are ranked as usual.
     """
 
     def __init__(self, tokens: int) -> None:

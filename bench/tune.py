@@ -1,7 +1,7 @@
-"""Measures the tiles of the kernels over the attention map on this GPU, and writes what wins into their tables.
+"""Measures tiles for the attention-map kernels on this GPU and writes the fastest into their tables.
 
-Every candidate runs on SDXL's shapes, has its result checked, and is timed as a CUDA graph with a cold L2. A row for
-this architecture and this Triton goes into ``tiles.json`` where it beats the row in use. Kernels only look tiles up.
+Every candidate runs on SDXL's shapes, has its result checked, and is timed as a CUDA graph with a cold L2. If it beats
+the row in use, a row for this architecture and Triton version goes into ``tiles.json``. Kernels only look tiles up.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from atedm_bench.ops.shapes import HEAD_DIM, shape_of
 from atedm_kernels import tiles
 from atedm_kernels.tiles import Tile
 
-# Queries and keys of a step. Smaller ones cannot feed the matrix units, larger ones spill.
+# Queries and keys per step. Smaller blocks cannot feed the matrix units, larger ones spill registers.
 _BLOCKS = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 32))
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3, 4)
 _PROGRAMS = (1, 256, 512, 1024)
 
-# A row has to earn its place: less than this is noise.
+# A smaller gain is noise and earns no row.
 _MIN_GAIN = 0.02
 _RATIO = 0.63
 
-# Sums of a head's map may differ in the order of additions, never more.
+# Sums over a head's map may differ only by the order of additions.
 _TOLERANCE = 1e-4
 
-# How each op is called: as the plug-in calls it.
+# Each op, called as the plug-in calls it.
 TUNED: dict[str, Callable[[OpInputs], torch.Tensor]] = {
-    # As a ranking calls it: weights in the bias, a flag to look at.
+    # As a ranking calls it: with weights in the bias and a flag to check.
     "attention_column_sums": lambda i: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=1, tolerance=0.0)[0],
     "similarity_source": lambda i: ops.similarity_source(i.q, i.k, i.lse, i.index),
     "weighted_page_rank_cross": lambda i: ops.weighted_page_rank_cross(
@@ -57,14 +57,14 @@ def candidates(base: Tile) -> list[Tile]:
 
 
 def agree(op: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether a tile gives the result of another: sums to rounding, sources but for near ties."""
+    """Whether two tiles give the same result: sums up to rounding, sources except for near ties."""
     if op == "similarity_source":
         return (got != expected).float().mean().item() < 1e-3
     return bool(((got - expected).abs() <= _TOLERANCE * expected.abs().clamp_min(1e-12)).all())
 
 
 def fastest(seconds: dict[Tile, Sequence[float]], base: Tile) -> tuple[Tile, float]:
-    """The tile of least mean ratio to ``base`` over the shapes, and that ratio; ``base`` unless it gains enough."""
+    """The tile of lowest mean ratio to ``base`` over the shapes, and that ratio; ``base`` if the gain is small."""
 
     def ratio(tile: Tile) -> float:
         return statistics.fmean(a / b for a, b in zip(seconds[tile], seconds[base], strict=True))
@@ -74,7 +74,7 @@ def fastest(seconds: dict[Tile, Sequence[float]], base: Tile) -> tuple[Tile, flo
 
 
 def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """``table`` with ``row`` in the place of the one it renews, tighter rows before wider ones, ``"*"`` last."""
+    """``table`` with ``row`` in place of the row that it replaces, specific rows before general ones, ``"*"`` last."""
     key = ("architecture", "dtypes", "head_dim", "queries", "triton")
     kept = [old for old in table if any(old.get(name) != row.get(name) for name in key)]
     named = [old for old in kept if old["architecture"] != "*"] + [row]
@@ -91,20 +91,20 @@ def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
 
 def write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """One row a line, so that a difference shows what changed."""
+    """Write one row per line, so that a diff shows what changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 class _Tuner:
-    """Times tiles of one op on inputs of one number of tokens, at batch 2 and 8."""
+    """Times tiles of one op at one number of tokens, with batches of 2 and 8."""
 
     def __init__(self, op: str, side: int, dtype: torch.dtype, repeats: int) -> None:
         self.device = torch.device("cuda")
         self.call = TUNED[op]
         self.op, self.repeats = op, repeats
         self.rejected: dict[str, int] = {}
-        # Level 3's heads at 1024 tokens, level 2's above, as in SDXL.
+        # Level 3's heads up to 1024 tokens, level 2's above, as in SDXL.
         level, pixels = (3, 32) if side <= 32 else (2, 16)
         shapes = [shape_of(side * pixels, side * pixels, level, batch, _RATIO) for batch in (2, 8)]
         self.inputs = [OpInputs(shape, dtype, self.device) for shape in shapes]
@@ -115,7 +115,7 @@ class _Tuner:
         self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def seconds(self, tile: Tile) -> list[float] | None:
-        """Median seconds by batch; None where the tile does not compile, does not fit, or is wrong."""
+        """Median seconds by batch; None if the tile does not compile, does not fit or gives a wrong result."""
         found = []
         graphs = Graphs(self.device)
         with tiles.assume(**{self.op: tile}):
@@ -124,9 +124,9 @@ class _Tuner:
                     if not agree(self.op, self.call(inputs), expected):
                         return self._reject("wrong result")
                     run = graphs.capture(lambda inputs=inputs: self.call(inputs))
-                # Triton and its backends raise many kinds for a tile that is too large.
+                # Triton and its backends raise many types of errors for a tile that is too large.
                 except Exception as error:
-                    # After an illegal access nothing runs in this process any more, and every tile would look unfit.
+                    # After an illegal access nothing runs in this process, and every tile would look unfit: raise here.
                     torch.cuda.synchronize(self.device)
                     return self._reject(error_line(error))
                 times = [seconds_of(run, self.device, self.flushed.zero_) for _ in range(self.repeats)]
@@ -140,7 +140,7 @@ class _Tuner:
 def tune_op(
     op: str, counts: Sequence[int], repeats: int, path: Path, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Tune ``op`` on maps of ``counts`` tokens, squares, and write its table to ``path``."""
+    """Tune ``op`` on square maps of ``counts`` tokens and write its table to ``path``."""
     from rich.progress import track
 
     table = json.loads(tiles.table_path(op).read_text(encoding="utf-8"))

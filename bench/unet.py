@@ -1,8 +1,8 @@
 """Full against pruned against merged: one call of a UNet with random weights, all variants in one run.
 
-The variants are UNet objects over the same weights, so they take turns without being patched in between and only
-one copy of the weights is held. They run round robin, each round beginning with another one, and a row gives the
-median over the rounds, so that a machine that slows down slows all of them.
+The variants are UNet objects that share one copy of the weights, so they take turns without being patched in between.
+They run round robin, and each round starts with a different variant, so that a machine that slows down slows all of
+them. A row gives the median over the rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atedm_bench.random_unet import attention_kernels, calibrate_attention, rand
 from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
 from atedm_kernels.registry import OPS
 
-# Which part of pruning each op belongs to, as in AT-EDM's latency table.
+# The stage of pruning that each op belongs to, as in AT-EDM's latency table.
 STAGES = {
     "attention": ("attention_with_logsumexp",),
     "ranking": ("weighted_page_rank", "weighted_page_rank_cross", "attention_column_sums"),
@@ -39,7 +39,7 @@ STAGES = {
 
 AVERAGE = "ours DSAP average"
 
-# Ends of the names of what runs the same thing in another way: compiled, or as a CUDA graph, which leaves the host out.
+# Name suffixes of variants that run compiled, or as a CUDA graph, which excludes the host's work.
 COMPILED, GRAPH = " compiled", " graph"
 
 Notify = Callable[[str], None]
@@ -50,15 +50,16 @@ class UNetSettings:
     """What is measured.
 
     Attributes:
-        device, dtype: of weights and activations. width, height: of the image in pixels. batch: images in a call.
-        tokens: of the text. ratio: part of the tokens that ours drops. steps: of the run that DSAP's average is for.
-        repeats: rounds. minutes: for the whole run. No round begins that would not end within them, with what
-            follows the rounds; one is always made.
-        compiled: also measure each variant compiled, ``"whole"`` by ``torch.compile`` or ``"regional"`` of the
-            transformer layers only, as diffusers' ``compile_repeated_blocks`` does it (minutes faster). That comes when
-            the others are done, and takes half of the time.
+        device, dtype: of weights and activations. width, height: of the image in pixels. batch: images per call.
+        tokens: of the text. ratio: fraction of the tokens that ours drops. steps: of the run that DSAP's average is
+            for. repeats: rounds.
+        minutes: for the whole run. A round starts only if it, and what follows the rounds, can end in time; the first
+            round always runs.
+        compiled: also measure each variant compiled: ``"whole"`` by ``torch.compile``, or ``"regional"``, only the
+            transformer layers, as diffusers' ``compile_repeated_blocks`` does (minutes faster). This runs after the
+            other variants and gets half of the time.
         compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
-        only: names of variants; all of them where empty.
+        only: names of variants; empty for all.
     """
 
     device: torch.device
@@ -93,7 +94,7 @@ class UNetVariant:
 
 
 class UNetBench:
-    """Builds the variants, measures them and gives the rows; rows may be asked for at any time."""
+    """Builds the variants, measures them and returns the rows, which are available at any time."""
 
     def __init__(self, config: Mapping[str, Any], settings: UNetSettings) -> None:
         self.config = config
@@ -108,10 +109,10 @@ class UNetBench:
         self._graphs = Graphs(settings.device) if settings.device.type == "cuda" else None
 
     def run(self, notify: Notify = lambda what: None) -> None:
-        """Measure everything; ``notify`` is called with what comes next, as often as :meth:`work` says.
+        """Measure everything. Calls ``notify`` with what comes next, :meth:`work` times.
 
         Raises:
-            ValueError, TypeError: settings that do not fit the UNet.
+            ValueError, TypeError: the settings do not fit the UNet.
         """
         start = time.monotonic()
         seconds = 60 * self.settings.minutes
@@ -122,7 +123,7 @@ class UNetBench:
                 self._measure(self._compiled(), start + seconds, notify)
 
     def work(self) -> int:
-        """How many times :meth:`run` notifies, if nothing fails and time allows every round."""
+        """How often :meth:`run` calls ``notify`` if nothing fails and time allows every round."""
         kinds = len(self._wanted())
         graphs = kinds if self.settings.device.type == "cuda" else 0
         return (
@@ -132,7 +133,7 @@ class UNetBench:
         )
 
     def _measure(self, variants: list[UNetVariant], end: float, notify: Notify) -> None:
-        """Warm up, time round by round, and look into ``variants``."""
+        """Warm up ``variants``, time them round by round, then inspect them."""
         for variant in list(variants):
             notify(f"{variant.name}: warming up")
             if not self._warm_up(variant):
@@ -153,7 +154,7 @@ class UNetBench:
                 self._inspect(variant)
 
     def _captured(self, variant: UNetVariant) -> list[UNetVariant]:
-        """The same call as a CUDA graph; none where it cannot be captured, as tomesd's random numbers cannot."""
+        """The same call as a CUDA graph; empty if it cannot be captured, as with tomesd's random numbers."""
         try:
             call = self._graphs.capture(variant.call)
         except RuntimeError as error:
@@ -218,7 +219,7 @@ class UNetBench:
 
     def _add(self, kind: str, unet: nn.Module, compiled: bool) -> None:
         run, ratios = unet, (self.settings.ratio, self._merge_ratio)
-        if compiled and kind != TOMESD:  # which looks for its layers in a UNet of diffusers, not in what wraps it
+        if compiled and kind != TOMESD:  # tomesd looks for its layers in a diffusers UNet, not in a wrapper
             run = self._compile(kind, unet)
         steps = patch(run, kind, *ratios)
         if compiled and kind == TOMESD:
@@ -239,12 +240,12 @@ class UNetBench:
         self.variants.append(UNetVariant(name, call, unet, fields, is_ours(kind), compiled))
 
     def _compile(self, kind: str, unet: nn.Module) -> Callable[..., object]:
-        # Shapes never change here. tomesd makes a random generator inside its layers, which no graph can hold.
+        # Shapes never change here. tomesd creates a random generator inside its layers, which a graph cannot contain.
         options = {"mode": self.settings.compile_mode, "fullgraph": kind != TOMESD, "dynamic": False}
-        # The variants share the code that is compiled, and each may need several graphs of it.
+        # The variants share the compiled code, and each may need several graphs of it.
         torch._dynamo.config.recompile_limit = 64
         if self.settings.compiled == "regional":
-            # tomesd renames the class of the layers, so diffusers' compile_repeated_blocks finds none of them.
+            # tomesd renames the class of the layers, so diffusers' compile_repeated_blocks does not find them.
             for module in unet.modules():
                 if type(module).__name__ in ("BasicTransformerBlock", "ToMeBlock"):
                     module.compile(**options)
@@ -252,16 +253,16 @@ class UNetBench:
         return torch.compile(unet, **options)
 
     def _warm_up(self, variant: UNetVariant) -> bool:
-        """Whether the variant runs; if not, its row will say why."""
+        """Whether the variant runs; if not, its row gives the reason."""
         try:
             if variant.compiled and self.settings.compiled == "whole":
-                # The phase of the schedule is set by an eager call; a traced one only reads it.
+                # An eager call sets the phase of the schedule; a traced call only reads it.
                 variant.unet(*self._inputs[0], **self._inputs[1])
-            # The second call finds what the first one allocated, tuned or compiled.
+            # A second call uses what the first one allocated, tuned or compiled.
             for _ in range(1 if self.settings.device.type == "cpu" and not variant.compiled else 3):
                 variant.call()
         except Exception as error:
-            # What a compiler or a peer cannot do is a result; an error of ours in eager mode is not.
+            # A failure of a compiler or a peer is a result; an error of atedm in eager mode is not.
             if not variant.compiled and variant.name != TOMESD:
                 raise
             self._failed[variant.name] = error_line(error)
@@ -270,7 +271,7 @@ class UNetBench:
 
     def _inspect(self, variant: UNetVariant) -> None:
         device = self.settings.device
-        # One call for both: what recording copies is a few kilobytes.
+        # One call serves both: recording copies only a few kilobytes.
         records = variant.is_ours and not variant.compiled
         with atedm.record(variant.unet) if records else contextlib.nullcontext() as recording:
             variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
@@ -286,7 +287,7 @@ class UNetBench:
             variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object a variant, then DSAP's average over a run, then what could not be run."""
+        """One flat object per variant, then DSAP's average over a run, then what failed."""
         rows = [
             {
                 "name": variant.name,
@@ -310,7 +311,7 @@ class UNetBench:
         return rows + [{"name": name, "error": error} for name, error in self._failed.items()]
 
     def _average_row(self, rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
-        """A call of ours averaged over a run with DSAP, computed from the two measured phases."""
+        """Our call averaged over a run with DSAP, computed from the two measured phases."""
         by_name = {row["name"]: row for row in rows}
         light, rest = by_name.get(LIGHT + suffix), by_name.get(OURS + suffix)
         if light is None or rest is None:
@@ -339,7 +340,7 @@ class UNetBench:
         ]
 
     def settings_for_report(self) -> dict[str, Any]:
-        """Everything that a figure depends on."""
+        """Everything that the figures depend on."""
         s = self.settings
         return {
             **{"device": str(s.device), "dtype": str(s.dtype).removeprefix("torch."), "size": f"{s.width}x{s.height}"},
@@ -363,14 +364,14 @@ class UNetBench:
 
 
 def _has_time(variants: list[UNetVariant], seconds: float) -> bool:
-    """Whether a round, and then the inspection of two calls each, fit into ``seconds``; the first is always made."""
+    """Whether a round and then the inspection (two calls each) fit into ``seconds``; the first round always runs."""
     if not all(variant.seconds for variant in variants):
         return True
     return 3 * sum(statistics.fmean(variant.seconds) for variant in variants) < seconds
 
 
 def _in_both(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Keys that both rows have a value for; an interrupted run lacks what comes last."""
+    """Keys for which both rows have a value; rows of an interrupted run lack the last ones."""
     return [key for key, value in first.items() if value is not None and second.get(key) is not None]
 
 

@@ -20,7 +20,7 @@ FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
 REUSED, SHARED, KEYS = "ours tokens chosen before", "ours one choice for both halves", "ours by keys"
 
-# Options of atedm.apply besides the ratio; a call is one of the phase that prunes every block, except for LIGHT.
+# Options of atedm.apply besides the ratio. Calls are of the phase that prunes every block, except for LIGHT.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         OURS: {"schedule": None},
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 VARIANTS = (FULL, *_OPTIONS, TOMESD)
 
-# What of these changes the FLOPs.
+# The options among these that change the FLOPs.
 _COUNTED = ("placement", "ranking", "recovery")
 
 
@@ -42,25 +42,25 @@ def is_ours(name: str) -> bool:
 
 
 def possible(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
-    """Those of ``names``, or of all where there are none, that a batch can be run with: halves need two."""
+    """The variants in ``names`` (empty for all) that can run with this batch; sharing needs an even one."""
     return tuple(name for name in names or VARIANTS if name != SHARED or batch % 2 == 0)
 
 
 def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
-    """FLOPs of a call of any variant but tomesd's, which has a ratio of its own."""
+    """FLOPs of a call of any variant but tomesd, which has its own ratio."""
     if name == FULL:
         return counter.full()
     options = _OPTIONS[name]
     counted = {key: options[key] for key in _COUNTED if key in options}
     found = counter.pruned(ratio, light=name == LIGHT, **counted)
     sources = counter.pruned(ratio, ranking=no_ranking).scoring
-    # How many rankings are run for as many as there are rows.
+    # The number of rankings per batch row.
     share = {REUSED: 0.0, SHARED: 0.5}.get(name)
     return found if share is None else Flops(found.unet, round(sources + share * (found.scoring - sources)))
 
 
 class Steps:
-    """A scheduler's timesteps one after the other, each as the scheduler's own, so that no value is read on a GPU."""
+    """A scheduler's timesteps in turn, as views of its own tensor, so that no value is read from the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.scheduler = EulerDiscreteScheduler()
@@ -73,7 +73,7 @@ class Steps:
 
 
 def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps | None:
-    """Make ``unet`` run as ``name``; what gives each call its timestep, where they must not be all alike."""
+    """Make ``unet`` run as ``name``. Returns a source of timesteps if the calls must have different ones."""
     if name == TOMESD:
         apply_tomesd(unet, merge_ratio)
     elif name in _OPTIONS:
@@ -84,7 +84,7 @@ def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps
 
 
 def described(name: str, ratio: float, merge_ratio: float) -> dict[str, Any]:
-    """What a row says of a variant."""
+    """The fields that describe a variant in its row."""
     options = _OPTIONS.get(name)
     return {
         "ratio": {FULL: None, TOMESD: merge_ratio}.get(name, ratio),

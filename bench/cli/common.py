@@ -1,4 +1,4 @@
-"""What the commands share: checks of their options, and the progress bar."""
+"""What the commands share: option checks and the progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atedm.cli.checks import bad
 
 
 class Benchmark(Protocol):
-    """A measurement that can be stopped: ``run`` calls its argument ``work()`` times, with what comes next."""
+    """A measurement that can be interrupted: ``run`` calls its argument ``work()`` times, with what comes next."""
 
     def work(self) -> int: ...
 
@@ -29,12 +29,12 @@ def check_ratio(ratio: float) -> float:
 
 
 def run(benchmark: Benchmark, save: Callable[[], None]) -> bool:
-    """Run under a progress bar, saving what is measured between the steps; False where Ctrl-C ended it."""
+    """Run under a progress bar and save after each step; False if Ctrl-C ended the run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # On stderr, so that the tables can be piped. One refresh a second, as the bar takes time from what is measured.
+    # On stderr, so that the tables can be piped. One refresh per second, because drawing the bar costs time.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as progress:
         task = progress.add_task("starting", total=benchmark.work())
         begun = False

@@ -11,7 +11,7 @@ from atedm.cli.checks import bad, parse_device, parse_dtype, parse_size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
-# On a CPU, plain PyTorch takes minutes where a map of a large picture is stored.
+# On a CPU, plain PyTorch takes minutes to store the map of a large picture.
 _DEFAULTS = {
     "cpu": {"size": "1024", "batch": "2", "dtype": "bf16", "repeats": 5},
     "cuda": {"size": "1024,768,1216x832,2048", "batch": "2,8", "dtype": "bf16,fp16", "repeats": 30},
@@ -19,28 +19,26 @@ _DEFAULTS = {
 
 
 def ops(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32, several with commas.")] = None,
-    size: Annotated[str | None, typer.Option(help="Image sizes in pixels, as 1024,1216x832.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; separate several by commas.")] = None,
+    size: Annotated[str | None, typer.Option(help="Image sizes in pixels, such as 1024,1216x832.")] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Batch sizes of a UNet call, with commas: with guidance, two an image.")
+        str | None, typer.Option(help="Batch sizes of a UNet call, comma-separated; guidance takes two per image.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Of the ranking.")] = 5,
-    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    ratio: Annotated[float, typer.Option(help="Fraction of the tokens to drop.")] = 0.63,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 30 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="For the whole run; shapes that it does not reach are named.")] = 9.0,
+    minutes: Annotated[float, typer.Option(help="Limit for the whole run; the report lists shapes not reached.")] = 9.0,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also plain PyTorch compiled, at the first size.")
+        bool, typer.Option("--compile/--no-compile", help="Also measure plain PyTorch compiled, at the first size.")
     ] = True,
-    json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Where the roofline goes. Default: beside the rows, as PNG.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the rows. Default: a file in outputs/.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the roofline. Default: a PNG beside the rows.")] = None,
 ) -> None:
-    """Each op on the shapes of SDXL's levels 2 and 3, all variants in one run, round robin.
+    """Measure each op on the shapes of SDXL's levels 2 and 3, all variants in one run, round robin.
 
-    An interrupted run (Ctrl-C) prints and writes the shapes it has finished. The status is 1 where an op of ours fails.
+    An interrupted run (Ctrl-C) prints and writes the finished shapes. The exit status is 1 if one of our ops fails.
     """
     require("bench", "psutil", "matplotlib")
     from rich.console import Console
@@ -102,7 +100,7 @@ def _listed(text: str) -> list[str]:
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise bad("batch", f"{text!r}; expected positive whole numbers with commas, as 2,8")
+        raise bad("batch", f"{text!r}; expected comma-separated positive integers, such as 2,8")
     return int(text)
 
 

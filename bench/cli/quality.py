@@ -26,9 +26,10 @@ _PACKAGES = ("transformers", "accelerate", "matplotlib", "pillow", "scipy", "tor
 
 
 def quality(
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: few pictures, few steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quick check: few pictures, few steps.")] = False,
     images: Annotated[
-        int | None, typer.Option(min=2, help="Pictures a setting. Default: 256, on a GPU 1000; every prompt.")
+        int | None,
+        typer.Option(min=2, help="Pictures per setting. Default: 256, on a GPU 1000; with --model all prompts."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Euler steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
@@ -36,39 +37,35 @@ def quality(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 5; with --model 7.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures at a time. Default: 32; with --model 1.")] = None,
     settings: Annotated[
-        str | None, typer.Option(help="Names or groups (budget, ablation, cheaper), by comma. Default: all.")
+        str | None, typer.Option(help="Names or groups (budget, ablation, cheaper), comma-separated. Default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture's noise; the n-th has seed + n.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Noise seed of the first picture; picture n has seed + n.")] = 0,
     skip: Annotated[
-        int, typer.Option(min=0, help="Leave the first captions out of the figures: those looked at before.")
+        int, typer.Option(min=0, help="Leave this many first captions out of the figures, if seen before.")
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "--out", help="Folder of the pictures, plots and tables; an earlier run there goes on."
-        ),
+        typer.Option("--output", "--out", help="Folder for pictures, plots and tables; resumes an earlier run there."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: quality.json in the folder.")] = None,
     allow_pickled: Annotated[
-        bool, typer.Option("--allow-pickled", help="Also read weights that are no safetensors: they can run code.")
+        bool, typer.Option("--allow-pickled", help="Also read weights that are not safetensors: they can run code.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda if available.")] = None,
     convergence: Annotated[
         bool,
-        typer.Option(
-            help="Also study the power iteration, and what dropped tokens are refilled from (embedded model)."
-        ),
+        typer.Option(help="Also study the power iteration and what refills dropped tokens (embedded model)."),
     ] = True,
     model: Annotated[
         str | None, typer.Option(help="An SDXL checkpoint: folder or hub id. Default: the embedded model.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="With --model: a text file, one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With --model: a text file, one prompt per line.")] = None,
     references: Annotated[Path | None, typer.Option(help="With --model: a folder of real pictures, for FID.")] = None,
-    size: Annotated[str, typer.Option(help="With --model: pixels, 1024 or WIDTHxHEIGHT.")] = "1024",
+    size: Annotated[str, typer.Option(help="With --model: size in pixels, 1024 or WIDTHxHEIGHT.")] = "1024",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: fp32; with --model bf16.")] = None,
     variant: Annotated[str | None, typer.Option(help="With --model: variant of the files, such as fp16.")] = None,
     clip_model: Annotated[
-        str, typer.Option(help="With --model: the CLIP of the CLIP score, a hub id or a folder.")
+        str, typer.Option(help="With --model: CLIP model of the CLIP score, hub id or folder.")
     ] = "openai/clip-vit-base-patch16",
     fid_features: Annotated[
         str, typer.Option(help="With --model: features of the Fréchet distance: inception, or checker (offline).")
@@ -77,10 +74,10 @@ def quality(
     """Make the same pictures with the full UNet, ours, tomesd and random pruning, and measure what is lost.
 
     Without --model: the embedded model and its scenes, offline; a checker counts the pictures that show what was
-    asked. With --model, --prompts and --references: any SDXL checkpoint, FID and CLIP score.
+    asked. With --model, --prompts and --references: any SDXL checkpoint, with FID and CLIP score.
 
-    Ctrl-C at any time: the same command goes on where it stopped. Start it with `accelerate launch -m atedm_bench` to
-    share the work between several GPUs.
+    You can press Ctrl-C at any time: the same command resumes where it stopped. Start it with
+    `accelerate launch -m atedm_bench` to share the work between several GPUs.
     """
     require("quality", *_PACKAGES)
     check_installed()
@@ -121,7 +118,7 @@ def quality(
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo(f"Interrupted; the same command goes on from the pictures in {request.out}", err=True)
+            typer.echo(f"Interrupted; the same command resumes from the pictures in {request.out}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -131,7 +128,7 @@ def _check(request: LabRequest) -> None:
     if request.model is None:
         for name in ("prompts", "references"):
             if getattr(request, name) is not None:
-                raise bad(name, "is for real checkpoints; expected --model as well")
+                raise bad(name, "is for real checkpoints; expected --model too")
         return
     if request.prompts is None or not request.prompts.is_file():
         raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt a line")

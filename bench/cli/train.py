@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Train the embedded model, stage by
 
 _RECIPE = Path(__file__).parents[1] / "training" / "config.yaml"
 Recipe = Annotated[Path, typer.Option(help="The recipe.", exists=True, dir_okay=False)]
-Out = Annotated[Path, typer.Option(help="Folder of checkpoints, logs and weights; an earlier run there is resumed.")]
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and weights; resumes an earlier run there.")]
 
 
 class StageName(str, enum.Enum):
@@ -30,12 +30,12 @@ _PACKAGES = ("accelerate", "transformers", "pillow", "pyyaml")
 @app.command()
 def run(
     out: Out,
-    stages: Annotated[list[StageName] | None, typer.Argument(help="Default: all, in their order.")] = None,
+    stages: Annotated[list[StageName] | None, typer.Argument(help="Default: all, in order.")] = None,
     config: Recipe = _RECIPE,
     precision: Annotated[str, typer.Option(help="accelerate's mixed precision: bf16, fp16 or no.")] = "bf16",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes; for GPUs.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes; useful with GPUs.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet; takes minutes per size.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's own choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's default.")] = 0,
 ) -> None:
     """Train. Start it with `accelerate launch -m atedm_bench` to use several processes or GPUs."""
     require("quality", *_PACKAGES)
@@ -66,10 +66,10 @@ def run(
 @app.command()
 def export(
     out: Out,
-    to: Annotated[Path, typer.Option(help="Folder to write; replaced where it exists.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; replaced if it exists.")],
     config: Recipe = _RECIPE,
 ) -> None:
-    """Write the pipeline from the newest checkpoint, in half precision; a training run may go on meanwhile."""
+    """Write the pipeline from the newest checkpoint, in half precision. Training may run at the same time."""
     require("quality", *_PACKAGES)
     from atedm_bench.training import config as recipe
     from atedm_bench.training.export import export as export_pipeline
@@ -81,11 +81,11 @@ def export(
 @app.command()
 def record(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of `run`, each begun with the weights of the one before.")
+        list[Path], typer.Argument(help="Folders of `run`, each started from the weights of the previous one.")
     ],
     to: Annotated[Path, typer.Option(help="JSON file to write.")],
 ) -> None:
-    """Write how far each stage came, its wall time and its loss curve."""
+    """Write each stage's progress, wall time and loss curve."""
     require("quality", *_PACKAGES)
     from atedm.report import write_json
     from atedm_bench.training.record import record as record_runs

@@ -1,4 +1,4 @@
-"""``atedm-bench tune``: the tables of tiles, measured on the GPU at hand."""
+"""``atedm-bench tune``: measures the tables of tiles on this GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from atedm.cli.checks import bad
 
 def tune(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens of a map, squares, with commas.")] = "1024,4096,16384",
-    repeats: Annotated[int, typer.Option(min=3, help="Timed runs of a tile.")] = 15,
+    tokens: Annotated[str, typer.Option(help="Tokens per map: square numbers, comma-separated.")] = "1024,4096,16384",
+    repeats: Annotated[int, typer.Option(min=3, help="Timed runs per tile.")] = 15,
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables. Default: beside the kernels.")] = None,
 ) -> None:
-    """Try every tile of the kernels over an attention map on this GPU, and write what wins into their tables.
+    """Try every tile for the attention-map kernels on this GPU, and write the fastest into their tables.
 
-    Each candidate must give the right result. It is timed as a CUDA graph with a cold L2 on SDXL's shapes. A row for
-    this architecture and this Triton goes into `tiles.json` where it beats the row in use.
+    Each candidate must give the right result. It is timed as a CUDA graph with a cold L2 on SDXL's shapes. If it beats
+    the row in use, a row for this architecture and Triton version goes into `tiles.json`.
     """
     import torch
 
@@ -27,7 +27,7 @@ def tune(
     from atedm_kernels import tiles
 
     if not torch.cuda.is_available():
-        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here; tiles are tuned on one")
+        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here; tuning needs one")
     for name in op or ():
         if name not in TUNED:
             raise bad("op", f"{name!r}; expected one of {', '.join(TUNED)}")
@@ -39,5 +39,5 @@ def tune(
 def _counts(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and round(int(part) ** 0.5) ** 2 == int(part) > 0 for part in parts):
-        raise bad("tokens", f"{text!r}; expected squares with commas, as 1024,4096")
+        raise bad("tokens", f"{text!r}; expected comma-separated squares, such as 1024,4096")
     return sorted(int(part) for part in parts)

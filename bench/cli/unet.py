@@ -16,29 +16,29 @@ DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
 
 
 def unet(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
-    batch: Annotated[int, typer.Option(min=1, help="Batch of the call: with guidance, two an image.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="For the whole run; at least one round is made.")] = 9.0,
+    minutes: Annotated[float, typer.Option(help="Limit for the whole run; at least one round runs.")] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
     ] = False,
     regional: Annotated[bool, typer.Option(help="Compile only the transformer layers: quick.")] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
-    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that DSAP's average is for.")] = 50,
+    ratio: Annotated[float, typer.Option(help="Fraction of the tokens to drop.")] = 0.63,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run that DSAP's average is for.")] = 50,
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be given several times.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of the convolutions.")] = True,
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
-    json: Annotated[Path | None, typer.Option(help="Where the rows go. Default: a file in outputs/.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the rows. Default: a file in outputs/.")] = None,
 ) -> None:
-    """One call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in one run, round robin.
+    """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in one run, round robin.
 
     An interrupted run (Ctrl-C) prints and writes what it has.
     """
-    # Read when torch is loaded: its profiler otherwise writes across the progress bar.
+    # torch reads this when it is loaded. Without it, its profiler writes across the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     require("bench", "tomesd", "psutil")
     import torch
@@ -54,7 +54,7 @@ def unet(
         if name not in VARIANTS:
             raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
         if not possible((name,), batch):
-            raise bad("variant", f"{name!r} with --batch {batch}; expected an even batch, of two halves")
+            raise bad("variant", f"{name!r} with --batch {batch}; expected an even batch, because it has two halves")
     place = parse_device(device)
     width, height = parse_size(size)
     config = load_config(model)
@@ -119,7 +119,7 @@ def _print(document: dict[str, Any], console: Any) -> None:
             **{"gather": "prune", "recovery": "recover", "overhead": "sum", "part": "of call"},
             "iterations": "iter.",
         }
-        print_table(stages, columns, "Stages, ms a call (sum: all but attention)", console)
+        print_table(stages, columns, "Stages, ms per call (sum: all but attention)", console)
     for row in rows:
         if "error" in row:
             console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow")

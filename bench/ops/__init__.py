@@ -1,1 +1,1 @@
-"""Each op against plain PyTorch, fused attention on the same shape, and the floor that this device sets."""
+"""Each op against plain PyTorch, fused attention on the same shape, and the lower bound of this device."""

@@ -1,4 +1,4 @@
-"""The ops with inputs of one shape, and what each of them is measured against."""
+"""The ops with inputs of one shape, and what each is measured against."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atedm_kernels.registry import OPS
 OURS, PLAIN, COMPILED, COPY, COLREDUCE = "ours", "plain", "plain compiled", "copy", "flash-colreduce"
 ATTENTION = "fused attention"
 
-# Of the logits, as a trained SDXL's first blocks have them: no map is flat, none is one-hot.
+# Of the logits, as in the first blocks of a trained SDXL: no map is flat, and no map is one-hot.
 _LOGIT_STD = 2.0
 
 Call = Callable[[], object]
@@ -37,9 +37,9 @@ class OpCase:
     """One op on one shape.
 
     Attributes:
-        name: of the row. op: the custom op. calls: by variant. work: the least there is to do. times: forwards of
-            attention that it is compared with. map_elements: of the attention map that plain PyTorch stores; 0 where
-            there is no map.
+        name: of the row. op: the custom op. calls: by variant. work: the minimum work. times: number of attention
+            forwards to compare it with. map_elements: of the attention map that plain PyTorch stores; 0 if there is
+            no map.
     """
 
     name: str
@@ -51,7 +51,7 @@ class OpCase:
 
 
 class OpInputs:
-    """Seeded random tensors of one shape, laid out as diffusers' blocks have them."""
+    """Seeded random tensors of one shape, laid out as in diffusers' blocks."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -78,7 +78,7 @@ class OpInputs:
 
 
 def attention_case(shape: Shape, dtype: torch.dtype, inputs: OpInputs) -> OpCase:
-    """What every other row of the shape is compared with."""
+    """The case that every other row of the shape is compared with."""
     i = inputs
     call = {ATTENTION: lambda: F.scaled_dot_product_attention(i.q, i.k, i.v)}
     return OpCase("attention forward", "scaled_dot_product_attention", _attention_work(shape, dtype, inputs), call)
@@ -96,7 +96,7 @@ def _copy_of(work: Work, device: torch.device) -> Call:
 
 
 def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -> list[OpCase]:
-    """Every op; ``iterations`` of the ranking."""
+    """Every op; ``iterations``: of the ranking."""
     i, device = inputs, inputs.q.device
     tokens, keep, dropped = shape.tokens, shape.keep, shape.tokens - shape.keep
 
@@ -132,7 +132,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
             lambda: plain.recover_feature_map(i.compact, i.source, residual),
         )
 
-    # A kept row is read once, however often it is copied.
+    # A kept row counts as read once, however often it is copied.
     map_rows = rows_work(shape, dtype, keep + tokens, tokens, tokens)
     return [
         OpCase(
@@ -160,7 +160,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
             times=iterations,
             **stored,
         ),
-        # Any change is less than this tolerance: what is left of the launches is the price of an early stop.
+        # Any change is below this tolerance, so the remaining launches are the cost of an early stop.
         OpCase(
             f"weighted_page_rank, stopped after 1 of {iterations}",
             "weighted_page_rank",
@@ -190,7 +190,7 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
         OpCase(
             "similarity_source",
             "similarity_source",
-            # Of the dropped tokens alone: a kept token refills itself.
+            # Only the dropped tokens count: a kept token refills itself.
             map_work_of("similarity_source", (i.q[:, :, :dropped], i.k, i.lse, i.index), dropped, keep),
             {
                 OURS: lambda: ops.similarity_source(i.q, i.k, i.lse, i.index),

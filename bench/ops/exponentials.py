@@ -1,4 +1,4 @@
-"""A GPU's rate of exponentials: a kernel that does nothing else."""
+"""A kernel that computes nothing but exponentials, to measure a GPU's rate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _exp2_kernel(x, out, steps, CHAINS: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * CHAINS * BLOCK + tl.arange(0, CHAINS * BLOCK)
     value = tl.load(x + offsets)
     for _ in range(0, steps):
-        # 2^-x has a fixed point near 0.64: values stay ordinary numbers for ever.
+        # 2^-x has a fixed point near 0.64, so values stay normal numbers.
         value = tl.exp2(-value)
     tl.store(out + offsets, value)
 
 
 def repeated_exp2(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """``x ← 2^-x``, ``steps`` times; the length of ``x`` float32 is a multiple of 8192."""
+    """``x ← 2^-x``, ``steps`` times. ``x``: float32, with a length that is a multiple of 8192."""
     out = torch.empty_like(x)
     _exp2_kernel[(x.numel() // (_CHAINS * _BLOCK),)](x, out, steps, CHAINS=_CHAINS, BLOCK=_BLOCK, num_warps=8)
     return out

@@ -1,4 +1,4 @@
-"""What a reader of the paper would write in plain PyTorch, the map stored: the ops' competitor, eager and compiled."""
+"""The paper's method in plain PyTorch, with the map stored: the ops' competitor, eager and compiled."""
 
 from __future__ import annotations
 

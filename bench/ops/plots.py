@@ -1,4 +1,4 @@
-"""The roofline: what each op reaches, under what this device can do at most."""
+"""The roofline: what each op reaches, and what this device can reach at most."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MARKERS = {"ours": "o", "fused attention": "*", "plain": "x", "plain compiled":
 
 
 def plot_roofline(document: dict[str, Any], path: Path) -> None:
-    """Left: ops that multiply, FLOP/s against FLOPs a byte. Right: ops that move, bytes a second, as parts of a copy's.
+    """Left: ops that multiply, FLOP/s against FLOPs per byte. Right: ops that move, bytes per second over a copy's.
 
-    One dtype and shape class is enough for a picture: the rows of the first dtype are drawn.
+    Draws only the rows of the first dtype.
     """
     rows = [row for row in document["rows"] if "error" not in row]
     dtype = rows[0]["dtype"]
@@ -44,7 +44,7 @@ def _draw_products(axis: plt.Axes, rows: list[dict[str, Any]], ceilings: dict[st
     intensity = [row["flops"] / row["bytes"] for row in rows]
     x = np.geomspace(min(intensity) / 4, max(intensity) * 4, 100)
     axis.plot(x, np.minimum(ceilings["flops"], x * ceilings["bytes"]), "k-", label="memory and matrix products")
-    # An element of the map costs one exponential and two FLOPs a channel of the head.
+    # An element of the map costs one exponential and two FLOPs per channel of the head.
     roof = 2 * HEAD_DIM * ceilings["exponentials"]
     axis.axhline(roof, color="k", linestyle="--", label=f"exponentials, head dim {HEAD_DIM}")
     colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
@@ -54,7 +54,7 @@ def _draw_products(axis: plt.Axes, rows: list[dict[str, Any]], ceilings: dict[st
         marker = _MARKERS.get(row["variant"])
         if marker and row["backend"] != "reference":
             axis.plot(row["flops"] / row["bytes"], row["flops"] / row["seconds"], marker, color=colors[row["name"]])
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte, at least", ylabel="FLOP/s")
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte, minimum", ylabel="FLOP/s")
     axis.legend(fontsize=7)
     axis.set_title("dot: ours, star: fused attention, cross: plain, plus: plain compiled", fontsize=9)
 
@@ -76,6 +76,6 @@ def _draw_moves(axis: plt.Axes, rows: list[dict[str, Any]], ceiling: float) -> N
                 )
     axis.axhline(1.0, color="k")
     axis.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=7)
-    axis.set_ylabel("bytes moved a second, part of a large copy's")
+    axis.set_ylabel("bytes moved per second, relative to a large copy")
     axis.set_ylim(bottom=0)
     axis.set_title("dot: ours, cross: plain, plus: plain compiled, square: a copy of the same bytes", fontsize=9)

@@ -1,4 +1,4 @@
-"""The measurement: every op, each variant in turn, round after round, shape by shape."""
+"""The measurement: shape by shape, in rounds, every variant of every op in turn."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atedm_kernels.registry import OPS
 
 REFERENCE = "reference"
 
-# Fewer say nothing about the spread.
+# Fewer rounds would say nothing about the spread.
 _MIN_ROUNDS = 3
 
-# Copies of the map that plain PyTorch holds at once, in warm-up and in a graph's pool.
+# Copies of the map that plain PyTorch holds at once, during warm-up and in a graph's pool.
 _MAPS_OF_PLAIN = 6
 
 Notify = Callable[[str], None]
@@ -34,10 +34,10 @@ class OpsSettings:
     """What is measured.
 
     Attributes:
-        shapes, dtypes: each with each. iterations: of the ranking. repeats: rounds a shape. minutes: for the whole run;
-            a shape that gets too little of it makes fewer rounds, down to ``_MIN_ROUNDS``, and shapes that are not
-            reached are named. compiled: also plain PyTorch under ``torch.compile``, at the size of the first shape,
-            when all else is done. only: names of ops; all of them where empty.
+        shapes, dtypes: all combinations. iterations: of the ranking. repeats: rounds per shape. minutes: for the whole
+            run; a shape with too little time makes fewer rounds, down to ``_MIN_ROUNDS``, and the report lists the
+            shapes that it did not reach. compiled: at the end, also measure plain PyTorch under ``torch.compile`` at
+            the size of the first shape. only: names of ops; empty for all.
     """
 
     device: torch.device
@@ -65,10 +65,10 @@ class OpsVariant:
 
 
 class OpsBench:
-    """Measures shape after shape; rows of what is done may be asked for at any time.
+    """Measures shape after shape; the rows so far are available at any time.
 
     Attributes:
-        failed: whether an op of ours raised; its row says how.
+        failed: whether one of our ops raised; its row has the error.
     """
 
     def __init__(self, settings: OpsSettings) -> None:
@@ -77,25 +77,25 @@ class OpsBench:
         self.failed = False
         self._rows: list[dict[str, Any]] = []
         self._left_out: list[str] = []
-        # Seconds of plain PyTorch by shape, dtype and case: its compiled form is compared with it.
+        # Seconds of plain PyTorch by shape, dtype and case, to compare its compiled form with.
         self._plain: dict[tuple[str, str, str], float] = {}
-        # Zeroed before every call, so that no variant finds in a GPU's cache what another one left there.
+        # Zeroed before every call, so that no variant finds another's data in the GPU's cache.
         self._flushed: torch.Tensor | None = None
         self._graphs: Graphs | None = None
 
     def _passes(self) -> list[tuple[torch.dtype, Shape, bool]]:
-        """What is measured together, in order; the last says whether it is plain PyTorch compiled."""
+        """What is measured together, in order; the last item: whether it is plain PyTorch compiled."""
         s = self.settings
         eager = [(dtype, shape, False) for dtype in s.dtypes for shape in s.shapes]
         first = [shape for shape in s.shapes if shape.size == s.shapes[0].size]
         return eager + [(dtype, shape, True) for dtype in s.dtypes for shape in first if s.compiled]
 
     def work(self) -> int:
-        """How many times :meth:`run` notifies."""
+        """How often :meth:`run` calls ``notify``."""
         return len(self.settings.dtypes) + len(self._passes())
 
     def run(self, notify: Notify = lambda what: None) -> None:
-        """Measure; ``notify`` is called with what comes next."""
+        """Measure everything. Calls ``notify`` with what comes next."""
         s = self.settings
         end = time.monotonic() + 60 * s.minutes
         if s.device.type == "cuda":
@@ -118,7 +118,7 @@ class OpsBench:
                 self._measure(shape, dtype, compiled, time.monotonic() + left / (len(passes) - n))
 
     def _measure(self, shape: Shape, dtype: torch.dtype, compiled: bool, end: float) -> None:
-        # Each shape is compiled for itself, and what was compiled for another is not wanted any more.
+        # Each shape is compiled separately, so drop what was compiled for the last one.
         torch._dynamo.reset()
         inputs = OpInputs(shape, dtype, self.settings.device, self.settings.seed)
         variants = []
@@ -135,7 +135,7 @@ class OpsBench:
         self._rows += self._rows_of(variants, shape, dtype, compiled)
 
     def _tried(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
-        """Whether ``action`` went well; if not, a row says why: what has no memory or does not run is a result too."""
+        """Whether ``action`` succeeded; if not, add a row with the error. Running out of memory is a result too."""
         try:
             action()
         except Exception as error:
@@ -207,7 +207,7 @@ class OpsBench:
             self._plain.update({(*place, case): s for (case, name), s in by_name.items() if name == PLAIN})
         rows = []
         for v in variants:
-            if compiled and v.name == ATTENTION:  # the first pass has its row
+            if compiled and v.name == ATTENTION:  # the eager pass already has this row
                 continue
             median = medians[id(v)]
             floor, bound = self.ceilings[_name(dtype)].floor(v.case.work)
@@ -241,11 +241,11 @@ class OpsBench:
         return rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object a case and variant."""
+        """One flat object per case and variant."""
         return list(self._rows)
 
     def settings_for_report(self) -> dict[str, Any]:
-        """Everything that a figure depends on."""
+        """Everything that the figures depend on."""
         s = self.settings
         return {
             "device": str(s.device),
@@ -286,7 +286,7 @@ def _bytes_of(out: object) -> int:
 
 
 def _check_memory(map_bytes: int, device: torch.device) -> None:
-    """Plain PyTorch stores the map and copies of it. Running out of memory inside a capture is hard to recover from."""
+    """Raise if plain PyTorch's copies of the map do not fit: running out in a capture is hard to recover from."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""Where SDXL's UNet calls the ops, and what each op has to compute and to move there."""
+"""The shapes at which SDXL's UNet calls the ops, and what each op must compute and move there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# A level-2 token stands for 2 × 2 latent elements, a level-3 token for 4 × 4; an element for 8 × 8 pixels.
+# A level-2 token covers 2 × 2 latent elements, a level-3 token 4 × 4; an element covers 8 × 8 pixels.
 _PIXELS_PER_TOKEN = {2: 16, 3: 32}
 _HEADS = {2: 10, 3: 20}
 HEAD_DIM = 64
@@ -41,7 +41,7 @@ class Shape:
 
 
 def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> Shape:
-    """The shape that a picture of ``width`` × ``height`` pixels has at ``level``, 2 or 3, with ``ratio`` dropped."""
+    """The shape at ``level`` (2 or 3) for ``width`` × ``height`` pixels, dropping ``ratio`` of the tokens."""
     from atedm.options import kept_tokens
 
     pixels = _PIXELS_PER_TOKEN[level]
@@ -51,7 +51,7 @@ def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> S
 
 @dataclass(frozen=True)
 class Work:
-    """The least that an op has to do: FLOPs by its own formula, exponentials, bytes read and written once."""
+    """The minimum work of an op: FLOPs by its own formula, exponentials, bytes read and written once."""
 
     flops: float = 0.0
     exponentials: float = 0.0
@@ -65,10 +65,10 @@ def attention_work(flops: int, shape: Shape, dtype: torch.dtype) -> Work:
 
 
 def map_work(flops: int, shape: Shape, dtype: torch.dtype, rows: int, columns: int, passes: int = 1) -> Work:
-    """``rows`` × ``columns`` elements of the map of every head, never stored; each pass computes them again."""
+    """``rows`` × ``columns`` elements of every head's map, never stored; each pass recomputes them."""
     pairs = shape.batch * shape.heads
     operands = pairs * (rows + columns) * HEAD_DIM * dtype.itemsize
-    # The logsumexp of a row comes in, a sum of a column goes out.
+    # Reads the logsumexp of each row, writes the sum of each column.
     sums = 4 * pairs * (rows + columns)
     return Work(flops, passes * pairs * rows * columns, passes * (operands + sums))
 

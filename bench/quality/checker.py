@@ -1,4 +1,4 @@
-"""The judge's eyes: a small convolutional network that finds the shapes of a picture; trained on renders alone."""
+"""The judge's eyes: a small convolutional network that finds the shapes in a picture, trained on renders only."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from atedm_bench.scenes import COLORS, SHAPES
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
 
-# Pictures are judged at this size, whatever size they are made at.
+# The judge resizes every picture to this size.
 SIZE = 64
 STRIDE = 2
 FEATURES = 64
 
-# A peak of the heat map is an object from this probability on.
+# A peak of the heat map counts as an object from this probability on.
 THRESHOLD = 0.4
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object that the checker sees. ``x, y``: its centre in parts of the picture's side."""
+    """An object that the checker sees. ``x, y``: its centre as fractions of the picture's side."""
 
     shape: str
     color: str
@@ -48,7 +48,7 @@ class _Residual(nn.Module):
 class Checker(nn.Module):
     """``[B, 3, SIZE, SIZE]`` in -1 … 1 → logits ``[B, 1 + shapes + colours, SIZE / 2, SIZE / 2]``.
 
-    The first channel is the heat map of object centres; shape and colour are read where it peaks.
+    The first channel is the heat map of object centres. Shape and colour are read at its peaks.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ def save_checker(model: Checker, path: Path = WEIGHTS) -> None:
 
 @torch.no_grad()
 def detect(model: Checker, pixels: Tensor) -> list[list[Found]]:
-    """The objects of each picture, the surest first. ``pixels``: uint8 ``[B, 3, H, W]``."""
+    """The objects in each picture, most probable first. ``pixels``: uint8 ``[B, 3, H, W]``."""
     logits = model(prepare(pixels))
     heat = logits[:, 0].sigmoid()
     peaks = (heat == F.max_pool2d(heat[:, None], 5, stride=1, padding=2)[:, 0]) & (heat > THRESHOLD)

@@ -1,4 +1,4 @@
-"""``python -m atedm_bench.quality.checker_training``: trains the checker on renders and reports its own accuracy."""
+"""``python -m atedm_bench.quality.checker_training``: trains the checker on renders and reports its accuracy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from atedm_bench.quality.judge import judge
 from atedm_bench.scenes import COLORS, SHAPES, Scene, render
 from atedm_bench.scenes.split import scenes
 
-# Seeds: training, and the held-out renders that its accuracy is measured on.
+# Seeds of the training and of the held-out renders that measure the accuracy.
 _TRAINING, _TEST = 11, 12
 
-# Sizes of the renders; the checker sees them all at its own size.
+# Sizes of the renders. The checker resizes them all to its own size.
 _RENDERED = (64, 96, 128)
 
 
@@ -34,7 +34,7 @@ def held_out_renders(count: int, size: int) -> tuple[list[Scene], Tensor]:
 
 
 def _disturb(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur, noise and small shifts of colour, so that the checker reads imperfect pictures too."""
+    """Add blur, noise and small colour shifts, so that the checker also reads imperfect pictures."""
     if rng.random() < 0.5:
         small = int(rng.integers(32, SIZE))
         pictures = F.interpolate(pictures, (small, small), mode="bilinear", antialias=True, align_corners=False)
@@ -71,7 +71,7 @@ def _loss(logits: Tensor, heat: Tensor, shapes: Tensor, colors: Tensor) -> Tenso
 
 
 def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
-    """Train from nothing; seeded."""
+    """Train from scratch, seeded."""
     torch.manual_seed(0)
     model = Checker().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -91,7 +91,7 @@ def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
 
 
 def accuracy(model: Checker, count: int, size: int) -> dict[str, float]:
-    """On held-out renders: the parts of the scenes in which everything is seen right, and of single facts."""
+    """Accuracy on held-out renders: the fraction of scenes read fully right, and of single facts."""
     found, pixels = held_out_renders(count, size)
     verdicts = [
         judge(scene, seen)
@@ -111,9 +111,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch: Annotated[int, typer.Option(min=1)] = 48,
     test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,
-    out: Annotated[Path, typer.Option(help="Where the weights go; figures beside them.")] = WEIGHTS,
+    out: Annotated[Path, typer.Option(help="File for the weights; the figures go beside it.")] = WEIGHTS,
 ) -> None:
-    """Train the checker on renders, measure it on held-out ones, and write its weights."""
+    """Train the checker on renders, measure it on held-out renders, and write its weights."""
     save_checker(train(steps, batch), out)
     from atedm_bench.quality.checker import load_checker
 

@@ -1,4 +1,4 @@
-"""What the paper claims, and what we do, checked on a run's rows: does it hold here, by which numbers?"""
+"""The paper's claims and our own, checked on a run's rows: does each hold here, and by which numbers?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scipy.stats import binomtest
 from atedm_bench.quality.metrics import draws_difference, paired_difference
 from atedm_bench.quality.settings import BUDGETS, MAIN, RANK_EVERY
 
-# A verdict's tests are at this level, since there are a few dozen of them.
+# Confidence level of every test: strict, because there are a few dozen tests.
 LEVEL = 0.99
 
-# Two settings are compared only where their FLOPs are as near as this part.
+# Two settings are comparable only if their FLOPs differ by at most this fraction.
 _NEAR = 0.02
 
 
@@ -23,7 +23,7 @@ _NEAR = 0.02
 class Measure:
     """``more``: whether more is better. ``decides``: whether it judges the picture, not its likeness to another.
 
-    ``draws``: whether the samples are draws of a bootstrap, and not one number a picture.
+    ``draws``: whether the samples are bootstrap draws instead of one number per picture.
     """
 
     more: bool
@@ -44,7 +44,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` should beat ``worse`` (names of rows). ``ours``: we say so, not the paper."""
+    """``better`` should beat ``worse`` (names of rows). ``ours``: the claim is ours, not the paper's."""
 
     text: str
     pairs: tuple[tuple[str, str], ...]
@@ -106,9 +106,9 @@ CLAIMS = (
 
 
 def _sign(measure: Measure, a: np.ndarray, b: np.ndarray, low: float, high: float) -> int:
-    """1 or -1: which of two settings has more, at ``LEVEL``; 0 where that cannot be told."""
+    """1 if ``a`` has more at ``LEVEL``, -1 if ``b`` has more, 0 if undecided."""
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
-        # McNemar's exact test: only the pictures that are right in one setting alone tell them apart.
+        # McNemar's exact test: only pictures that are right in exactly one setting count.
         only_a, only_b = int((a > b).sum()), int((a < b).sum())
         if only_a + only_b == 0 or binomtest(only_a, only_a + only_b).pvalue > 1 - LEVEL:
             return 0
@@ -117,13 +117,13 @@ def _sign(measure: Measure, a: np.ndarray, b: np.ndarray, low: float, high: floa
 
 
 def _agreed(signs: Sequence[int], words: tuple[str, str, str, str]) -> str:
-    """``words``: for only wins, only losses, both, and neither."""
+    """One of ``words``, which are for only wins, only losses, both, and neither."""
     won, lost = 1 in signs, -1 in signs
     return words[2] if won and lost else words[0] if won else words[1] if lost else words[3]
 
 
 def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
-    """``row`` with every measure that both have, and the verdict."""
+    """``row`` with every measure that both settings have, and the verdict."""
     signs: dict[bool, list[int]] = {True: [], False: []}
     for name, measure in MEASURES.items():
         if name not in a or name not in b:
@@ -131,7 +131,7 @@ def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples:
         row |= {name: a[name], f"{name}_of_worse": b[name]}
         ours, theirs = (samples.get(x["name"], {}).get(name) for x in (a, b))
         if ours is None or theirs is None:
-            continue  # without samples nothing can be told
+            continue  # no test without samples
         find = draws_difference if measure.draws else paired_difference
         difference, low, high = find(ours, theirs, LEVEL)
         row |= {f"{name}_difference": difference, f"{name}_difference_low": low, f"{name}_difference_high": high}
@@ -148,15 +148,16 @@ def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples:
 def check_claims(
     rows: Sequence[dict[str, Any]], samples: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Flat rows, one a claim and pair of settings that were both run.
+    """Flat rows, one per claim and pair of settings, if the run has both settings.
 
-    ``verdict``: "holds" or "does not hold" where a measure of the pictures themselves (prompt accuracy and Fréchet
-    distance, or CLIP score) tells the two apart at ``LEVEL``, paired by picture; "mixed" where two contradict each
-    other, "undecided" where none does, "not comparable" where the FLOPs differ. ``likeness``: the same of their
-    likeness to the full model's pictures, which counts for no verdict. ``claim_verdict``: of all pairs of the claim.
+    ``verdict``: "holds" or "does not hold" if a measure of the pictures themselves (prompt accuracy and Fréchet
+    distance, or CLIP score) separates the two at ``LEVEL``, paired by picture; "mixed" if two measures contradict each
+    other, "undecided" if no measure separates them, "not comparable" if the FLOPs differ. ``likeness``: the same for
+    the likeness to the full model's pictures; it does not affect the verdict. ``claim_verdict``: over all pairs of the
+    claim.
 
     Args:
-        samples: setting → measure → one number a picture, or draws of a bootstrap, see :class:`Measure`.
+        samples: setting → measure → one number per picture, or bootstrap draws, see :class:`Measure`.
     """
     by_name = {row["name"]: row for row in rows}
     found = []

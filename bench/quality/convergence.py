@@ -19,19 +19,19 @@ from atedm_bench.quality.images import run_without_decoding
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 
-# Kept sets are compared after these many iterations with the set after LIMIT.
+# The kept sets after these numbers of iterations are compared with the set after LIMIT.
 ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 LIMIT = 60
 
-# What stopping at each tolerance costs in overlap and saves in iterations is looked at with these limits.
+# With these limits, the study measures what stopping at each tolerance costs in overlap and saves in iterations.
 STOP_LIMITS = (3, 5, 10)
 
 
 @dataclass
 class _Seen:
-    """Of one block and step: iterations to each tolerance, one number a head; Jaccard per iteration, one a row.
+    """One block at one step: iterations to each tolerance, per head; Jaccard index at each iteration, per batch row.
 
-    ``stopped``: by (tolerance, limit), iterations (one number a head) and Jaccard (one a row).
+    ``stopped``: by (tolerance, limit), the iterations (per head) and the Jaccard index (per batch row).
     """
 
     tokens: int = 0
@@ -41,18 +41,18 @@ class _Seen:
 
 
 def _kept(scores: Tensor, keep: int) -> Tensor:
-    """Mask ``[B, N]`` of the kept tokens; heads joined by the root mean square."""
+    """Mask ``[B, N]`` of the kept tokens; the root mean square combines the heads."""
     joined = scores.square().mean(1)
     return torch.zeros_like(joined, dtype=torch.bool).scatter_(1, joined.topk(keep, dim=1).indices, True)
 
 
 def _overlap(mask: Tensor, last: Tensor) -> Tensor:
-    """Jaccard index of each row's kept sets: ``[B]``."""
+    """Jaccard index of the two kept sets, per batch row: ``[B]``."""
     return ((mask & last).sum(1) / (mask | last).sum(1)).cpu()
 
 
 def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tensor:
-    """Iterate in float64 on the stored map; returns the converged scores."""
+    """Iterate in float64 on the stored map and return the converged scores."""
     scale = q.shape[3] ** -0.5
     attention = torch.exp(q.double() @ k.double().transpose(2, 3) * scale - lse.double()[..., None])
     scores = torch.full(q.shape[:3], 1 / q.shape[2], dtype=torch.float64, device=q.device)
@@ -106,7 +106,7 @@ def _row(name: str, seen: Sequence[_Seen]) -> dict[str, Any]:
 
 
 class RunningBlock:
-    """Knows which attention block of ``unet`` is running, while its ``with`` block does."""
+    """Tracks which attention block of ``unet`` is running, inside a ``with`` block."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -135,10 +135,10 @@ def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampli
     """Make the pictures of ``cases``, pruned at ``ratio``, and watch every ranking.
 
     Returns:
-        Flat rows: one a block (its ``step`` is None), then one a block and step. ``iterations_to_T``: mean over heads
-        until the scores change by less than ``T`` (60: never); ``jaccard_n``: mean over pictures of the overlap
-        between the set kept after n iterations and after 60; ``_max`` and ``_min`` are the worst.
-        ``stopped_T_of_n``: with tolerance ``T`` and at most n iterations, those taken and that overlap.
+        Flat rows: one per block (its ``step`` is None), then one per block and step. ``iterations_to_T``: iterations
+        until the scores change by less than ``T``, mean over heads (60: never); ``jaccard_n``: overlap between the
+        sets kept after n and after 60 iterations, mean over pictures; ``_max`` and ``_min`` are the worst cases.
+        ``stopped_T_of_n``: with tolerance ``T`` and at most n iterations, the iterations taken and the overlap.
     """
     seen: dict[tuple[str, int], _Seen] = defaultdict(_Seen)
     step = 0
@@ -153,7 +153,7 @@ def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampli
         def ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
             return _observe(q, k, lse, kept_tokens(q.shape[2], ratio), seen[running.name, step])
 
-        # Every block at every step: DSAP would hide some.
+        # Without a schedule, every block ranks at every step; DSAP would hide some.
         with atedm.applied(pipe, ratio=ratio, ranking=ranking, schedule=None):
             run_without_decoding(pipe, cases, sampling, callback_on_step_end=advance)
     names = list(dict.fromkeys(name for name, _ in seen))

@@ -1,4 +1,4 @@
-"""Where a setting's pictures lie, and making them."""
+"""Makes a setting's pictures and knows where they are stored."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from atedm_bench.scenes import Scene
 
 @dataclass(frozen=True)
 class SceneCase(PromptCase):
-    """A case of which it is known what was asked."""
+    """A case with the scene that its prompt asks for."""
 
     scene: Scene
 
 
 def folder_of(root: Path, setting: Setting) -> Path:
-    """Where a setting's pictures lie."""
+    """The folder of a setting's pictures."""
     plain = "".join(c if c.isalnum() else "-" for c in setting.name.replace("×", "x"))
     return root / "-".join(part for part in plain.split("-") if part)
 
 
 def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling, **more: Any) -> None:
-    """Denoise ``cases`` in one batch, for what can be watched meanwhile; ``more``: other arguments of the pipeline."""
+    """Denoise ``cases`` in one batch, to be observed meanwhile; ``more``: other pipeline arguments."""
     arguments = {"num_inference_steps": sampling.steps, "output_type": "latent", **more}
     pipe(
         prompt=[case.prompt for case in cases],
@@ -54,9 +54,9 @@ def make_setting(
     processes: int = 1,
     on_picture: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Make a setting's pictures that are missing, see :func:`atedm.many.make_pictures`.
+    """Make a setting's missing pictures, see :func:`atedm.many.make_pictures`.
 
-    What tomesd and random pruning draw depends on the batch.
+    The random draws of tomesd and of random pruning depend on the batch.
     """
     with in_force(pipe, setting) as start_batch:
         make_pictures(
@@ -72,11 +72,11 @@ def make_setting(
 
 
 def picture_paths(root: Path, setting: Setting, chosen: Iterable[int]) -> list[Path]:
-    """The pictures of these cases of a setting."""
+    """The files of a setting's pictures for the ``chosen`` cases."""
     return [picture_path(folder_of(root, setting), n) for n in chosen]
 
 
 def load_pictures(paths: Sequence[Path]) -> Tensor:
-    """uint8 ``[N, 3, H, W]``; all of one size."""
+    """uint8 ``[N, 3, H, W]``; all pictures have one size."""
     pixels = np.stack([np.asarray(open_image(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Is what was asked in the picture? Rules over what the checker sees."""
+"""Does the picture show what was asked? Rules over what the checker sees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atedm_bench.scenes.scene import holds
 
 @dataclass(frozen=True)
 class Verdict:
-    """``objects``: the asked ones that are there, in shape and colour. ``relations``: those that hold.
+    """``objects``: asked objects that are there, in shape and colour. ``relations``: asked relations that hold.
 
     ``extra``: objects that nobody asked for.
     """
@@ -31,9 +31,9 @@ class Verdict:
 
 
 def judge(scene: Scene, found: Sequence[Found]) -> Verdict:
-    """Compare what was asked, ``scene``, with what is there. Positions matter only for the relations asked.
+    """Compare what was asked, ``scene``, with what is there. Positions matter only for the asked relations.
 
-    Objects that look alike are given the roles that fit the relations best.
+    Objects that look alike get the roles that fit the relations best.
     """
     candidates = [
         [n for n, seen in enumerate(found) if (seen.shape, seen.color) == (item.shape, item.color)] + [None]

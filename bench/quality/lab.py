@@ -1,4 +1,4 @@
-"""A run of the quality lab: pictures of every setting, then figures from the pictures."""
+"""A run of the quality lab: pictures of every setting, then figures from those pictures."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from atedm_bench.scenes.split import scenes
 # Seed of the held-out captions.
 _CAPTIONS = 21
 
-# Held-out renders that the Fréchet distance compares with: so many a picture made, and at least and at most these.
+# Held-out renders that the Fréchet distance compares with: this many per generated picture, within these bounds.
 _REFERENCES_PER_PICTURE = 8
 REFERENCES = (128, 2000)
 
 
 def scene_cases(count: int, seed: int = 0) -> list[SceneCase]:
-    """Held-out captions, the first ``count`` of one endless list; case n starts from noise seed ``seed + n``."""
+    """The first ``count`` held-out captions of one endless list; case n uses noise seed ``seed + n``."""
     rng = np.random.default_rng(_CAPTIONS)
     found = itertools.islice(scenes(rng, test=True), count)
     return [SceneCase(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
@@ -38,9 +38,9 @@ def scene_cases(count: int, seed: int = 0) -> list[SceneCase]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one setting. ``row``: flat, for the table.
+    """The figures of one setting. ``row``: flat, for the table.
 
-    ``samples``: of some of its figures, one number a picture, or draws of a bootstrap (the Fréchet distance).
+    ``samples``: for some figures, one number per picture, or bootstrap draws (the Fréchet distance).
     """
 
     row: dict[str, Any]
@@ -48,7 +48,7 @@ class Figures:
 
 
 class SceneFigures:
-    """Figures of pictures of scenes: the checker's verdicts and distances."""
+    """Figures of scene pictures: the checker's verdicts and distances."""
 
     def __init__(self, cases: Sequence[SceneCase], size: int, checker: Checker | None = None) -> None:
         self.cases = cases
@@ -57,12 +57,12 @@ class SceneFigures:
         self.distance = metrics.FeatureDistance(self.checker, held_out_renders(references, size)[1])
 
     def verdicts(self, pixels: Tensor) -> list[Verdict]:
-        """One a picture, in the order of the cases."""
+        """One verdict per picture, in the order of the cases."""
         found = [seen for batch in pixels.split(metrics.BATCH) for seen in detect(self.checker, batch)]
         return [judge(case.scene, seen) for case, seen in zip(self.cases, found, strict=True)]
 
     def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> Figures:
-        """The figures of one setting's pictures; ``full``: the full model's of the same seeds."""
+        """The figures of one setting's pictures; ``full``: the full model's pictures of the same seeds."""
         pixels = load_pictures(paths)
         verdicts = self.verdicts(pixels)
         samples = {"accuracy": np.array([float(v.right) for v in verdicts])}
@@ -101,11 +101,11 @@ def rows_of(
     seconds: Mapping[str, Sequence[float]],
     on_setting: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-    """One flat row a setting, and by a setting's name the samples behind its row.
+    """One flat row per setting, and the samples behind each row by setting name.
 
     Args:
-        chosen: the cases that figures are of. seconds: of the UNet a picture, in
-            several rounds, by a setting's name: a row has their median and range.
+        chosen: the cases to compute figures of. seconds: UNet seconds per picture by setting name, one number per
+            round; a row has their median and range.
 
     Raises:
         ValueError: the first setting is not the full model.

@@ -1,4 +1,4 @@
-"""Figures of picture quality; where a well-kept library has one, it is that one."""
+"""Figures of picture quality, from a well-maintained library where it has them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from atedm_bench.quality.checker import FEATURES, Checker, prepare
 
 BATCH = 64
 
-# Draws of the bootstrap that intervals of means come from.
+# Bootstrap draws for the intervals of means and of the Fréchet distance.
 _BOOTSTRAP = 1000
 _FRECHET_BOOTSTRAP = 100
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's)."""
+    """95 % interval of a proportion (Wilson's)."""
     interval = binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def _between(level: float) -> tuple[float, float]:
-    """The quantiles that hold this part of a distribution."""
+    """The quantiles that enclose this fraction of a distribution."""
     return (1 - level) / 2, (1 + level) / 2
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a mean, by a seeded bootstrap."""
+    """Interval of a mean, from a seeded bootstrap."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(1)
     return tuple(float(q) for q in np.quantile(means, _between(level)))
@@ -43,17 +43,18 @@ def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of ``a − b`` and its interval; the two hold a figure of the same pictures in the same order.
+    """Mean of ``a − b`` and its interval; both hold one figure of the same pictures in the same order.
 
-    Pictures of one prompt and seed have much in common, so this tells settings apart that their own intervals do not.
+    Pictures of one prompt and seed have much in common, so this can separate settings whose own intervals overlap.
     """
     return (float((a - b).mean()), *mean_interval(a - b, level))
 
 
 def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """The same of two figures of whole sets, given draws of a bootstrap that took the same pictures for both.
+    """The same for two figures of whole sets, from bootstrap draws that took the same pictures for both.
 
-    What resampling adds to such a figure, it adds to both. Too few are drawn for far quantiles: taken as normal.
+    Resampling biases both figures alike. There are too few draws for far quantiles, so a normal distribution is
+    assumed.
     """
     difference = a - b
     half = float(norm.ppf(_between(level)[1]) * difference.std(ddof=1))
@@ -61,7 +62,7 @@ def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """dB, one a picture; uint8 ``[B, 3, H, W]``. 99 where two pictures are equal, so that means stay finite."""
+    """dB, one per picture; uint8 ``[B, 3, H, W]``. 99 if two pictures are equal, so that means stay finite."""
     found = peak_signal_noise_ratio(
         pixels.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
@@ -69,17 +70,17 @@ def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """Structural similarity, one a picture; uint8 ``[B, 3, H, W]``."""
+    """Structural similarity, one per picture; uint8 ``[B, 3, H, W]``."""
     found = structural_similarity_index_measure(pixels.float(), reference.float(), data_range=255.0, reduction="none")
     return found.double().numpy()
 
 
 @torch.no_grad()
 def perceptual_distance(model: Checker, pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """LPIPS on the checker's features (Zhang et al. 2018, equation 1, without learned weights), one a picture.
+    """LPIPS on the checker's features (Zhang et al. 2018, equation 1, without learned weights), one per picture.
 
-    At every stage and place the feature vectors are scaled to unit length; the squared distances are averaged over
-    places and summed over stages. 0 for equal pictures.
+    The feature vectors at every stage and position are scaled to unit length. Their squared distances are averaged
+    over positions and summed over stages. 0 for equal pictures.
     """
     total = torch.zeros(len(pixels), dtype=torch.float64)
     for a, b in zip(model.stages(prepare(pixels)), model.stages(prepare(reference)), strict=True):
@@ -89,7 +90,7 @@ def perceptual_distance(model: Checker, pixels: Tensor, reference: Tensor) -> np
 
 
 class _AsTheyAre(torch.nn.Module):
-    """The metric's feature extractor: it is given features already."""
+    """The metric's feature extractor; the identity, because the input already is features."""
 
     num_features = FEATURES
 
@@ -98,14 +99,14 @@ class _AsTheyAre(torch.nn.Module):
 
 
 class FeatureDistance:
-    """Fréchet distance between the checker's features of generated pictures and of reference ones.
+    """Fréchet distance between the checker's features of generated and of reference pictures.
 
-    ``reference``: uint8 ``[N, 3, H, W]``. Features: the last stage, averaged over places, ``FEATURES`` numbers.
+    ``reference``: uint8 ``[N, 3, H, W]``. Features: the last stage, averaged over positions, ``FEATURES`` numbers.
     """
 
     def __init__(self, model: Checker, reference: Tensor) -> None:
         self.model = model
-        # Where several processes share a run, one of them measures: it must not wait for the others.
+        # If several processes share a run, only one measures, and it must not wait for the others.
         self.metric = FrechetInceptionDistance(feature=_AsTheyAre(), reset_real_features=False, sync_on_compute=False)
         self.metric.update(self._features(reference), real=True)
 
@@ -120,7 +121,7 @@ class FeatureDistance:
         return float(self.metric.compute())
 
     def __call__(self, pixels: Tensor) -> tuple[float, np.ndarray]:
-        """The distance, and draws of it by a seeded bootstrap over the pictures: the same ones for as many pictures."""
+        """The distance, and its seeded bootstrap draws over the pictures. Sets of equal size get the same draws."""
         features = self._features(pixels)
         rng = np.random.default_rng(0)
         draws = rng.integers(len(features), size=(_FRECHET_BOOTSTRAP, len(features)))
@@ -131,8 +132,8 @@ class FeatureDistance:
 def spread_of(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
     """``name``: the value, ``name_low`` and ``name_high``: 95 % of its spread.
 
-    A resampled set repeats pictures, which raises a Fréchet distance: what the draws are above it on average is left
-    out.
+    A resampled set repeats pictures, which raises a Fréchet distance. The mean excess of the draws is therefore
+    removed.
     """
     low, high = np.quantile(draws - draws.mean(), _between(0.95))
     return {name: value, f"{name}_low": max(0.0, value + float(low)), f"{name}_high": value + float(high)}

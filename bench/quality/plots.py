@@ -1,4 +1,4 @@
-"""Pictures of a run: quality against FLOPs, contact sheets, and the power iteration's convergence."""
+"""Plots of a run: quality against FLOPs, contact sheets, and the power iteration's convergence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TITLE = 22
 
 
 def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each measure against the FLOPs of the mean UNet call, a line a method, bars where intervals are known."""
+    """Each measure against the FLOPs of the mean UNet call: one line per method, bars if intervals are known."""
     measures = [m for m in _LABELS if any(m in row for row in rows)][:4]
     figure, axes = plt.subplots(1, len(measures), figsize=(4.2 * len(measures), 3.6), squeeze=False)
     shown = [row for row in rows if row["group"] == "budget"]
@@ -54,7 +54,7 @@ def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.errorbar(x, y, errors, marker="o", capsize=3, color=color, label=_NAMES.get(kind, kind), linewidth=1.5)
             if kind == "full":
                 axis.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
-        axis.set_xlabel("UNet FLOPs a call, part of the full UNet's")
+        axis.set_xlabel("FLOPs per UNet call, relative to the full UNet")
         axis.set_title(_LABELS[measure], fontsize=10)
         axis.grid(alpha=0.3)
     axes[0][0].legend()
@@ -62,7 +62,7 @@ def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Overlap of the kept set with the converged one after n iterations: mean and worst, a line a block."""
+    """Overlap of the kept set after n iterations with the converged set: mean and worst, one line per block."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     blocks = [row for row in rows if row["step"] is None]
     for axis, suffix, title in ((axes[0], "", "mean"), (axes[1], "_min", "worst picture and step")):
@@ -98,7 +98,7 @@ def contact_sheet(
     path: Path,
     side: int = 128,
 ) -> None:
-    """One row a setting, one column a prompt; the prompts stand on top."""
+    """One row per setting, one column per prompt; the prompts stand on top."""
     label = 150
     top = 78
     sheet = Image.new("RGB", (label + side * len(chosen), top + side * len(settings)), "white")

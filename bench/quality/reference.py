@@ -1,4 +1,4 @@
-"""Figures of a real checkpoint's pictures: FID against real ones, CLIP score against the prompts (torchmetrics)."""
+"""Figures of a real checkpoint's pictures: FID against real pictures, CLIP score against prompts (torchmetrics)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from atedm_bench.quality.checker import FEATURES, load_checker, prepare
 from atedm_bench.quality.lab import Figures
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Pictures of any size are brought to this one for the Inception network, as FID's definition has it.
+# Pictures are resized to this for the Inception network, as FID is defined.
 _FID_SIZE = 299
 _BATCH = 16
-# Where several processes share a run, one of them measures: it must not wait for the others.
+# If several processes share a run, only one measures, and it must not wait for the others.
 _ALONE = {"sync_on_compute": False}
 
 
 def reference_paths(folder: Path) -> list[Path]:
-    """The pictures of ``folder`` and the folders in it.
+    """The pictures in ``folder`` and its subfolders.
 
     Raises:
-        ValueError: there are fewer than two: no distance can be computed.
+        ValueError: there are fewer than two, so no distance can be computed.
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if len(found) < 2:
@@ -52,7 +52,7 @@ class _CheckerFeatures(torch.nn.Module):
 
 
 class _Clip(torch.nn.Module):
-    """A CLIP model whose features are tensors: since transformers 5 they come as a field of an output object."""
+    """A CLIP model that returns its features as tensors; transformers 5 wraps them in an output object."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ReferenceFigures:
         self.device = device
         extractor: Any = 2048 if features == "inception" else _CheckerFeatures()
         self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False, **_ALONE).to(device)
-        # By a function: torchmetrics takes only some names, and no folders.
+        # Pass a function, because torchmetrics accepts only some names and no folders.
         self.clip = CLIPScore(model_name_or_path=functools.partial(_load_clip, clip_model), **_ALONE).to(device)
         paths = reference_paths(references)
         for start in range(0, len(paths), _BATCH):

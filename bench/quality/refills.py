@@ -1,5 +1,5 @@
-"""What dropped tokens are refilled from on real maps: how many share a source, how far it is, how like them; and
-whether a block keeps the same tokens step after step."""
+"""What refills dropped tokens on real maps: how many share a source, how far and how similar it is; and whether a
+block keeps the same tokens step after step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atedm_bench.quality.convergence import RunningBlock
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.rankings import page_rank
 
-# The part of the kept tokens, the most used ones, whose share in the refilling is looked at.
+# This fraction of the kept tokens, the most used ones, counts as hubs; the study measures how many tokens they refill.
 HUB_FRACTION = 0.05
 
 
@@ -55,14 +55,14 @@ def study(
     sampling: Sampling,
     on_way: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Make the pictures of ``cases`` in each of :data:`WAYS`, with DSAP, and watch every refilling; square maps only.
+    """Make the pictures of ``cases`` in each of :data:`WAYS`, with DSAP, and watch every refill; square maps only.
 
     Returns:
-        Flat rows, one a way and level; means over blocks, steps and pictures. ``from_most_used``: part of the dropped
-        tokens that are refilled from the 5 % most used of the kept ones. ``distance``: to the source, in tokens of a
-        map with sides of ``side``. ``key_cosine``: of a dropped token's keys and its source's, all heads as one
-        vector. ``kept_again``: part of the kept tokens that the step before kept as well (``kept`` of them would be
-        by chance).
+        Flat rows, one per way and level; means over blocks, steps and pictures. ``from_most_used``: fraction of the
+        dropped tokens that the 5 % most used kept tokens refill. ``distance``: to the source, in tokens of a map with
+        sides of ``side``. ``key_cosine``: between a dropped token's keys and its source's, all heads as one vector.
+        ``kept_again``: fraction of the kept tokens that the step before also kept (``kept`` is the value expected by
+        chance).
     """
     rows = []
     for name, way in WAYS.items():
@@ -79,7 +79,7 @@ def study(
 def _watched(
     pipe: Any, way: Way, cases: Sequence[PromptCase], ratio: float, sampling: Sampling
 ) -> dict[int, list[dict[str, float]]]:
-    """The figures of every refilling, by level."""
+    """The figures of every refill, by level."""
     levels = {block.name: block.level for block in attention_blocks(pipe.unet)}
     found: dict[int, list[dict[str, float]]] = defaultdict(list)
     before: dict[str, Tensor] = {}
@@ -105,14 +105,14 @@ def _watched(
 
 
 def _described(k: Tensor, index: Tensor, source: Tensor, side: int) -> dict[str, float]:
-    """The figures of one call's refilling; ``k`` ``[B, H, N, D]``, ``index`` ``[B, K]``, ``source`` ``[B, N]``."""
+    """The figures of one call's refill; ``k`` ``[B, H, N, D]``, ``index`` ``[B, K]``, ``source`` ``[B, N]``."""
     k, index, source = k.float().cpu(), index.cpu(), source.cpu()
     batch, keep = index.shape
     tokens = k.shape[2]
     dropped = torch.ones(batch, tokens, dtype=torch.bool).scatter(1, index, False)
     uses = torch.zeros(batch, keep).scatter_add(1, source, dropped.float())
     most = uses.sort(dim=1, descending=True).values[:, : max(1, round(HUB_FRACTION * keep))]
-    origin = index.gather(1, source)  # of each token, which token it is refilled from
+    origin = index.gather(1, source)  # for each token, the token that refills it
     place = torch.stack([torch.arange(tokens) // side, torch.arange(tokens) % side], dim=1).float()
     keys = F.normalize(k.transpose(1, 2).flatten(2), dim=2)
     cosine = (keys * keys.gather(1, origin[..., None].expand_as(keys))).sum(2)

@@ -20,9 +20,9 @@ from atedm_bench.quality.settings import Setting
 
 @dataclass
 class Run:
-    """What is to be made. ``settings[0]`` is the full model; ``root``: the folder of all that the run writes.
+    """What to make. ``settings[0]`` is the full model; ``root``: the folder for everything that the run writes.
 
-    ``skip``: so many cases at the beginning are left out of the figures.
+    ``skip``: the number of cases at the beginning that the figures leave out.
     """
 
     pipe: Any
@@ -35,29 +35,29 @@ class Run:
 
     @property
     def chosen(self) -> range:
-        """The cases that figures are of."""
+        """The cases to compute figures of."""
         return range(self.skip, len(self.cases))
 
     def _setting(self, setting: Setting) -> dict[str, Any]:
         kept = ("kind", "ratio", "options", "pooled")
         described = {key: getattr(setting, key) for key in kept}
         if setting.kind not in ("full", "tomesd"):
-            # Whole, because a default may change between two versions.
+            # All options, because a default may change between two versions.
             described["options"] = Options(ratio=setting.ratio, **setting.options).to_dict()
         return described
 
     def check_root(self) -> None:
-        """Make ``root`` this run's, or make sure that it is already: pictures of another run must not mix with it.
+        """Claim ``root`` for this run, or check that it already belongs to it: pictures of two runs must not mix.
 
         Raises:
-            ValueError: ``root`` holds pictures made in another way; the message says what differs.
+            ValueError: ``root`` holds pictures made with other settings; the message names the difference.
         """
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
         described = {"model": self.model, "dtype": dtype, "sampling": dataclasses.asdict(self.sampling)}
         claim(self.root, described, self.cases, {setting.name: self._setting(setting) for setting in self.settings})
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:
-        """Make every missing picture; each process its part, and all wait for the last one."""
+        """Make every missing picture. Each process makes its part, and all wait for the last one."""
         state = PartialState()
         for setting in self.settings:
             make_setting(

@@ -1,4 +1,4 @@
-"""``atedm-bench quality`` from its options to its files: the embedded model's scenes, or a real checkpoint."""
+"""``atedm-bench quality`` from its options to its files: the embedded model's scenes or a real checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
-# Pictures whose power iterations and refillings are watched.
+# Pictures whose power iterations and refills are studied.
 _WATCHED, _QUICK_WATCHED = 8, 2
 
 # Columns and rows of the contact sheets.
@@ -61,7 +61,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class LabRequest:
-    """The options of the command, see its help; None where the default depends on the device or the model."""
+    """The command's options, see its help; None if the default depends on the device or the model."""
 
     quick: bool = False
     images: int | None = None
@@ -83,7 +83,7 @@ class LabRequest:
 
 
 def resolved(request: LabRequest, device: torch.device) -> LabRequest:
-    """``request`` with every default filled in."""
+    """``request`` with all defaults filled in."""
     real, gpu = request.model is not None, device.type == "cuda"
     defaults = {
         "images": None if real else QUICK_IMAGES if request.quick else 1000 if gpu else 256,
@@ -100,8 +100,8 @@ def resolved(request: LabRequest, device: torch.device) -> LabRequest:
 
 
 def flops_of(pipe: Any, width: int, height: int) -> UNetFlops:
-    """The counter for ``pipe``'s UNet at a size in pixels; the same one for equal questions, which keeps its counts."""
-    # It takes pixels of an autoencoder with SDXL's scale.
+    """The FLOP counter for ``pipe``'s UNet at a size in pixels, cached so that equal arguments share its counts."""
+    # The counter expects pixels of an autoencoder with SDXL's scale.
     sides = [side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height)]
     config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
     return _flops_of(json.dumps(config), *sides, pipe.tokenizer_2.model_max_length)
@@ -171,7 +171,7 @@ def _run(
         processes = PartialState().num_processes
 
         def on_picture(name: str, count: int) -> None:
-            # The other processes are about as far as this one.
+            # Assume that the other processes progress at the same pace.
             made = progress.tasks[total].completed + count * processes
             progress.update(total, description=name, completed=min(made, len(cases) * len(settings)))
 
@@ -267,7 +267,7 @@ def _print(
                 **{key: COLUMNS[key] for key in MEASURES if MEASURES[key].decides and key in claims[0]},
                 **{"likeness": "likeness", "verdict": "verdict"},
             },
-            "What the paper claims, and what we do, on this model (at 99 %)",
+            "The paper's claims and our own, on this model (at 99 %)",
         )
     if studies:
         report.print_table(
@@ -287,10 +287,10 @@ def _print(
             studies["refills"],
             {
                 **{"name": "tokens", "level": "level", "side": "side of the map", "distance": "tokens to the source"},
-                **{"from_most_used": "refilled from the most used 5 %", "key_cosine": "cosine of keys to it"},
+                **{"from_most_used": "refilled by the most used 5 %", "key_cosine": "cosine of keys with it"},
                 "kept_again": "kept again at the next step",
             },
-            "What dropped tokens are refilled from, at the ratio of ours c",
+            "What refills dropped tokens, at the ratio of ours c",
         )
     for row in rows:
         if row["note"]:
@@ -298,7 +298,7 @@ def _print(
 
 
 def _shown_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each claim, and under it what was compared: "this / that"."""
+    """Each claim, followed by what was compared: "better / worse"."""
     shown = []
     for n, row in enumerate(claims):
         if n == 0 or claims[n - 1]["name"] != row["name"]:

@@ -17,7 +17,7 @@ from atedm.options import BY_KEYS
 from atedm_bench.peers import TomesdFlops, apply_tomesd
 from atedm_bench.rankings import PooledRanking, RandomRanking, no_ranking
 
-# The paper's tables: TFLOPs of a call that prunes every block, of 6.7 for the full UNet.
+# The paper's tables: TFLOPs of a call that prunes every block, relative to 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
 RANK_EVERY = (2, 3, 5)
@@ -26,10 +26,10 @@ _COPY_BY_KEYS: dict[str, Any] = {"recovery": "keys"}
 _ON_GRID: dict[str, Any] = {**_COPY_BY_KEYS, "grid": 2}
 _LEVEL_3: dict[str, Any] = {"levels": (3,)}
 
-# What of these changes the FLOPs.
+# The options among these that change the FLOPs.
 _COUNTED = ("levels", "placement", "ranking", "recovery")
 
-# Options of atedm.apply, with the ratio of ours at MAIN.
+# Options of atedm.apply, at the ratio of ours at MAIN.
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "recovery: zeros": {"recovery": "zeros"},
     "recovery: bicubic": {"recovery": "bicubic"},
@@ -43,7 +43,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "placement: paper": {"placement": "paper"},
 }
 
-# With the ratio that gives the FLOPs of ours at MAIN.
+# At the ratio that gives the FLOPs of ours at MAIN.
 _AT_EQUAL_FLOPS: dict[str, dict[str, Any]] = {
     "DSAP off, same FLOPs": {"schedule": None},
     "by keys, DSAP off, same FLOPs": {**BY_KEYS, "schedule": None},
@@ -51,7 +51,7 @@ _AT_EQUAL_FLOPS: dict[str, dict[str, Any]] = {
     "level 2 whole, DSAP off": {**_LEVEL_3, "schedule": None},
 }
 
-# With the ratio of "level 2 whole, same FLOPs".
+# At the ratio of "level 2 whole, same FLOPs".
 _AT_LEVEL_3: dict[str, dict[str, Any]] = {
     "level 2 whole, recovery: zeros": {**_LEVEL_3, "recovery": "zeros"},
     "level 2 whole, recovery: bicubic": {**_LEVEL_3, "recovery": "bicubic"},
@@ -59,14 +59,14 @@ _AT_LEVEL_3: dict[str, dict[str, Any]] = {
     "level 2 whole, ranking: cross-attention": {**_LEVEL_3, "ranking": "cross"},
 }
 
-# Random pruning otherwise like ours with these options, at the same ratio.
+# Random pruning, otherwise like ours with these options and at the same ratio.
 _RANDOM: dict[str, dict[str, Any]] = {
     "random, recovery: keys": _COPY_BY_KEYS,
     "random, recovery: keys, with grid": _ON_GRID,
     "level 2 whole, random": _LEVEL_3,
 }
 
-# Cheaper rankings of level 3 alone, with the part of the rankings that is left of them.
+# Cheaper rankings of level 3 alone; each leaves one ranking in this many.
 _CHEAPER: dict[str, tuple[dict[str, Any], int]] = {
     **{f"ranked every {n} steps": ({"rank_every": n}, n) for n in RANK_EVERY},
     "one ranking for both halves of guidance": ({"share_guidance": True}, 2),
@@ -80,11 +80,11 @@ class Setting:
 
     Attributes:
         kind: ``"full"``, ``"ours"`` (AT-EDM), ``"keys"`` (ours by keys), ``"tomesd"`` or ``"random"``.
-        group: the part of the table it belongs to: ``"budget"``, ``"ablation"`` or ``"cheaper"``.
+        group: its part of the table: ``"budget"``, ``"ablation"`` or ``"cheaper"``.
         budget: ``"a"`` to ``"d"``; None for the full UNet.
-        flops, scoring_flops: of the mean UNet call, one image.
+        flops, scoring_flops: of the mean UNet call, for one image.
         options: of :func:`atedm.apply` besides the ratio.
-        pooled: so many tokens are ranked on 2×2-pooled queries and keys.
+        pooled: maps with this many tokens are ranked on 2×2-pooled queries and keys.
     """
 
     name: str
@@ -100,16 +100,16 @@ class Setting:
 
 
 class Plan:
-    """Every setting of a run; each one's ratio is solved for when it is asked for, on the UNet that ``flops`` counts.
+    """Every setting of a run. A setting's ratio is solved for on demand, on the UNet that ``flops`` counts.
 
-    A budget is a part of the full UNet's FLOPs and fixes ours as the paper does: by a call that prunes every block.
-    tomesd and random pruning get the FLOPs of ours averaged over the ``steps`` steps, DSAP's light ones included, so
-    a budget's rows cost the same. Ablations are made at budget ``MAIN``, with ours' ratio or at its FLOPs. The cheaper
-    rankings are to be compared with "level 2 whole, same FLOPs", the pooled one, which is for level 2, with
+    A budget is a fraction of the full UNet's FLOPs. As in the paper, it fixes ours by a call that prunes every block.
+    tomesd and random pruning get the FLOPs of ours averaged over the ``steps`` steps, including DSAP's light ones, so
+    all rows of a budget cost the same. Ablations use budget ``MAIN``, at the ratio or at the FLOPs of ours. Compare
+    the cheaper rankings with "level 2 whole, same FLOPs", and the pooled one, which is for level 2, with
     "recovery: keys".
 
     Args:
-        pooled_tokens: tokens of level 2 where its maps are square with even sides: these can be ranked pooled.
+        pooled_tokens: tokens of level 2 if its maps are square with even sides, so that they can be ranked pooled.
     """
 
     def __init__(self, flops: UNetFlops, steps: int, pooled_tokens: int | None = None) -> None:
@@ -133,10 +133,10 @@ class Plan:
             self.builders[_POOLED] = ("cheaper", self._pooled)
 
     def settings(self, wanted: Sequence[str] | None = None) -> list[Setting]:
-        """Those that ``wanted`` names, by name or group; the full model first in any case. Default: all.
+        """The settings that ``wanted`` lists by name or group, always with the full model first. Default: all.
 
         Raises:
-            ValueError: a name that is none.
+            ValueError: a name is unknown.
         """
         groups = {group for group, _ in self.builders.values()}
         for word in wanted or ():
@@ -190,7 +190,7 @@ class Plan:
         return self._with(name, options, ratio, note=note)
 
     def _with(self, name: str, options: Mapping[str, Any], ratio: float | None = None, **fields: Any) -> Setting:
-        """An ablation; by default at the ratio of ours, or of level 3 alone where that is what it prunes."""
+        """An ablation; by default at the ratio of ours, or of level 3 alone if it prunes only that level."""
         if ratio is None:
             ratio = self._level_3.ratio if options.get("levels") == (3,) else self._ours(MAIN).ratio
         mean = self._mean(ratio, options)
@@ -206,7 +206,7 @@ class Plan:
         return dataclasses.replace(found, scoring_flops=self._without_ranking(found))
 
     def _without_ranking(self, setting: Setting) -> int:
-        """What of its scoring is the source map's."""
+        """The FLOPs of its scoring without the ranking: those of the source map."""
         return self._mean(setting.ratio, {**setting.options, "ranking": no_ranking}).scoring
 
     def _mean(self, ratio: float, options: Mapping[str, Any]) -> Flops:
@@ -228,7 +228,7 @@ class Plan:
 
 
 def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, bool]:
-    """The ratio whose FLOPs are nearest ``target``, and whether it gets there."""
+    """The ratio whose FLOPs are nearest to ``target``, and whether it reaches the target."""
     if count(MAX_RATIO) > target:
         return MAX_RATIO, False
     return solve_decreasing(count, target, 0.0, MAX_RATIO), True
@@ -236,7 +236,7 @@ def _ratio_for(target: float, count: Callable[[float], float]) -> tuple[float, b
 
 @contextlib.contextmanager
 def in_force(pipe: Any, setting: Setting) -> Iterator[Callable[[int], None]]:
-    """``setting`` applied to ``pipe`` while the block runs; yields what to call with a seed before each batch."""
+    """Apply ``setting`` to ``pipe`` while the block runs; yields a function to call with a seed before each batch."""
     if setting.kind == "full":
         yield lambda seed: None
     elif setting.kind == "tomesd":

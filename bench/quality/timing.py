@@ -1,4 +1,4 @@
-"""UNet time of every setting: by turns in one process, apart from the making of pictures, which several may share."""
+"""UNet time of every setting: in turn in one process, separate from making pictures, which processes may share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atedm.many import PromptCase, Sampling
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.quality.settings import Setting, in_force
 
-# Enough steps for a share of light ones (3 of 10) near that of a whole run.
+# Enough steps that the share of light ones (3 of 10) is near that of a whole run.
 STEPS, PICTURES, ROUNDS = 10, 4, 5
 
 
@@ -27,13 +27,13 @@ def unet_seconds(
     rounds: int = ROUNDS,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of UNet a picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
+    """UNet seconds per picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
 
-    A round runs every setting for ``STEPS`` steps on the same prompts, and begins with another setting than the last.
+    A round runs every setting for ``STEPS`` steps on the same prompts, and starts with a different setting each time.
 
     Args:
-        path: file that every time is kept in, so that an interrupted run goes on. Times of another device, size or
-            batch are not taken from it.
+        path: file that stores every time, so that an interrupted run can resume. Times of another device, size or
+            batch in it are ignored.
     """
     pictures = min(PICTURES, sampling.batch, len(cases))
     steps = min(STEPS, sampling.steps)

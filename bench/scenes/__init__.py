@@ -1,6 +1,6 @@
 """Procedural scenes: a few coloured shapes on a background, with captions. Seeded, endless, no download.
 
-The embedded model is trained on them (``bench/training``) and judged by them (``bench/quality``).
+They train the embedded model (``bench/training``) and judge it (``bench/quality``).
 """
 
 from atedm_bench.scenes.captions import caption

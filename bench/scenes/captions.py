@@ -1,4 +1,4 @@
-"""Captions of scenes in varied wording. The wording never says what the scene does not hold."""
+"""Captions of scenes in varied wording. A caption never mentions what the scene does not contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from atedm_bench.scenes.scene import Object, Scene, one_of
 
-# Other words for a size; sizes are often left out.
+# Words for a size, and how often a caption mentions it.
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "large": ("large", "big", "huge")}
 _SIZE_SAID = {"small": 0.7, "medium": 0.2, "large": 0.7}
 
@@ -35,7 +35,7 @@ _TEXTURE_WORDS = {
 
 _OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
 
-# Part of the captions that name the background.
+# Fraction of the captions that name the background.
 _BACKGROUND_SAID = 0.85
 
 
@@ -47,7 +47,7 @@ def _noun(rng: np.random.Generator, item: Object) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many captions of ``scene``; lower case, at most 30 words. Relations and place are always said."""
+    """One of many captions of ``scene``; lower case, at most 30 words. It always states relations and place."""
     nouns = [_noun(rng, item) for item in scene.objects]
     if len(nouns) == 1:
         text = nouns[0] if scene.place is None else f"{nouns[0]} {scene.place}"

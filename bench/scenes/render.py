@@ -1,4 +1,4 @@
-"""Scenes as pictures: signed distances, so that edges are smooth at any size."""
+"""Renders scenes by signed distances, so that edges are smooth at any size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from atedm_bench.scenes.scene import BACKGROUND_COLORS, COLORS, Background, Object, Scene
 
-# Width of a ring and of a cross's arms, in parts of the radius.
+# Width of a ring and of a cross's arms, and a star's inner radius, as fractions of the radius.
 _RING_WIDTH = 0.42
 _ARM = 0.34
 _STAR_INNER = 0.45
@@ -43,7 +43,7 @@ _POLYGONS = {
 
 
 def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Signed distance to a polygon: the nearest edge's, negative where the even-odd rule says inside."""
+    """Signed distance to a polygon's nearest edge, negative inside by the even-odd rule."""
     nearest = np.full(x.shape, np.inf, np.float32)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, (*corners[1:], corners[0]), strict=True):
@@ -57,7 +57,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: tuple[tuple[float, 
 
 
 def _distance(item: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance of points to ``item``, in its radii."""
+    """Signed distance of points to ``item``, in units of its radius."""
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     dx, dy = (x - item.x) / item.radius, (y - item.y) / item.radius
     dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
@@ -75,12 +75,12 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(background: Background, size: int) -> np.ndarray:
-    """``[size, size, 3]`` in 0 … 1: the colour, and where it is textured a darker or lighter tone of it."""
+    """``[size, size, 3]`` in 0 … 1: the colour, and a darker or lighter tone for the texture."""
     x, y = _grid(size)
     color = np.array(BACKGROUND_COLORS[background.color], np.float32) / 255
     tone = color * 0.72 if color.mean() > 0.35 else color + 0.2
     phase, period = background.phase, background.period
-    # Smooth steps one pixel wide, as the shapes' edges are.
+    # Smooth steps one pixel wide, like the shapes' edges.
     slope = size * period / (2 * math.pi)
 
     def wave(t: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def render(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         ``picture`` uint8 ``[size, size, 3]``, and ``owner`` int64 ``[size, size]``: the object that covers a pixel's
-        centre, -1 where none does. A ring's hole belongs to the background.
+        centre, -1 for the background. A ring's hole belongs to the background.
     """
     x, y = _grid(size)
     picture = _background(scene.background, size)

@@ -1,4 +1,4 @@
-"""What a scene is, and how one is drawn at random. Lengths are fractions of the picture's side; y points down."""
+"""What a scene is, and how to draw one at random. Lengths are fractions of the picture's side; y points down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-# RGB, 8 bits. Far enough apart to be told apart after a diffusion model has drawn them.
+# RGB, 8 bits. Different enough to distinguish after a diffusion model has drawn them.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (216, 30, 36),
     "orange": (246, 132, 20),
@@ -25,7 +25,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
 }
 
-# Softer than the objects' colours of the same name, so that a name means the same and yet the two differ.
+# Softer than the objects' colours of the same name, so that both match the name but still differ.
 BACKGROUND_COLORS: dict[str, tuple[int, int, int]] = {
     "white": (236, 236, 232),
     "gray": (132, 134, 138),
@@ -48,7 +48,7 @@ TEXTURES = {"plain": 0.6, "gradient": 0.1, "striped": 0.1, "checkered": 0.1, "do
 
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Where a lone object may be said to be: the cell of a 3 × 3 grid, (column, row).
+# How a caption may place a single object: the cell of a 3 × 3 grid, (column, row).
 PLACES = {
     "in the top left corner": (0, 0),
     "at the top": (1, 0),
@@ -63,10 +63,10 @@ PLACES = {
 
 OBJECT_COUNTS = {1: 0.3, 2: 0.5, 3: 0.2}
 
-# Part of the scenes of several objects in which the caption says how they are placed.
+# Fraction of the scenes with several objects whose captions state relations.
 RELATED = 0.8
 
-# Centres of related objects are at least so far apart along the relation's axis, and that axis is the longer one.
+# Minimum distance between the centres of related objects along the relation's axis, which is the longer one.
 RELATION_GAP = 0.22
 
 _MARGIN = 0.03
@@ -111,7 +111,7 @@ class Scene:
 
     Attributes:
         relations: those that the caption states; all hold.
-        place: of a lone object, one of ``PLACES``, or None where the caption does not say.
+        place: of a single object, one of ``PLACES``, or None if the caption does not state it.
     """
 
     objects: tuple[Object, ...]
@@ -121,12 +121,12 @@ class Scene:
 
 
 def one_of(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    """One of ``choices``, each as likely (many times faster than ``rng.choice``)."""
+    """One of ``choices``, all equally likely (many times faster than ``rng.choice``)."""
     return choices[int(rng.random() * len(choices))]
 
 
 def _weighted(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
-    """One of the keys; as likely as its value says."""
+    """One of the keys, with probability proportional to its value."""
     drawn = rng.random() * sum(weights.values())
     return next(
         key for key, up_to in zip(weights, itertools.accumulate(weights.values()), strict=True) if drawn < up_to
@@ -169,7 +169,7 @@ def _positions(
     circles = [(*circle, n) for n, circle in enumerate(found)]
     if relation is None:
         return circles
-    # Sizes are drawn alike for every object, so which object gets which circle is free: sort them along the axis.
+    # All objects draw sizes from the same distribution, so any object may get any circle: sort them along the axis.
     axis = 0 if relation in ("left of", "right of") else 1
     circles.sort(key=lambda circle: circle[axis], reverse=relation in ("right of", "below"))
     return circles if all(_clearly(relation, a, b) for a, b in itertools.pairwise(circles)) else None

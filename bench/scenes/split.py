@@ -1,4 +1,4 @@
-"""Which scenes are for training and which are held out: a tenth of all contents, never seen in training."""
+"""Splits scenes into training and held-out ones: a tenth of all contents, never seen in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = 10
 def held_out(scene: Scene) -> bool:
     """Whether ``scene``'s content (shapes, colours, their relations or place, background colour) is held out.
 
-    A function of the content alone, so that no wording and no other positions of it are trained on either.
+    Depends on the content alone, so training never sees that content in other wording or positions either.
     """
     things = [f"{item.color} {item.shape}" for item in scene.objects]
     if not scene.relations:

@@ -1,1 +1,1 @@
-"""Trains the embedded model from nothing on procedural scenes: ``python -m atedm_bench.training --help``."""
+"""Trains the embedded model from scratch on procedural scenes: ``atedm-bench train --help``."""

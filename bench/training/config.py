@@ -1,4 +1,4 @@
-"""The recipe as typed values; ``config.yaml`` beside this file is the one in use."""
+"""The recipe as typed values; the default is ``config.yaml`` beside this file."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Vae:
 
     @property
     def scale(self) -> int:
-        """Pixels a latent element, along each side."""
+        """Pixels per latent element, along each side."""
         return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Training at one size. ``latent``: elements a side; ``learning_rate``: at its start and at its end."""
+    """Training at one size. ``latent``: elements per side; ``learning_rate``: at the start and at the end."""
 
     latent: int
     images: int
@@ -93,7 +93,7 @@ def load(path: Path = DEFAULT) -> Config:
     """Read a recipe.
 
     Raises:
-        ValueError: a key too many or too few; the message names it.
+        ValueError: a key is missing or unknown; the message names it.
     """
     raw = yaml.safe_load(Path(path).read_text())
     unet = dict(raw["unet"])

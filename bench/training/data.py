@@ -1,4 +1,4 @@
-"""Training batches: every process and every step has its own seed, so a resumed run sees what it would have seen."""
+"""Training batches: every process and step has its own seed, so a resumed run sees the same data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generator(*seed: int) -> np.random.Generator:
 
 
 def draw(rng: np.random.Generator, count: int) -> tuple[list[Scene], list[str]]:
-    """``count`` training scenes and a caption of each."""
+    """``count`` training scenes and a caption for each."""
     source = scenes(rng, test=False)
     found = [next(source) for _ in range(count)]
     return found, [caption(scene, rng) for scene in found]
@@ -37,7 +37,7 @@ def pictures(found: list[Scene], size: int) -> Tensor:
 
 
 def tokenize(tokenizer: object, captions: list[str]) -> Tensor:
-    """int64 ``[B, max_tokens]``, padded, as the pipeline does it."""
+    """int64 ``[B, max_tokens]``, padded as in the pipeline."""
     found = tokenizer(
         captions,
         padding="max_length",
@@ -63,5 +63,5 @@ def batches(
 ) -> Iterator[Any]:
     """``make(generator, step)`` for ``step`` from ``first`` on, in order, by ``workers`` processes (0: in this one)."""
     steps = range(first, 2**31)
-    # Worker processes are for GPUs: beside a training on the CPU they would only take its cores.
+    # Worker processes help with GPUs. When training runs on the CPU, they would only take its cores.
     return iter(DataLoader(_Batches(make, seed, process), batch_size=None, sampler=steps, num_workers=workers))

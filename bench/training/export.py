@@ -1,4 +1,4 @@
-"""The trained parts as one half-precision pipeline folder: what the package ships."""
+"""Writes the trained parts as one half-precision pipeline folder, which the package ships."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atedm_bench.training.models import sampling_scheduler
 
 
 def export(config: Config, folder: Path, target: Path) -> Counter:
-    """Write the pipeline with the newest moving average to ``target``; returns how far its training has come.
+    """Write the pipeline with the newest moving average to ``target``; returns its training progress.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
@@ -47,7 +47,7 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
 
 
 def _suit_older_releases(folder: Path, target: Path) -> None:
-    """Transformers before 5 wants a tokenizer's own files, and a prefix in the first encoder's names."""
+    """Add what transformers before 5 needs: a tokenizer's own files, and a prefix in the first encoder's names."""
     for tokenizer in ("tokenizer", "tokenizer_2"):
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(folder / "tokenizer" / name, target / tokenizer / name)
@@ -57,7 +57,7 @@ def _suit_older_releases(folder: Path, target: Path) -> None:
 
 
 def _forget_paths(target: Path) -> None:
-    """diffusers notes in each part's configuration where it was loaded from."""
+    """Remove the paths that diffusers writes into each part's configuration."""
     for file in target.rglob("*.json"):
         document = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(document, dict) and document.pop("_name_or_path", None) is not None:

@@ -20,7 +20,7 @@ _NOTE_SECONDS = 20.0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of the stage that works in ``folder``."""
+    """The newest complete checkpoint of the stage in ``folder``."""
     for name in (_CHECKPOINT, _CHECKPOINT + "-before"):
         if folder.joinpath(name, "done").is_file():
             return folder / name
@@ -28,14 +28,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def counter_of(checkpoint: Path) -> Counter:
-    """How far the stage had come that wrote ``checkpoint``."""
+    """The progress of the stage that wrote ``checkpoint``."""
     counter = Counter()
     counter.load_state_dict(torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
     return counter
 
 
 class Counter:
-    """How far a stage has come; saved with every checkpoint, as the first of its parts."""
+    """A stage's progress, saved as the first part of every checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -50,7 +50,7 @@ class Counter:
 
 
 class Stage:
-    """Training up to a number of images, from the last checkpoint in ``folder`` if there is one.
+    """Trains up to a number of images, from the last checkpoint in ``folder`` if there is one.
 
     Args:
         folder: of this stage's checkpoint and log.
@@ -67,13 +67,13 @@ class Stage:
         accelerator.register_for_checkpointing(self.counter)
 
     def resume(self) -> None:
-        """Load the last whole checkpoint, if any."""
+        """Load the last complete checkpoint, if any."""
         found = newest_checkpoint(self.folder)
         if found is not None:
             self.accelerator.load_state(str(found))
 
     def save(self) -> None:
-        """Write a checkpoint; the one before it stays until the new one is whole."""
+        """Write a checkpoint; the previous one stays until the new one is complete."""
         new, old = self.folder / _CHECKPOINT, self.folder / (_CHECKPOINT + "-before")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and new.is_dir():
@@ -89,8 +89,8 @@ class Stage:
     def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, Any]]]) -> None:
         """Call ``step`` until ``images`` are seen.
 
-        ``step`` does one optimiser step, given the counter before it; it returns the images seen, over all processes,
-        and figures for the log.
+        ``step`` does one optimiser step, given the counter before it. It returns the images seen by all processes and
+        figures for the log.
         """
         main, counter = self.accelerator.is_main_process, self.counter
         columns = (
@@ -102,7 +102,7 @@ class Stage:
             TimeRemainingColumn(),
         )
         saved = noted = time.perf_counter()
-        # Tensors stay where they are until they are written: reading one waits for the GPU.
+        # Tensors stay on their device until they are logged: reading one waits for the GPU.
         sums: dict[str, Any] = {}
         count = 0
         with Progress(*columns, disable=not main) as progress:
@@ -132,7 +132,7 @@ class Stage:
         self.save()
 
     def _together(self, flag: bool) -> bool:
-        """The main process decides for all: their clocks differ."""
+        """The main process decides for all, because their clocks differ."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(broadcast_object_list([flag])[0])

@@ -1,4 +1,4 @@
-"""The parts of the pipeline, untrained: SDXL's classes and structure in small."""
+"""The untrained parts of the pipeline: SDXL's classes and structure, but small."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _TIME_EMBEDDING = 32
 _TIME_IDS = 6
 
-# SDXL's noise schedule, stretched to end in pure noise: flat backgrounds would betray their colour otherwise.
+# SDXL's noise schedule, stretched to end in pure noise. Otherwise flat backgrounds would reveal their colour.
 _NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -51,7 +51,7 @@ def build_tokenizer(config: Config, folder: Path) -> CLIPTokenizer:
     letters = sorted(alphabet)
     tokens = [*letters, *(c + "</w>" for c in letters), *dict.fromkeys(a + b for a, b in merges), _START, _END]
     folder.mkdir(parents=True, exist_ok=True)
-    # By way of files: the constructor's arguments changed with transformers 5, the files did not.
+    # Go through files: transformers 5 changed the constructor's arguments but not the files.
     folder.joinpath("vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     folder.joinpath("merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -88,7 +88,7 @@ def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPT
 
 
 def build_unet(config: Config) -> UNet2DConditionModel:
-    """SDXL's levels: no attention, depth 2, deep; linear projections; text and size conditioning of the time."""
+    """SDXL's levels: no attention, depth 2, deep; linear projections; text and size added to the time embedding."""
     unet = config.unet
     return UNet2DConditionModel(
         sample_size=unet.sample_size,
@@ -111,7 +111,7 @@ def build_unet(config: Config) -> UNet2DConditionModel:
 
 
 def build_vae(config: Config) -> AutoencoderKL:
-    """Four latent channels, as SDXL's; without attention, which would see the picture's size."""
+    """Four latent channels, as in SDXL; no attention, which would depend on the picture's size."""
     vae = config.vae
     return AutoencoderKL(
         in_channels=3,

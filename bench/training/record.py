@@ -1,4 +1,4 @@
-"""The record of a training, for the model card: how far each stage came, on what, and its loss on the way."""
+"""The training record for the model card: each stage's progress, device and loss curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POINTS = 60
 
 
 def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, Any]]:
-    """The notes on the way to ``last_step``: what a resumed run did again replaces what an interrupted one had done."""
+    """The notes up to ``last_step``; steps that a resumed run repeated replace those of the interrupted run."""
     kept: list[dict[str, Any]] = []
     for note in reversed(notes):
         if note["step"] <= last_step and (not kept or note["step"] < kept[-1]["step"]):
@@ -26,7 +26,7 @@ def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, A
 
 
 def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over stretches of the log: single batches are noisy."""
+    """Means over stretches of the log, because single batches are noisy."""
     size = -(-len(notes) // _POINTS)
     stretches = [notes[n : n + size] for n in range(0, len(notes), size)]
     measures = [name for name in notes[0] if name not in ("step", "images", "seconds", "lr", "norm")]
@@ -40,7 +40,7 @@ def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def record(folders: Sequence[Path]) -> dict[str, Any]:
-    """What was trained in ``folders`` up to their newest checkpoints, each going on from the weights of the one before.
+    """The training in ``folders`` up to their newest checkpoints; each continues from the previous one's weights.
 
     Raises:
         FileNotFoundError: a folder holds no log or no checkpoint.
@@ -66,6 +66,6 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
                     "curve": _thinned(lineage(notes, counter.step)),
                 }
             )
-    # On the machine that trained: the record is made where the checkpoints lie.
+    # This is the machine that trained: the record is made where the checkpoints are.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"device": device_name(device), "versions": versions(), "stages": stages}

@@ -1,6 +1,6 @@
-"""Stage 2: the text encoders, from captions alone: tell from the embeddings what the caption says.
+"""Stage 2: trains the text encoders on captions alone, to predict from the embeddings what the caption says.
 
-Far cheaper than to let the UNet's loss teach them everything, and they go on learning with the UNet.
+This is far cheaper than teaching them everything through the UNet's loss. They keep learning with the UNet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atedm_bench.training.models import build_text_encoders, build_tokenizer
 _STAGE = 3
 _MAX_OBJECTS = 3
 
-# Facts and their values; the last class of each, which is not listed, is "not said".
+# Facts and their values. Each has one more class, not listed: "not mentioned".
 _FACTS: dict[str, tuple[str, ...]] = {
     **{f"shape {n}": SHAPES for n in range(_MAX_OBJECTS)},
     **{f"color {n}": tuple(COLORS) for n in range(_MAX_OBJECTS)},
@@ -41,7 +41,7 @@ class TextEncoders(nn.Module):
         super().__init__()
         self.first = first
         self.second = second
-        # The pipeline reads the state before the last layer, so of the first encoder these are never used.
+        # The pipeline reads the state before the last layer, so it never uses these parts of the first encoder.
         body = getattr(first, "text_model", first)
         for part in (body.encoder.layers[-1], body.final_layer_norm):
             part.requires_grad_(False)
@@ -54,7 +54,7 @@ class TextEncoders(nn.Module):
 
 
 class _Reader(nn.Module):
-    """Reads the facts off the pooled embedding and off the last word's states, by one linear map each."""
+    """Reads the facts from the pooled embedding and from the end token's states, by one linear map each."""
 
     def __init__(self, encoders: TextEncoders, config: Config) -> None:
         super().__init__()

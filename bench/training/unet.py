@@ -1,4 +1,4 @@
-"""Stage 3: the UNet and the text encoders together, at growing sizes."""
+"""Stage 3: trains the UNet and the text encoders together, at growing sizes."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from atedm_bench.training.text import TextEncoders
 
 _STAGE = 4
 _FOLDER = "unet-training"
-# At the start of every phase.
+# Steps at the start of every phase.
 _WARM_UP_STEPS = 100
 
 # Timesteps of 1000: sigma 5.
 _PLACED_BELOW = 740
 
-# Channels of a layout: shapes and none, colours and none.
+# Channels of a layout: shapes and "none", colours and "none".
 _LAYOUT = [len(SHAPES) + 1, len(COLORS) + 1]
 
-# Up to this many latent elements a side, the backward of unfused attention is the faster one on a CPU.
+# Up to this many latent elements per side, the backward of unfused attention is faster on a CPU.
 _UNFUSED_UP_TO = 32
 
 
 class Denoiser(nn.Module):
-    """Captions and noisy latents to predictions: all that learns, in one module.
+    """Maps captions and noisy latents to predictions: everything that learns, in one module.
 
-    ``layout`` reads, from what the decoder hands up from each of its two transformer levels, which shape and which
-    colour covers each element of the clean picture. It exists in training only. What the squared error tells the
-    transformers about a shape is little, and mixed with all else; the layout is known here, so they are told it (the
-    idea of representation alignment, REPA, with the scene in the place of another network's features).
+    ``layout`` predicts, from the decoder's output at each of its two transformer levels, which shape and which colour
+    cover each element of the clean picture. It exists only in training. The squared error tells the transformers little
+    about shapes, and mixes it with everything else. The layout is known here, so it serves as a target (the idea of
+    representation alignment, REPA, with the scene in place of another network's features).
     """
 
     def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """The prediction, and the layout's logits ``[B, S + 1 + C + 1, h, w]``, shapes before colours, by level.
 
-        ``said`` float ``[B]``: 0 where the caption is dropped, as the pipeline drops it for guidance.
+        ``said`` float ``[B]``: 0 if the caption is dropped, as the pipeline drops it for guidance.
         """
         states, pooled = self.encoders(ids)
         time_ids = noisy.new_tensor([size, size, 0, 0, size, size]).expand(len(noisy), -1)
@@ -80,13 +80,13 @@ class Denoiser(nn.Module):
 
 
 def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
-    """``[S + C + 2, cells, cells]``: which part of each cell each shape covers, and none; then the colours so."""
+    """``[S + C + 2, cells, cells]``: the fraction of each cell that each shape (or none) covers; then colours."""
     shapes = [SHAPES.index(item.shape) for item in scene.objects] + [len(SHAPES)]
     colors = [list(COLORS).index(item.color) for item in scene.objects] + [len(COLORS)]
     side = len(owner) // cells
     covered = np.zeros((len(SHAPES) + len(COLORS) + 2, cells, cells), np.float32)
     for n, (shape, color) in enumerate(zip(shapes, colors, strict=True)):
-        # The last of each stands for the background, whose owner is -1.
+        # The last index of each stands for the background, whose owner is -1.
         part = (owner == (n if n < len(scene.objects) else -1)).reshape(cells, side, cells, side).mean((1, 3))
         covered[shape] += part
         covered[len(SHAPES) + 1 + color] += part
@@ -94,7 +94,7 @@ def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _reading_loss(logits: list[Tensor], covered: Tensor) -> Tensor:
-    """Cross-entropy of the layout ``[B, S + C + 2, h, w]`` as it was read at each level, shapes and colours summed."""
+    """Cross-entropy of the layout ``[B, S + C + 2, h, w]`` at each level, summed over shapes and colours."""
     loss = covered.new_zeros(())
     for read in logits:
         there = F.adaptive_avg_pool2d(covered, read.shape[2:])
@@ -104,9 +104,9 @@ def _reading_loss(logits: list[Tensor], covered: Tensor) -> Tensor:
 
 
 def _weights(covered: Tensor, timesteps: Tensor, weight: float) -> Tensor:
-    """``[B, 1, h, w]`` of mean 1: ``weight`` on and around the objects where the noise no longer hides their place.
+    """``[B, 1, h, w]`` of mean 1: ``weight`` on and around the objects if the noise no longer hides their place.
 
-    Under more noise it would be a lie: the mean picture would show more of what may be there than there is.
+    With more noise the weights would mislead: the predicted mean would show more than is really there.
     """
     near = F.max_pool2d(1 - covered[:, len(SHAPES) : len(SHAPES) + 1], 3, stride=1, padding=1) > 0
     placed = (timesteps < _PLACED_BELOW)[:, None, None, None]
@@ -115,8 +115,8 @@ def _weights(covered: Tensor, timesteps: Tensor, weight: float) -> Tensor:
 
 
 def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tensor:
-    """``[count]`` in 0 … 1: logit-normal around where a picture takes shape, and now and then uniform."""
-    # One draw a stratum: the same mean as independent draws, with less noise in the loss.
+    """``[count]`` in 0 … 1: logit-normal around where a picture takes shape, sometimes uniform."""
+    # One draw per stratum: the same mean as independent draws, with less noise in the loss.
     spread = (torch.arange(count) + torch.rand(count, generator=random)) / count
     normal = torch.special.expit(recipe.timestep_mean + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
     uniform = torch.rand(count, generator=random)
@@ -124,7 +124,7 @@ def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tenso
 
 
 def _phase_at(config: Config, step: int) -> tuple[Phase, float, int]:
-    """The phase that a step belongs to, how much of it is done, 0 … 1, and its steps before this one."""
+    """The phase of a step, the fraction of it that is done (0 … 1), and its steps before this one."""
     for phase in config.unet.phases:
         steps = -(-phase.images // phase.batch)
         if step < steps:
@@ -142,7 +142,7 @@ def _optimizers(model: Denoiser, config: Config) -> list[torch.optim.Optimizer]:
         inside = "transformer_blocks" in name or ".layers." in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
-        # Three steps instead of five: on two cores the orthogonalisation of these many small matrices is a fifth of it.
+        # Three steps instead of five: on two cores, orthogonalising these many small matrices is a fifth of the time.
         torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_steps=3),
         torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
@@ -153,7 +153,7 @@ def _build(config: Config, folder: Path) -> Denoiser:
         CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
     )
-    # Beside them where an exported pipeline is the starting point.
+    # An exported pipeline as the starting point also has a UNet.
     started = (folder / "unet").is_dir()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet") if started else build_unet(config)
     # Exported weights are in half precision.
@@ -165,7 +165,7 @@ def _average(model: Denoiser, config: Config) -> EMAModel:
 
 
 def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
-    """The moving average of the newest checkpoint, and how far it has come.
+    """The moving average of the newest checkpoint, and its training progress.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
@@ -175,7 +175,7 @@ def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
         raise FileNotFoundError(f"{folder / _FOLDER} holds no checkpoint; expected one of a training's UNet stage")
     model = _build(config, folder)
     average, counter = _average(model, config), Counter()
-    # Registered in this order below: accelerate numbers what it saves.
+    # ``train_unet`` registers them in this order, and accelerate numbers what it saves.
     for n, part in enumerate((counter, average)):
         part.load_state_dict(
             torch.load(checkpoint / f"custom_checkpoint_{n}.pkl", map_location="cpu", weights_only=True)
@@ -187,14 +187,14 @@ def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
 def train_unet(
     config: Config, folder: Path, accelerator: Accelerator, workers: int = 0, compiled: bool = False
 ) -> None:
-    """Train from the encoders in ``folder``; the result, with its moving average, is the last checkpoint."""
+    """Train from the encoders in ``folder``. The last checkpoint holds the result and its moving average."""
     recipe = config.unet
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False).to(accelerator.device)
     stage = Stage(accelerator, folder / _FOLDER, "UNet")
     model = _build(config, folder)
     if compiled:
-        # The graph of one UNet, without the splits that data-parallel training makes to hide its communication.
+        # Compile one graph for the UNet, without the splits that data-parallel training uses to hide communication.
         torch._dynamo.config.optimize_ddp = False
         model.unet.compile(dynamic=False)
     average = _average(model, config)

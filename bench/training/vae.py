@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, on crops of pictures of several sizes."""
+"""Stage 1: trains the autoencoder on crops of pictures of several sizes."""
 
 from __future__ import annotations
 
