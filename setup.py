@@ -1,7 +1,7 @@
 """Package layout: ``atedm_kernels`` lies at the top of the repository, ``atedm`` and ``atedm_extras`` in ``python/``,
 and ``bench/`` is installed as ``atedm_bench``.
 
-Where there is a compiler, the native CPU library is built too. ctypes loads it and it knows no Python, so one wheel
+With a compiler, the native CPU library is built too. ctypes loads it and it does not use Python, so one wheel
 serves every Python version. Without a compiler the wheel is pure, and the reference backend serves the CPU."""
 
 import importlib.util
@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 BENCH = ["atedm_bench", *(f"atedm_bench.{name}" for name in find_packages("bench"))]
 
-# By path: a build frontend need not have this folder on sys.path.
+# Loaded by path: a build frontend need not have this folder on sys.path.
 spec = importlib.util.spec_from_file_location("atedm_csrc_build", Path(__file__).parent / "csrc" / "build.py")
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
@@ -23,12 +23,12 @@ LIBRARY = "atedm_kernels.libatedm"
 
 
 class BuildNative(build_ext):
-    """Calls the compiler itself: setuptools knows one set of flags for all sources."""
+    """Calls the compiler itself: setuptools has only one set of flags for all sources."""
 
     def get_ext_filename(self, fullname):
         if fullname.split(".")[-1] != LIBRARY.split(".")[-1]:
             return super().get_ext_filename(fullname)
-        return str(Path(*fullname.split("."))) + native.SUFFIX  # no tag of a Python version
+        return str(Path(*fullname.split("."))) + native.SUFFIX  # no Python version tag
 
     def get_export_symbols(self, ext):
         return []
@@ -37,7 +37,7 @@ class BuildNative(build_ext):
         try:
             native.build_library(Path(self.get_ext_fullpath(ext.name)))
         except native.BuildError as error:
-            warnings.warn(f"without the native CPU library: {error}", stacklevel=1)
+            warnings.warn(f"building without the native CPU library: {error}", stacklevel=1)
 
 
 class Wheel(bdist_wheel):

@@ -1,4 +1,4 @@
-"""Doing something once a module has been imported by whoever wants it."""
+"""Run a function after a module is imported, whoever imports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds ``module`` as Python would, and calls ``then`` when it has been executed."""
+    """Finds ``module`` as Python does, and calls ``then`` after executing it."""
 
     def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
         self._module = module
@@ -34,7 +34,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def after_import(module: str, then: Callable[[ModuleType], None]) -> None:
-    """Call ``then`` with ``module``: now where it is imported already, else right after its import."""
+    """Call ``then`` with ``module``: now if it is already imported, else right after its import."""
     if module in sys.modules:
         then(sys.modules[module])
     else:

@@ -1,7 +1,7 @@
 """Checks of op arguments. Every error names the argument, what it is, and what it should be.
 
-Shapes, dtypes and devices are always checked: they cost no synchronisation. Values (an index in range,
-scores without NaN) are read on the CPU always, and on a GPU only with ``ATEDM_CHECK=1``.
+Shapes, dtypes and devices are always checked: this needs no synchronisation. Values (an index in range,
+scores without NaN) are always read on the CPU, and on a GPU only with ``ATEDM_CHECK=1``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def check_index(name: str, index: Tensor, batch: int, device: torch.device) -> N
 
 
 def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> None:
-    """Values in ``[0, upper)``. Reads data, so it is for implementations, not for fake kernels."""
+    """Values in ``[0, upper)``. This reads data, so only implementations call it, not fake kernels."""
     if values_are_checked(index):
         low, high = (int(v) for v in torch.aminmax(index))
         if low < 0 or high >= upper:

@@ -1,6 +1,6 @@
-"""What it takes to start a Triton kernel, apart from starting it.
+"""Descriptions of Triton kernel launches.
 
-The tests compile the same descriptions ahead of time, for GPUs that are not there.
+The tests compile the same descriptions ahead of time, for GPUs that the machine lacks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Launch:
     max_registers: int | None = None
 
     def options(self, backend: str) -> dict[str, int]:
-        """For the compiler's ``backend``, ``"cuda"`` or ``"hip"``; only the first has a limit of registers."""
+        """Options for the compiler's ``backend``, ``"cuda"`` or ``"hip"``; only CUDA can limit registers."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.max_registers is not None and backend == "cuda":
             options["maxnreg"] = self.max_registers

@@ -18,7 +18,7 @@ from atedm_kernels import native
 
 BACKENDS = ("triton", "native", "reference")
 
-# What a kernel reads. The reference alone serves float64, which exists to verify the others.
+# Dtypes that kernels read. Only the reference serves float64, which exists to verify the others.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("atedm_backend", default=None)
@@ -57,7 +57,7 @@ def triton_is_installed() -> bool:
 
 
 def _why_not(name: str, implementations: Collection[str], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` cannot serve the call, or None where it can."""
+    """Why backend ``name`` cannot serve the call, or None if it can."""
     if name not in implementations:
         return f"no {name} implementation in this build"
     if name == "reference":
@@ -80,7 +80,7 @@ def _forced_backend() -> tuple[str | None, str]:
     """The backend forced for this thread or process, or None, and what forces it.
 
     Raises:
-        ValueError: ``ATEDM_BACKEND`` names no backend.
+        ValueError: ``ATEDM_BACKEND`` names an unknown backend.
     """
     if _forced.get() is not None:
         return _forced.get(), "atedm_kernels.backend"
@@ -92,21 +92,21 @@ def _forced_backend() -> tuple[str | None, str]:
 def choose(op: str, implementations: Collection[str], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and the reason.
 
-    An op that torch itself has a kernel for lists ``"torch"`` among its ``implementations``; only a forced reference
-    takes its place.
+    If torch itself has a kernel for the op, ``implementations`` include ``"torch"``; only a forced reference replaces
+    it.
 
     Raises:
-        ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names none.
+        ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names an unknown one.
     """
     forced, source = _forced_backend()
     if "torch" in implementations and forced != "reference":
-        return "torch", "torch's own kernel returns everything that is wanted"
+        return "torch", "torch's own kernel returns every output"
     if forced is not None:
         reason = _why_not(forced, implementations, device, dtype)
         if reason is not None:
             raise ValueError(f"backend {forced!r}, forced by {source}, cannot serve {op}: {reason}")
         return forced, f"forced by {source}"
-    # The interpreter is for tests, so a CPU tensor goes there only where the caller forces it.
+    # The interpreter is for tests, so a CPU tensor goes there only if the caller forces it.
     order = ("triton", "reference") if device.type == "cuda" else ("native", "reference")
     passed_over = []
     for name in order:

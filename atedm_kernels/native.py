@@ -1,7 +1,7 @@
 """The native CPU library (``csrc/``): loading it, its instruction set (ISA), and calling it.
 
-It has a plain C interface and knows neither Python nor torch: ctypes hands over addresses and strides, and releases the
-GIL during a call. The first op that wants the library loads it; :func:`why_not` says why there is none.
+It has a plain C interface and knows neither Python nor torch: ctypes passes addresses and strides, and releases the GIL
+during a call. The first op that needs the library loads it; :func:`why_not` says why it is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 PATH = Path(__file__).with_name("libatedm" + SUFFIX)
 
-# ATEDM_ABI of csrc/atedm.h, which a changed signature raises: a library left from an older build is refused.
+# ATEDM_ABI of csrc/atedm.h, raised with every changed signature: a library from an older build is refused.
 ABI = 2
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -96,7 +96,7 @@ _SIGNATURES = {
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and why there is none."""
+    """The library, or None and why it is missing."""
     if not PATH.exists():
         return (
             None,
@@ -108,7 +108,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"{PATH.name} cannot be loaded: {error}"
     if abi != ABI:
-        return None, f"{PATH.name} has interface {abi}, this package wants {ABI}: install it again"
+        return None, f"{PATH.name} has interface {abi}, but this package needs {ABI}: reinstall it"
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _int32
@@ -137,7 +137,7 @@ def _torch_openmp() -> int | None:
     paths = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if len(line.split(maxsplit=5)) == 6}
     runtimes = [Path(path) for path in sorted(paths) if "libgomp" in Path(path).name or "libiomp5" in Path(path).name]
     torch_folder = Path(torch.__file__).parent
-    # Other packages bring runtimes of their own; where torch brings none, it uses the only one that there is.
+    # Other packages bring their own runtimes; if torch brings none, it uses the only one loaded.
     own = [path for path in runtimes if torch_folder in path.parents or "torch.libs" in path.parts]
     for path in own or (runtimes if len(runtimes) == 1 else []):
         with contextlib.suppress(OSError, AttributeError):
@@ -153,7 +153,7 @@ def _names(library: ctypes.CDLL) -> list[str]:
 
 
 def isas() -> dict[str, str | None]:
-    """Instruction sets, slowest first, and why this machine cannot run each, or None. Empty without the library."""
+    """ISAs, slowest first, and why this machine cannot run each, or None. Empty without the library."""
     library, _ = _load()
     if library is None:
         return {}
@@ -181,10 +181,10 @@ def _obey_environment() -> None:
 
 
 def why_not() -> str | None:
-    """Why there is no native library, or None where there is one.
+    """Why there is no native library, or None if there is one.
 
     Raises:
-        ValueError: ``ATEDM_CPU`` names no ISA, or one that cannot run here.
+        ValueError: ``ATEDM_CPU`` names an unknown ISA, or one that cannot run here.
     """
     reason = _load()[1]
     if reason is None:
@@ -202,10 +202,10 @@ def isa() -> str | None:
 
 @contextlib.contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Run every thread's native kernels with another ISA: for tests.
+    """Run every thread's native kernels with another ISA; for tests.
 
     Raises:
-        ValueError: no such ISA, or one that cannot run here.
+        ValueError: an unknown ISA, or one that cannot run here.
     """
     before = isa()
     library, reason = _load()
@@ -220,7 +220,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def map_limits(float_bytes: int, sixteen_bit_bytes: int) -> Iterator[None]:
-    """Change how large a head's map may be for a ranking to keep it in float32 or in 16 bits: for tests."""
+    """Change the largest map of a head that a ranking keeps in float32 or in 16 bits; for tests."""
     library, _ = _load()
     library.atedm_set_map_limits(float_bytes, sixteen_bit_bytes)
     try:
@@ -264,7 +264,7 @@ def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionM
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call a kernel of the library with as many threads as torch's own would use.
+    """Call a kernel of the library with as many threads as torch uses.
 
     Raises:
         MemoryError: it could not allocate its working memory.
@@ -272,6 +272,6 @@ def call(name: str, *arguments: object) -> None:
     library, _ = _load()
     status = getattr(library, name)(*arguments, torch.get_num_threads())
     if status == _OUT_OF_MEMORY:
-        raise MemoryError(f"{name} found no working memory")
+        raise MemoryError(f"{name} could not allocate working memory")
     if status != 0:
         raise RuntimeError(f"{name} refused arguments that had passed the op's checks (status {status})")

@@ -1,7 +1,7 @@
 """The one way to define an op of ``torch.ops.atedm``: schema, checks, implementations, fake kernel, FLOPs, gradients.
 
-``torch.library.Library`` rather than ``torch.library.custom_op``: a call through it takes a third of the time (2.6 µs
-against 7.8 µs on a CPU), which counts with several ops in each attention block.
+It uses ``torch.library.Library``, not ``torch.library.custom_op``: a call takes a third of the time (2.6 µs against
+7.8 µs on a CPU), which matters with several ops in each attention block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPS: dict[str, Op] = {}
 _library = torch.library.Library("atedm", "DEF")
 
 _NUMBER = (float, int, torch.SymFloat, torch.SymInt)
-# What a type of the schema takes, by the name that torch gives it.
+# What each type of the schema accepts, by torch's name for the type.
 _ACCEPTED: dict[str, tuple[type, ...]] = {
     "Tensor": (Tensor,),
     "Optional[Tensor]": (Tensor, NoneType),
@@ -46,7 +46,7 @@ class Op:
     """A registered op. A call takes the arguments of its schema in order.
 
     Attributes:
-        name: in ``torch.ops.atedm``. overload: what torch dispatches. backends: those with an implementation.
+        name: the name in ``torch.ops.atedm``. overload: what torch dispatches. backends: those that implement it.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Op:
         return choose(self.name, self.backends, device, dtype)
 
     def flops(self, *arguments: Any) -> int:
-        """FLOPs of a call with ``arguments`` (two a multiply-add), by the op's own formula; 0 where it only moves."""
+        """FLOPs of a call with ``arguments`` (two per multiply-add), by the op's own formula; 0 if it only copies."""
         if self._flops is None:
             return 0
         return self._flops(*(a.shape if isinstance(a, Tensor) else a for a in arguments))
 
 
 def lazily(module: str, function: str) -> Callable[..., Any]:
-    """``function`` of ``module``, imported by its first call: importing the package must not need Triton."""
+    """``function`` of ``module``, imported at the first call: importing the package must not need Triton."""
 
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*arguments)
@@ -105,20 +105,19 @@ def define_op(
 ) -> Op:
     """Register an op for CPU and GPU tensors.
 
-    Each function takes the arguments of the schema in order, none left out. A call runs ``check`` and
-    ``check_values``, then the implementation of the backend that serves it. Meta tensors and ``torch.compile`` run
-    ``check`` and ``fake``.
+    Each function takes all arguments of the schema, in order. A call runs ``check`` and ``check_values``, then the
+    implementation of the backend that serves it. Meta tensors and ``torch.compile`` run ``check`` and ``fake``.
 
     Args:
-        schema: the op in torch's schema language, without the namespace; the first argument is a tensor. An argument
-            written in place is marked there, as in ``Tensor(a!) cache``, and counts as changed for autograd.
+        schema: the op in torch's schema language, without the namespace; the first argument is a tensor. Mark one that
+            is written in place, as in ``Tensor(a!) cache``; autograd then counts it as changed.
         check: raises for an argument that does not fit, without reading data.
         fake: returns uninitialised outputs.
-        implementations: by backend, ``"reference"`` among them. One of Triton's is imported by :func:`lazily`.
+        implementations: by backend, including ``"reference"``. Use :func:`lazily` for Triton's.
         check_values: raises for a value that does not fit.
-        prepare: from the arguments of the schema to those of the implementations, where they differ.
-        flops: from the arguments, shapes in the place of tensors; ``torch.utils.flop_counter`` counts by it.
-        backward: gradients. Without it the op records none, and its outputs require none.
+        prepare: turns the arguments of the schema into those of the implementations, if they differ.
+        flops: counts from the arguments, with shapes in place of tensors; ``torch.utils.flop_counter`` uses it.
+        backward: gradients. Without it the op records none, and its outputs require no gradient.
         library: where the op is registered.
 
     Raises:
@@ -134,10 +133,10 @@ def define_op(
     op = Op(name, packet.default, tuple(implementations), check, flops)
 
     def complete(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        """torch leaves defaults out, and a fake kernel gets the caller's keywords."""
+        """Complete the arguments: torch omits defaults, and passes a fake kernel the caller's keywords."""
         return (*arguments, *(named.get(a.name, a.default_value) for a in declared[len(arguments) :]))
 
-    # Even where a reference computes by differentiable operations: autograd would keep every block of the map alive.
+    # A reference may use differentiable operations, and autograd would keep every block of the map alive.
     @torch.no_grad()
     def run(*arguments: Any, **named: Any) -> Any:
         arguments = complete(arguments, named)
@@ -169,7 +168,7 @@ def define_op(
         def count(*shapes: Any, out_shape: object = None, **named: Any) -> int:
             return flops(*complete(shapes, named))
 
-        # Not by importing it here, which would import Triton.
+        # Importing it here would import Triton.
         after_import("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packet)(count))
     if library is _library:
         OPS[name] = op
@@ -177,6 +176,6 @@ def define_op(
 
 
 def _kernel_dtype(arguments: tuple[Any, ...]) -> torch.dtype:
-    """The dtype that a backend has to serve: one float64 argument makes the call one for the reference."""
+    """The dtype that a backend has to serve: a call with one float64 argument goes to the reference."""
     dtypes = [argument.dtype for argument in arguments if isinstance(argument, Tensor)]
     return torch.float64 if torch.float64 in dtypes else dtypes[0]

@@ -1,9 +1,9 @@
 """The tile sizes of the kernels over an attention map, looked up in a table beside each kernel.
 
-Each ``tiles.json`` is a list of rows. A row serves an architecture (``"*"``: every one), some dtypes, and head dims and
+Each ``tiles.json`` is a list of rows. A row serves an architecture (``"*"``: any), some dtypes, and head dims and
 numbers of queries up to its own. The first row that fits wins; rows measured with the installed Triton (``triton``: its
-minor version) go before others of that architecture, and those before ``"*"``. ``atedm-bench tune`` measures and writes
-them; the compiler's reports chose a row without ``triton``.
+minor version) precede others of that architecture, and those precede ``"*"``. ``atedm-bench tune`` measures and writes
+rows; one without ``triton`` was chosen from the compiler's reports.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries (``block_m``) and keys (``block_n``) of a step, and the resources that it takes.
+    """Queries (``block_m``) and keys (``block_n``) per step, and the resources that a step uses.
 
-    Fewer ``programs`` than these leave multiprocessors idle, or the last of them waiting: then the longer loop is split
-    into several programs. ``max_registers`` of a thread on NVIDIA GPUs: left to itself, ptxas may aim lower and spill.
+    Fewer programs than ``programs`` leave multiprocessors idle or waiting, so the longer loop is split into several.
+    ``max_registers`` is per thread, on NVIDIA GPUs: left to itself, ptxas may aim lower and spill.
     """
 
     block_m: int
@@ -37,13 +37,13 @@ class Tile:
     max_registers: int | None = None
 
 
-# What :func:`assume` puts in force: the architecture under "architecture", the tile of an op under its name.
+# What :func:`assume` sets: the architecture under "architecture", the tile of an op under its name.
 _assumed: contextvars.ContextVar[dict[str, str | Tile] | None] = contextvars.ContextVar("atedm_tiles", default=None)
 
 
 @contextlib.contextmanager
 def assume(**values: str | Tile) -> Iterator[None]:
-    """In the block: ``architecture="sm_90"`` to compile for a GPU that is not there; ``<op>=Tile(…)`` to try one."""
+    """In the block, assume ``architecture="sm_90"`` to compile for an absent GPU, or ``<op>=Tile(…)`` to try a tile."""
     token = _assumed.set({**(_assumed.get() or {}), **values})
     try:
         yield
@@ -60,7 +60,7 @@ def _device_architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm_90"`` or ``"gfx942"``; ``"*"`` where there is no GPU."""
+    """``"sm_90"`` or ``"gfx942"``; ``"*"`` without a GPU."""
     assumed = (_assumed.get() or {}).get("architecture")
     if isinstance(assumed, str):
         return assumed
@@ -76,7 +76,7 @@ def table_path(op: str) -> Path:
 
 @functools.cache
 def triton_minor() -> str:
-    """Of the installed Triton, as ``"3.6"``."""
+    """Minor version of the installed Triton, such as ``"3.6"``."""
     return ".".join(triton.__version__.split(".")[:2])
 
 

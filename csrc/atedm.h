@@ -1,6 +1,6 @@
 /* Plain C interface of the CPU kernels. No torch and no Python headers, so one build serves every version of both.
  *
- * Strides count elements. A function returns ATEDM_OK, or what went wrong; its outputs are then undefined.
+ * Strides count elements. A function returns ATEDM_OK, or an error, after which its outputs are undefined.
  * Sizes may be 0. No function keeps a pointer or a lock after it returns; any number of threads may call them.
  */
 #ifndef ATEDM_H
@@ -18,7 +18,7 @@ extern "C" {
 #define ATEDM_API __attribute__((visibility("default")))
 #endif
 
-/* Raised whenever a signature or a structure below changes: the Python side asks before it calls anything else. */
+/* Raised whenever a signature or a structure below changes: the Python side checks it before it calls anything else. */
 #define ATEDM_ABI 2
 
 enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
@@ -40,22 +40,22 @@ ATEDM_API int32_t atedm_abi(void);
 
 /* Instruction sets (ISAs), from 0, the slowest; NULL past the last. */
 ATEDM_API const char *atedm_isa_name(int32_t isa);
-/* NULL where this CPU and its operating system run the ISA, else why not. */
+/* NULL if this CPU and its operating system run the ISA, else why not. */
 ATEDM_API const char *atedm_isa_why_not(int32_t isa);
 /* The ISA in force, for the whole process: the best one that runs, until another is set. */
 ATEDM_API int32_t atedm_isa(void);
 ATEDM_API int32_t atedm_set_isa(int32_t isa);
 
-/* GOMP_parallel of the OpenMP runtime that the caller's own threads live in, or NULL to start threads of its own. Sharing
+/* GOMP_parallel of the OpenMP runtime that runs the caller's threads, or NULL to let the library start its own. Sharing
  * one team keeps two sets of threads from competing for the cores. */
 ATEDM_API void atedm_set_openmp(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
 
-/* out [batch, heads, keys], contiguous: sum over i of weights_i A_ij; weights NULL stands for 1 / queries. */
+/* out [batch, heads, keys], contiguous: sum over i of weights_i A_ij; NULL weights stand for 1 / queries. */
 ATEDM_API int32_t atedm_attention_column_sums(const atedm_map *map, const float *weights,
                                               const int64_t weights_stride[3], float *out, int32_t threads);
 
-/* Bytes of one head's map up to which a ranking keeps it: in float32, else in 16 bits; beyond both each iteration computes it
- * again. A negative number restores the default. */
+/* A ranking keeps one head's map in float32 up to float_bytes, else in 16 bits up to sixteen_bit_bytes; beyond both,
+ * each iteration recomputes it. A negative number restores the default. */
 ATEDM_API void atedm_set_map_limits(int64_t float_bytes, int64_t sixteen_bit_bytes);
 
 /* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. */
@@ -66,11 +66,11 @@ ATEDM_API int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_ite
 ATEDM_API int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance,
                                                  float *scores, int32_t *iterations, int32_t threads);
 
-/* source [batch, queries], contiguous; index [batch, keep], clamped to the tokens there are. */
+/* source [batch, queries], contiguous; index [batch, keep], clamped to valid tokens. */
 ATEDM_API int32_t atedm_similarity_source(const atedm_map *map, const int64_t *index, const int64_t index_stride[2],
                                           int64_t keep, int64_t *source, int32_t threads);
 
-/* out [batch, keep], contiguous, ascending; keep from 0 to tokens. NaN counts least. */
+/* out [batch, keep], contiguous, ascending; keep from 0 to tokens. NaN ranks lowest. */
 ATEDM_API int32_t atedm_select_tokens(const float *scores, const int64_t scores_stride[3], int64_t batch,
                                       int64_t heads, int64_t tokens, int64_t keep, int32_t reduction, int64_t *out,
                                       int32_t threads);
@@ -82,7 +82,7 @@ ATEDM_API int32_t atedm_gather_rows(const void *x, const int64_t x_stride[3], in
                                     const int64_t index_stride[2], int64_t rows, void *out, int32_t threads);
 
 /* residual and out [batch, channels, height, width]; x [batch, slots, channels]; source [batch, height * width],
- * clamped. out is contiguous, in channels-last order where channels_last is not 0. */
+ * clamped. out is contiguous, in channels-last order if channels_last is not 0. */
 typedef struct atedm_feature_map {
   const void *x, *residual;
   const int64_t *source;

@@ -18,8 +18,8 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 
-# Contraction: a product and a sum become one fused operation where the ISA has one. Never -ffast-math, which would
-# delete the rounding that the exponential is built on.
+# Contraction fuses a product and a sum into one operation where the ISA has one. Never -ffast-math, which would delete
+# the rounding that the exponential builds on.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
@@ -51,7 +51,7 @@ def compiler() -> list[str]:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise BuildError("no C++ compiler (c++, g++ or clang++) is on the path; CXX names one")
+    raise BuildError("no C++ compiler (c++, g++ or clang++) is on the path; set CXX to use another")
 
 
 def _run(command: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def objects(folder: Path, extra: Sequence[str] = (), isas: Sequence[str] = tuple
     """Compile every source into ``folder``, each ISA's kernels once, and return the object files.
 
     Args:
-        extra: more compiler flags. isas: those wanted; an old compiler or another CPU omits some.
+        extra: more compiler flags. isas: those to build; an old compiler or another CPU omits some.
 
     Raises:
         BuildError: with the compiler's output.
@@ -99,7 +99,7 @@ def objects(folder: Path, extra: Sequence[str] = (), isas: Sequence[str] = tuple
 
 
 def build_library(out: Path) -> None:
-    """Build the shared library ``out``; an old one there is replaced at once or not at all.
+    """Build the shared library ``out``; it replaces an old one atomically.
 
     Raises:
         BuildError: there is no compiler, or it failed.

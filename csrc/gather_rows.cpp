@@ -1,4 +1,4 @@
-// Copies of whole rows: the same for every ISA and every dtype of a size.
+// Copies of whole rows: the same for every ISA and for all dtypes of one size.
 #include <cstring>
 
 #include "atedm.h"

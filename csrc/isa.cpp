@@ -57,7 +57,7 @@ constexpr const char *kNames[ATEDM_ISAS] = {"portable", "avx2", "avx512", "avx51
 
 bool bit(unsigned reg, int position) { return (reg >> position & 1) != 0; }
 
-// Register state that the operating system saves at a switch of threads.
+// Register state that the operating system saves when it switches threads.
 uint64_t saved_state() {
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -66,7 +66,7 @@ uint64_t saved_state() {
 
 bool saves(uint64_t mask) { return (saved_state() & mask) == mask; }
 
-// Linux hands the tiles' state out on request only, to the whole process.
+// Linux grants the tiles' state only on request, to the whole process.
 bool tiles_are_granted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -100,7 +100,7 @@ const char *find_why_not(int32_t isa) {
 
 #else
 
-const char *find_why_not(int32_t) { return "this CPU is not an x86"; }
+const char *find_why_not(int32_t) { return "this CPU is not x86"; }
 
 #endif
 

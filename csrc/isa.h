@@ -21,7 +21,7 @@ struct Kernels {
   int32_t (*recover_feature_map)(const atedm_feature_map &, int32_t);
 };
 
-// Bytes of one head's map up to which it is kept, see atedm_set_map_limits.
+// The largest map of one head that is kept, in bytes; see atedm_set_map_limits.
 double float_map_limit();
 double sixteen_bit_map_limit();
 

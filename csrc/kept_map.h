@@ -20,14 +20,14 @@ struct KeptFloat {
   }
 };
 
-// Two rows of the map in 16 bits an entry: no sign, 6 bits of exponent, 10 of mantissa, for 2^-63 to 2. That is fp16's
-// precision with a range in which no attention that counts vanishes, and any ISA unpacks it in two instructions. Digits
-// are cut off, not rounded: the correction of each column removes the bias, and what is left is the same.
+// Two rows of the map in 16 bits per entry: no sign, 6 bits of exponent, 10 of mantissa, for 2^-63 to 2. That is fp16's
+// precision with a range in which no significant attention vanishes, and any ISA unpacks it in two instructions. Digits
+// are cut off, not rounded: the correction of each column removes the bias, and the remaining error is the same.
 struct Kept16 {
   static constexpr bool kCuts = true;
   static constexpr int64_t kPairBytes = kPanel * 4;
   static constexpr uint32_t kField = 0x1fffe000, kTop = 0x20000000;  // of a float32
-  static constexpr uint32_t kTooLarge = 0x40000000;                  // set from 2 on, infinity and NaN included
+  static constexpr uint32_t kTooLarge = 0x40000000;                  // set for 2 and above, infinity and NaN included
   static ATEDM_INLINE Vf unpack(Vu bits) { return bits_as<Vf>((bits & kField) | kTop); }
   static ATEDM_INLINE void put(char *pair, int v, Vf first, Vf second) {
     const Vf least = splat(0x1p-63f);
@@ -51,19 +51,19 @@ struct Kept16 {
   }
 };
 
-// The panels of a head follow each other; in a panel, its rows.
+// A head's panels follow each other, and so do the rows of a panel.
 template <class Kept>
 ATEDM_INLINE int64_t kept_panel_bytes(int64_t rows) {
   return (rows + 1) / 2 * Kept::kPairBytes;
 }
 
-// The first step for one block: keeps its part of the map at `kept` and gives the sums of its columns, with weights 1.
-// False where an entry does not fit.
+// The first step for one block: keeps its part of the map at `kept` and sums its columns, with weights 1. Returns false
+// if an entry does not fit.
 template <class Dot, class Kept>
 bool keep_block(const Head &head, int64_t first_key, int64_t keys, BlockScratch<Dot> &scratch, char *kept,
                 float *sums) {
   const int64_t panel_bytes = kept_panel_bytes<Kept>(head.map.queries);
-  alignas(64) uint32_t seen[kBlockKeys];  // bits of the entries of a column, together
+  alignas(64) uint32_t seen[kBlockKeys];  // bits of a column's entries, ORed
   for (int64_t j = 0; j < round_up(keys, kPanel); ++j) sums[j] = 0, seen[j] = 0;
   for_each_panel(head, first_key, keys, scratch,
                  [&](int64_t panel, int64_t first_row, int64_t rows, const float *logits) {
@@ -75,7 +75,7 @@ bool keep_block(const Head &head, int64_t first_key, int64_t keys, BlockScratch<
       Vf a[kVectors], b[kVectors];
       map_row(logits, scale, splat(scratch.shift[r]), a);
       map_row(logits + kPanel, scale, splat(scratch.shift[r + 1]), b);
-      const Vu both = splat(r + 1 < rows ? ~uint32_t{0} : 0);  // the row behind the last counts as zeros
+      const Vu both = splat(r + 1 < rows ? ~uint32_t{0} : 0);  // the row past the last counts as zeros
       ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
         b[v] = bits_as<Vf>(bits_as<Vu>(b[v]) & both);
         sum[v] += a[v] + b[v];

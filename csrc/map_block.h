@@ -1,5 +1,5 @@
-// The map by blocks: one head, up to kBlockKeys keys, every query. A block is a work item; its sums run over the rows in
-// one fixed order, so results do not depend on how many threads share the blocks.
+// The map in blocks: one head, up to kBlockKeys keys, every query. A block is a work item; its sums run over the rows
+// in one fixed order, so results do not depend on how many threads share the blocks.
 #pragma once
 
 #include "map_tile.h"
@@ -12,7 +12,7 @@ ATEDM_INLINE bool valid(const atedm_map &map) {
          map.head_dim <= kMaxHeadDim && map.batch >= 0 && map.heads >= 0 && map.queries >= 0 && map.keys >= 0;
 }
 
-// Of logits whose powers are taken to base 2.
+// The scale of logits for exponentials in base 2.
 ATEDM_INLINE float base_2_scale(const atedm_map &map) { return static_cast<float>(map.scale * 1.4426950408889634); }
 
 // One head of the map.
@@ -35,7 +35,7 @@ struct Head {
   float shift(int64_t row) const { return load_as<float>(lse + row * lse_stride) * -kLog2E; }
 };
 
-// What a thread works in.
+// Working memory of a thread.
 template <class Dot>
 struct BlockScratch {
   typename Dot::Unit *panels, *queries;
@@ -54,7 +54,7 @@ struct BlockScratch {
       Dot::load(head.query(first + r), map.q_stride[3], map.dtype, map.head_dim, queries + r * depth);
       shift[r] = head.shift(first + r);
     }
-    // The last tile reads whole rows: nothing comes of them, but they must hold something.
+    // The last tile reads rows past the end: their results are unused, but they must be initialised.
     for (int64_t r = rows; r < round_up(rows, Dot::kRows); ++r) {
       for (int64_t d = 0; d < depth; ++d) queries[r * depth + d] = typename Dot::Unit{};
       shift[r] = 0;

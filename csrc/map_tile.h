@@ -1,8 +1,8 @@
-// Logits q_i . k_j of some queries by a panel of keys: the one product that every op over the attention map is built on.
+// Logits q_i . k_j of some queries by a panel of keys: the product that every op over the attention map builds on.
 //
 // Keys lie in panels, transposed, so that a vector holds one coordinate of several keys; queries are broadcast. A column
 // of the map then stays in its lane, and sums over rows need no shuffle. Logits pass through a buffer in the first-level
-// cache: exponentials straight from the registers of each tile were slower, for their latency showed after every tile.
+// cache: exponentials straight from the registers of each tile were slower, as their latency showed after every tile.
 #pragma once
 
 #include "rows.h"
@@ -23,7 +23,7 @@ ATEDM_INLINE void store_tile(const Vf (&sums)[kRows][kVectors], float *out) {
   }
 }
 
-// float32 products; fp16, and bf16 where there is no instruction for it, are widened on the way in.
+// float32 products; fp16, and bf16 without an instruction for it, are widened when loaded.
 struct FloatDot {
   using Unit = float;
   static constexpr int kRows = 6;
@@ -47,16 +47,16 @@ struct FloatDot {
 };
 
 #if ATEDM_ISA >= ATEDM_AVX512_BF16
-// Pairs of bfloat16: two products an instruction. Products are exact, sums float32; denormal inputs count as 0.
+// Pairs of bfloat16: two products per instruction. Products are exact, sums float32; denormal inputs count as 0.
 struct PairDot {
   using Unit = uint32_t;
 #if ATEDM_ISA >= ATEDM_AMX
-  // Never run but emulated. A tile of 16 queries; panels have the layout that the tile unit wants of its second operand.
+  // Tested only on emulated tiles. A tile of 16 queries; panels are laid out as the unit needs its second operand.
   static constexpr int kRows = 16;
   static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
   static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {
     static_assert(kVectors == 4, "tiles 0 to 3 are sums, 4 to 6 operands");
-    // Statements on their own: GCC's intrinsics are macros.
+    // Separate statements: GCC's intrinsics are macros.
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -102,7 +102,7 @@ struct PairDot {
 };
 #endif
 
-// The tile unit's settings belong to a thread: held while one works.
+// The tile unit's settings, which are per thread; held while it works.
 struct TileUnit {
 #if ATEDM_ISA >= ATEDM_AMX
   TileUnit() {
@@ -116,8 +116,8 @@ struct TileUnit {
 #endif
 };
 
-// The keys key_at(0) … key_at(keys - 1) of a head, as panels. Columns behind the last hold copies of it: they must not
-// hold what a key that is there does not.
+// The keys key_at(0) … key_at(keys - 1) of a head, as panels. Columns past the last hold copies of it: they must not
+// bring in values that no key has.
 template <class Dot, class KeyAt>
 inline void load_panels(const char *k, const int64_t (&stride)[4], int32_t dtype, int64_t head_dim, int64_t keys,
                         const KeyAt &key_at, typename Dot::Unit *panels) {
@@ -149,7 +149,7 @@ ATEDM_INLINE int32_t with_dot([[maybe_unused]] int32_t dtype, Run &&run) {
   return run(FloatDot{});
 }
 
-// Threads worth starting for `items` items of `products` multiplications each: one needs about 0.1 ms of work.
+// Threads worth starting for `items` items of `products` multiplications each: each needs about 0.1 ms of work.
 ATEDM_INLINE int32_t threads_for(int32_t threads, int64_t items, int64_t products) {
   const int64_t worth = items * larger<int64_t>(products, 1) / 4000000 + 1;
   return static_cast<int32_t>(larger<int64_t>(1, smaller<int64_t>(smaller<int64_t>(threads, items), worth)));
@@ -166,7 +166,7 @@ ATEDM_INLINE void parallel(int32_t threads, int64_t items, const Body &body) {
 // One block of memory, cut into aligned parts.
 class Scratch {
  public:
-  // Parts first, then allocation: add() gives an offset, at() its address.
+  // Add all parts, then allocate: add() returns an offset, at() its address.
   int64_t add(int64_t bytes) {
     const int64_t offset = size_;
     size_ = round_up(size_ + bytes, 64);

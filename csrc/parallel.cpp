@@ -58,7 +58,7 @@ void run_parallel(int32_t threads, int64_t items, void (*body)(void *, int32_t, 
   job.body = body;
   job.context = context;
   const GompParallel shared = gomp_parallel.load();
-  // After a fork the runtime believes in threads that the child does not have, and would wait for them for ever.
+  // After a fork the runtime counts on threads that the child does not have, and would wait for them forever.
   if (shared != nullptr && gomp_process.load() == process_id()) {
     shared(work, &job, static_cast<unsigned>(threads), 0);
     return;
@@ -67,7 +67,7 @@ void run_parallel(int32_t threads, int64_t items, void (*body)(void *, int32_t, 
   try {
     others.reserve(static_cast<size_t>(threads - 1));
     for (int32_t i = 1; i < threads; ++i) others.emplace_back(work, &job);
-  } catch (const std::system_error &) {  // no more threads: those there are do the work
+  } catch (const std::system_error &) {  // no more threads: the existing ones do the work
   } catch (const std::bad_alloc &) {
   }
   work(&job);
@@ -86,7 +86,7 @@ void *allocate(size_t bytes) {
   void *memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes == 0 ? alignment : bytes) != 0) return nullptr;
 #if defined(__linux__)
-  if (alignment == kHuge) madvise(memory, bytes, MADV_HUGEPAGE);  // saves thousands of page faults a call
+  if (alignment == kHuge) madvise(memory, bytes, MADV_HUGEPAGE);  // saves thousands of page faults per call
 #endif
   return memory;
 }

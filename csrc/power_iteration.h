@@ -6,9 +6,9 @@
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
-// scores <- raw / sum(raw). True where the sum of changes is below `tolerance`; never with a NaN among them.
+// scores <- raw / sum(raw). True if the sum of changes is below `tolerance`; never if one of them is NaN.
 inline bool normalise(float *scores, const float *raw, int64_t count, double tolerance) {
-  constexpr int64_t kParts = 16;  // independent sums, in an order of their own, that a compiler can make vectors of
+  constexpr int64_t kParts = 16;  // independent sums, in a fixed order, that a compiler can vectorise
   double parts[kParts] = {}, changes[kParts] = {};
   const auto total = [](const double(&values)[kParts]) {
     double sum = 0;

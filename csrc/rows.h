@@ -85,7 +85,7 @@ ATEDM_INLINE void store_row(char *row, int32_t dtype, int64_t count, const float
   for (; i < count; ++i) store_as(row + 2 * i, float16_of_float(values[i]));
 }
 
-// The same row as pairs of bfloat16, `pairs` of them, with zeros behind its end.
+// The same row as pairs of bfloat16, `pairs` of them, with zeros past its end.
 ATEDM_INLINE void load_pairs(const char *row, int64_t stride, int64_t count, int64_t pairs, uint32_t *out) {
   int64_t i = 0;
   if (stride == 1) {

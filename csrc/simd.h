@@ -1,6 +1,6 @@
 // Vectors of one ISA. Compiled once for each ISA: everything is in that ISA's namespace, and nothing here or in
 // what includes it may use the standard library's templates. The linker keeps one copy of those for all ISAs, which
-// could be the one made of instructions that this CPU lacks.
+// could be the one with instructions that this CPU lacks.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +58,7 @@ ATEDM_INLINE To bits_as(From value) {
   return result;
 }
 
-ATEDM_INLINE Vf splat(float x) { return x - Vf{}; }  // not x + 0: that would have to make 0 of -0
+ATEDM_INLINE Vf splat(float x) { return x - Vf{}; }  // not x + 0, which must turn -0 into 0
 ATEDM_INLINE Vu splat(uint32_t x) { return Vu{} + x; }
 
 template <class T>
@@ -91,9 +91,9 @@ ATEDM_INLINE Vf min_or_second(Vf a, Vf b) {
 #endif
 }
 
-// x <- 2^x, relative error at most 2.7e-6 (a polynomial of degree 4 on [-1/2, 1/2], relative minimax, its error's mean
-// brought to 0) plus 3e-7 of rounding. Below 2^-126 the result is 0 or a denormal, above 2^128 infinite; NaN stays NaN.
-// Several vectors in step, so that none waits for its own last result.
+// x <- 2^x, relative error at most 2.7e-6 (a polynomial of degree 4 on [-1/2, 1/2], relative minimax, its mean error
+// shifted to 0) plus 3e-7 of rounding. Below 2^-126 the result is 0 or a denormal, above 2^128 infinite; NaN stays NaN.
+// Several vectors advance together, so that none waits for its own last result.
 template <int kCount>
 ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
   constexpr float c0 = 0.999999247f, c1 = 0.693121805f, c2 = 0.240247445f, c3 = 0.0559178597f, c4 = 0.00957010179f;
@@ -105,7 +105,7 @@ ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
 #else
   // 1.5 * 2^23: adding it rounds to whole numbers, which are then the low bits. 127 is the bias of an exponent.
   constexpr float kShift = 12582912.0f + 127.0f;
-  // Kept where both factors of the result are normal numbers; at the ends the second is 0 or infinite.
+  // Clamped to where both factors of the result are normal numbers; at the ends the second is 0 or infinite.
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = max_or_second(splat(-127.0f), x[i]);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = min_or_second(splat(128.0f), x[i]);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = x[i] + splat(kShift);
@@ -116,7 +116,7 @@ ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c1);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + splat(c0);
 #if ATEDM_ISA >= ATEDM_AVX512
-  // scalef does the ends of the range: by its definition NaN * 2^-inf is 0 and NaN * 2^inf is inf, for x infinite.
+  // scalef handles the ends of the range: it defines NaN * 2^-inf as 0 and NaN * 2^inf as inf, for infinite x.
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = (Vf)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);
 #else
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = p[i] * bits_as<Vf>(bits_as<Vu>(whole[i]) << 23);

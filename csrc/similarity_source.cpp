@@ -1,4 +1,4 @@
-// For each dropped token the kept one with the largest attention, summed over the heads (their mean has the same order).
+// For each dropped token, the kept one of the largest attention, summed over the heads (their mean has the same order).
 //
 // Only rows of dropped tokens and columns of kept ones are computed, heads innermost, so that a tile's sum over the heads
 // stays in the first-level cache and no part of the map is ever written out.
@@ -17,7 +17,7 @@ struct SourceSearch {
   const int64_t panels = (keep + kPanel - 1) / kPanel;
   Unit *keys = nullptr;  // [pairs, panels]
 
-  // What a thread works in.
+  // Working memory of a thread.
   struct Work {
     Unit *queries;  // [heads, rows]
     float *shift, *logits, *similarity, *best;

@@ -1,24 +1,24 @@
 // The power iteration s <- A^T s, normalised, of every head.
 //
-// The first step computes the map and keeps it, as many heads at a time as the cache holds; the others only read it. Up to
-// 512 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in time, and
-// a 1024-token head twice what the second-level cache holds: they are kept in 16 bits. The exact column sums of the first
-// step are known, so each column is corrected by what cutting did to them. Scores of five iterations then differ from
-// float64 by 2e-5 (rms) to 2e-4 (largest) where logits spread as in SDXL, and by 6e-4 at most on far more peaked maps,
-// where two or three entries decide a sum; with float32 or without a kept map, by 1e-5.
+// The first step computes the map and keeps it, as many heads at a time as the cache holds; later steps only read it.
+// Up to 512 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in
+// time, and a 1024-token head twice what the second-level cache holds: both are kept in 16 bits. The exact column sums
+// of the first step are known, so each column is corrected for the digits cut off. Scores of five iterations then
+// differ from float64 by 2e-5 (rms) to 2e-4 (largest) where logits spread as in SDXL, and by 6e-4 at most on far more
+// peaked maps, where two or three entries decide a sum; with float32 or without a kept map, by 1e-5.
 #include "kept_map.h"
 #include "power_iteration.h"
 
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
-// Maps of several heads that stay in the last-level cache while they are iterated over.
+// Maps of several heads that stay in the last-level cache during the iteration.
 constexpr int64_t kCacheBytes = 16 << 20;
 
 template <class Dot, class Kept>
 struct Ranking {
   const atedm_map &map;
-  const bool keeps;  // the map; else every step computes it again
+  const bool keeps;  // the map; else every step recomputes it
   const int64_t tokens = map.queries, pairs = map.batch * map.heads;
   const int64_t blocks = (tokens + kBlockKeys - 1) / kBlockKeys, columns = blocks * kBlockKeys;
   const int64_t padded = round_up(tokens, 2);
@@ -79,7 +79,7 @@ struct Ranking {
     for (int32_t iteration = 0; iteration < max_iterations && heads > 0; ++iteration) {
       const int64_t items = heads * blocks;
       parallel(threads, items, [&](int32_t worker, int64_t item) {
-        if (iteration % 2) item = items - 1 - item;  // back over what the cache still holds of the last step
+        if (iteration % 2) item = items - 1 - item;  // in reverse, over what the cache still holds from the last step
         step(base, running[item / blocks], item % blocks, iteration, worker);
       });
       int64_t still = 0;
@@ -115,7 +115,7 @@ int32_t weighted_page_rank(const atedm_map &map, int32_t max_iterations, double 
     return ATEDM_OK;
   };
   return with_dot(map.dtype, [&](auto dot) -> int32_t {
-    // A map of more than 2^31 tokens a side overflows nothing here: it is far beyond any limit.
+    // A map of more than 2^31 tokens per side overflows nothing here: it is far beyond any limit.
     const double entries = static_cast<double>(tokens) * static_cast<double>(tokens);
     if (max_iterations > 1 && entries * 4 <= float_map_limit()) return rank_all(dot, KeptFloat{}, true);
     return rank_all(dot, Kept16{}, max_iterations > 1 && entries * 2 <= sixteen_bit_map_limit());

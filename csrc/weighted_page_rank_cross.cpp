@@ -1,7 +1,7 @@
 // Importance of the queries of a cross-attention map: s_K <- A^T s_Q, s_Q <- (A s_K) / entropy, normalised.
 //
-// Text has few tokens, so a head's map is small: it is computed once, in float32, by chunks of rows, and kept. A map that
-// is too large for that is computed again for each of the two products.
+// Text has few tokens, so a head's map is small: it is computed once, in float32, in chunks of rows, and kept. A map
+// that is too large is recomputed for each of the two products.
 #include "map_block.h"
 #include "power_iteration.h"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;
 constexpr int64_t kCrossCacheBytes = 32 << 20;
-constexpr float kEntropyFloor = 1e-6f;  // of a row that attends to one key alone; as in the reference
+constexpr float kEntropyFloor = 1e-6f;  // of a row that attends to only one key; as in the reference
 
 // All ones in the lanes of columns before `count`.
 ATEDM_INLINE Vu lanes_before(int64_t first, int64_t count) {

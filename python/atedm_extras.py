@@ -1,7 +1,7 @@
-"""The commands ``atedm`` and ``atedm-bench``, and the one line that names the extra where a package is missing.
+"""The commands ``atedm`` and ``atedm-bench``, and the line that names the extra if a package is missing.
 
-A module beside the packages: without diffusers ``import atedm`` raises, and a command says so without a traceback. It
-imports the standard library alone.
+The module lies beside the packages: without diffusers ``import atedm`` raises, and a command must report that without a
+traceback. It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 
-# What a distribution is imported as, where that is another name.
+# The import name of a distribution, where it differs.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 # What every command needs: `import atedm`, and the command line itself.
@@ -18,7 +18,7 @@ COMMAND = ("diffusers", "typer", "rich")
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of ``packages``, by their names on PyPI, that are not installed."""
+    """Those of ``packages`` (names on PyPI) that are not installed."""
     return [name for name in packages if not _is_installed(_MODULES.get(name, name))]
 
 
@@ -30,12 +30,12 @@ def _is_installed(module: str) -> bool:
 
 
 def hint(extra: str, packages: list[str]) -> str:
-    """The line about missing ``packages`` that ``extra`` brings."""
+    """The line about missing ``packages`` that ``extra`` installs."""
     return f"{', '.join(packages)} not installed; pip install 'atedm-kernels[{extra}]'"
 
 
 def require(extra: str, *packages: str) -> None:
-    """End the program with that line and status 1 where one of ``packages`` is missing."""
+    """Exit with that line and status 1 if one of ``packages`` is missing."""
     absent = missing(*packages)
     if absent:
         sys.exit(f"Error: {hint(extra, absent)}")

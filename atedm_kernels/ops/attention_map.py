@@ -1,4 +1,4 @@
-"""The attention map ``A_ij = exp(scale · q_i·k_j − lse_i)``: by blocks, for the references, and its FLOPs."""
+"""The attention map ``A_ij = exp(scale · q_i·k_j − lse_i)``: in blocks, for the references, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def log_map_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Iterator[
 
 
 def map_flops(q: tuple[int, ...], keys: int) -> int:
-    """Products of the queries of shape ``q`` ``[B, H, M, D]`` with ``keys`` keys: 2·B·H·M·N·D."""
+    """FLOPs of the products of queries of shape ``q`` ``[B, H, M, D]`` with ``keys`` keys: 2·B·H·M·N·D."""
     batch, heads, queries, head_dim = q
     return 2 * batch * heads * queries * keys * head_dim
 

@@ -17,21 +17,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # The interpreter holds bfloat16 as integers and multiplies those. Widening the operands changes no product.
 _WIDEN = tl.constexpr(triton_interprets())
 
-# Elements: 16 bytes and more. Triton knows by itself of strides that 16 divides, which leaves out a head dim of 40.
+# In elements: 16 bytes or more. Triton itself only detects strides divisible by 16, which excludes a head dim of 40.
 _MAX_ALIGNMENT = 16
 
 # tl.dot contracts over at least this many columns.
 _MIN_DIM = 16
 
 
-# float32 is multiplied on the FMA units from registers, which hold no more columns than this.
+# float32 products run on the FMA units from registers, which hold no more columns than this.
 _STREAMED_DIM = 32
 
 
 def tile_constants(q: Tensor, k: Tensor) -> dict[str, object]:
-    """Constants that say how the head dim is cut, and what divides the strides.
+    """Constants that say how the head dim is split, and what divides the strides.
 
-    16-bit inputs: at most two powers of two (80 = 64 + 16), which cost less than padding. float32: a loop over pieces.
+    16-bit inputs use at most two powers of two (80 = 64 + 16), which cost less than padding; float32 loops over pieces.
     """
     head_dim = q.shape[3]
     alignment = math.gcd(_MAX_ALIGNMENT, *q.stride()[:3], *k.stride()[:3])
@@ -105,7 +105,7 @@ def load_tile(
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
 ):
-    """The rows of one head in two pieces along the head dim (the second is unused where ``DIM_B`` is 0).
+    """The rows of one head in two pieces along the head dim (the second is unused if ``DIM_B`` is 0).
 
     Masked rows, and columns past the head dim, are 0.
     """

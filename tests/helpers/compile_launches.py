@@ -1,7 +1,7 @@
 """Compile the launches of every op ahead of time and report what the compiler made of them, as JSON.
 
-Run in a process of its own, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90 [case …]``.
-No GPU is needed: the launches are built from meta tensors, and Triton brings the assemblers.
+Run it in its own process, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90 [case …]``.
+No GPU is needed: the launches are built from meta tensors, and Triton ships the assemblers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def attention_launches(op: str, dtype: str, head_dim: int, tokens: int, heads: i
     index = meta(2, tokens * 3 // 8, dtype=torch.int64)
     out = meta(2, tokens, dtype=torch.int64)
     launches = similarity.similarity_launches(q, k, lse, index, 0.125, out)
-    # As large batches make it: enough rows to fill a GPU with the kept tokens in one part.
+    # As with large batches: enough rows to fill a GPU with the kept tokens in one part.
     tile = replace(tile_for(similarity.OP, q), programs=1)
     with tiles.assume(similarity_source=tile):
         return launches + similarity.similarity_launches(q, k, lse, index, 0.125, out)
@@ -129,7 +129,7 @@ def smallest_launches() -> list[Launch]:
 
 
 def cases() -> dict[str, Callable[[], list[Launch]]]:
-    """Name → builder. The shapes are those of SDXL, and the head dims of the models before it."""
+    """Name → builder. The shapes are those of SDXL, with the head dims of earlier models too."""
     found: dict[str, Callable[[], list[Launch]]] = {"smallest": smallest_launches}
     shapes = [(dtype, 64, *level) for dtype in ("fp16", "bf16", "fp32") for level in ((4096, 10), (1024, 20))]
     shapes += [(dtype, head_dim, 1000, 8) for dtype in ("bf16", "fp32") for head_dim in (8, 40, 80, 128, 160, 256)]

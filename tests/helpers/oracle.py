@@ -54,7 +54,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None) -> Te
 
 
 def page_rank(q: Tensor, k: Tensor, lse: Tensor, iterations: Tensor, cross: bool = False) -> tuple[Tensor, Tensor]:
-    """Scores after the given iterations ``[B, H]`` of each head, and the L1 change in each ``[most, B, H]``."""
+    """Scores after the given iterations ``[B, H]`` of each head, and the L1 change in each ``[steps, B, H]``."""
     log_map = logits(q, k) - lse.double()[..., None]
     a = log_map.exp()
     entropy = -(a * log_map).sum(-1)
@@ -88,7 +88,7 @@ def kept_tokens(batch: int, tokens: int, keep: int, device: torch.device) -> Ten
 
 
 def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
-    """Compared by the similarity that they pick: two may be equal up to rounding."""
+    """Compare sources by the similarity that they pick: two may be equal up to rounding."""
     keep = index.shape[1]
     assert source.dtype == torch.int64 and source.shape == (q.shape[0], q.shape[2])
     assert (source >= 0).all() and (source < keep).all()

@@ -1,4 +1,4 @@
-"""Running a pipeline, and what must hold of every one."""
+"""Run a pipeline, and check what must hold for each."""
 
 import torch
 
@@ -9,16 +9,16 @@ STEPS = 4
 
 
 def latents(pipe, **arguments):
-    """What ``pipe`` gives for a prompt and a seed, before decoding."""
+    """What ``pipe`` returns for a prompt and a seed, before decoding."""
     defaults = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
     return pipe(**{**defaults, "generator": generator, **arguments}).images
 
 
 def check(pipe, call=None, alike=0.5):
-    """Pruning takes part, ratio 0 changes nothing, removing gives the same bits back; returns full, pruned, recording.
+    """Pruning takes effect, ratio 0 changes nothing, removal restores every bit; returns full, pruned, recording.
 
-    ``call``: runs ``pipe`` and gives a tensor; :func:`latents` by default. ``alike``: least cosine similarity.
+    ``call``: runs ``pipe`` and returns a tensor; :func:`latents` by default. ``alike``: minimum cosine similarity.
     """
     call = call or (lambda: latents(pipe))
     full = call()

@@ -16,7 +16,7 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# After the choice above: it loads no triton, but what a test module imports next does.
+# After the choice above: this does not load triton, but the next import of a test module may.
 from atedm_kernels import native  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.empty`` hands out NaN, or the lowest integer: whatever reads memory before writing it shows."""
+    """``torch.empty`` returns NaN or the lowest integer, which exposes reads of unwritten memory."""
     empty = torch.empty
 
     def poisoned(*size, **options):

@@ -21,7 +21,7 @@ SHAPES = [
 
 
 def assert_sums(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, tolerance: float) -> None:
-    """Error against the sum of absolute terms ``scale``: with weights of both signs the sum itself may vanish."""
+    """Error relative to ``scale``, the sum of absolute terms: with weights of both signs the sum itself may vanish."""
     assert got.dtype == torch.float32 and got.shape == expected.shape
     assert torch.isfinite(got).all()
     assert ((got.double() - expected).abs() / scale).max() < tolerance
@@ -107,7 +107,7 @@ def test_repeats_bit_for_bit(backend, device):
 
 
 def test_splits_cover_the_queries_once(device):
-    """Few keys: the queries are cut into parts, the last of them short or of one row."""
+    """With few keys, the queries are split into parts; the last one is short or has one row."""
     from atedm_kernels.ops.attention_column_sums.triton_kernel import query_splits
 
     for queries in (1025, 1280, 1500):

@@ -1,8 +1,7 @@
-"""The kernels compiled ahead of time for GPUs that are not here.
+"""The kernels compiled ahead of time for GPUs that the machine lacks.
 
-Nothing spills, shared memory fits, 16-bit products run on the matrix units, and what is only moved is moved 16 bytes at
-a time. The compiler needs a process in which
-Triton's interpreter does not stand in for it.
+Nothing spills, shared memory fits, 16-bit products run on the matrix units, and data that is only moved is
+moved 16 bytes at a time. The compiler needs a process in which Triton's interpreter does not replace it.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ MATRIX = {
     "gfx942": "v_mfma",
 }
 PRODUCT_KERNELS = {"_column_sums_kernel", "_rows_kernel", "_similarity_kernel"}
-# How many programs with exponentials an NVIDIA multiprocessor's registers hold at head dim 64 at least: one of them
-# multiplies while another takes exponentials. sm_80's and sm_100's compilers take more registers for theirs.
+# The minimum number of programs with exponentials that an NVIDIA multiprocessor's registers hold at head dim 64: one
+# multiplies while another takes exponentials. The compilers for sm_80 and sm_100 use more registers.
 RESIDENT = {"sm_80": 2, "sm_90": 3, "sm_100": 2, "sm_120": 3}
 EXPONENTIAL_KERNELS = {"_column_sums_kernel", "_rows_kernel"}
 REGISTERS = 65536
@@ -56,7 +55,7 @@ def test_resources(target):
         counted = row["kernel"] in EXPONENTIAL_KERNELS and "16-d64-" in row["case"]
         if counted and RESIDENT.get(target, 0) * 32 * row["warps"] * row["registers"] > REGISTERS:
             problems.append(("registers", row))
-        # Indices take 8 bytes each; what they move takes 16.
+        # Loads of indices are 8 bytes wide, those of data 16.
         if row["case"].startswith(("gather", "feature_map")) and (row["loads"] != [8, 16] or row["stores"] != [16]):
             problems.append(("width of memory accesses", row))
     assert not problems, "\n".join(f"{what}: {row}" for what, row in problems)

@@ -66,7 +66,7 @@ def test_feature_map(backend, device, x_dtype, dtype, shape, poisoned_empty):
 
 
 def test_indices_out_of_range_stay_inside(device):
-    """The ops reject them where checking costs nothing; the kernels alone clamp."""
+    """The ops reject them where checking costs nothing; the kernels themselves clamp."""
     from atedm_kernels.ops.gather_tokens.triton_kernel import gather_rows_triton
     from atedm_kernels.ops.recover_feature_map.triton_kernel import recover_feature_map_triton
     from atedm_kernels.ops.similarity_source.triton_kernel import similarity_source_triton

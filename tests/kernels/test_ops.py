@@ -270,7 +270,7 @@ REFERENCES = {
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_reference_never_stores_the_map(name):
-    """4096 tokens and 2 heads: the map would take 134 MB. Called below the op, inside which a mode does not look."""
+    """4096 tokens and 2 heads: the map would take 134 MB. Called below the op, because a mode cannot see inside it."""
     q, k = torch.randn(2, 1, 2, 4096, 16).unbind()
     _, lse = atedm_kernels.attention_with_logsumexp(q, k, k)
     with LargestTensor() as largest:

@@ -18,7 +18,7 @@ def assert_ranking(q, k, lse, scores, iterations, cross: bool, max_iterations: i
     assert scores.shape == lse.shape and iterations.shape == lse.shape[:2]
     assert ((scores.double() - expected).abs() / expected).max() < 2e-4
     assert (scores.double().sum(-1) - 1).abs().max() < 2e-5
-    # Each head stopped at the first change under the tolerance, and not before (but for rounding).
+    # Each head stopped at the first change under the tolerance, and not before (except for rounding).
     steps = torch.arange(len(changes), device=q.device)[:, None, None]
     assert (changes[steps < iterations - 1] > tolerance - 1e-6).all()
     last = changes.gather(0, iterations.long()[None] - 1)[0]
@@ -94,7 +94,7 @@ def test_repeats_bit_for_bit(backend, device, op):
 
 @pytest.mark.parametrize("tokens", [400, 576, 1024, 4096])
 def test_scratch_is_a_hundredth_of_the_map(tokens):
-    """What a ranking allocates beside its results: a bias and partial sums."""
+    """What a ranking allocates besides its results: a bias and partial sums."""
     from atedm_kernels.ops.attention_column_sums.triton_kernel import empty_partial_sums
 
     for batch, heads in ((1, 1), (2, 20), (8, 10)):

@@ -1,4 +1,4 @@
-"""Defining an op: what ``define_op`` promises of every op, and the places that no op of the package uses yet."""
+"""Defining an op: what ``define_op`` promises for every op, and the features that no op of the package uses yet."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def scaled():
 
 @pytest.fixture(scope="module")
 def added_to():
-    """``total += x``, and returns how often: an op that writes an argument in place."""
+    """``total += x``, returning ``2 x``: an op that writes an argument in place."""
 
     def check_added(total: torch.Tensor, x: torch.Tensor) -> None:
         check_tensor("x", x, "N", FLOAT_DTYPES)

@@ -68,7 +68,7 @@ def test_strided_scores(backend, device):
 
 @pytest.mark.parametrize("tokens", [20, 5000, 9000])
 def test_nan_counts_least(device, tokens):
-    """The op rejects NaN where checking costs nothing; the kernel alone has to survive it."""
+    """The op rejects NaN where checking costs nothing; the kernel itself has to survive it."""
     from atedm_kernels.ops.select_tokens.reference import select_tokens_reference
     from atedm_kernels.ops.select_tokens.triton_kernel import select_tokens_triton
 

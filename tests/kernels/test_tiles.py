@@ -1,4 +1,4 @@
-"""The tables that say how large the kernels' steps are."""
+"""The tables of the kernels' tile sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_tables(op):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Replace every table by rows of a test."""
+    """Replace every table with a test's rows."""
     monkeypatch.setattr(tiles, "table_path", lambda op: tmp_path / "tiles.json")
     tiles._look_up.cache_clear()
     yield lambda rows: (tmp_path / "tiles.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-// The kernels of the AMX isa, on emulated tiles, against those of the portable isa.
+// Compares the kernels of the AMX ISA, on emulated tiles, with those of the portable ISA.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// Every function of the C interface at every isa that runs here, over awkward sizes, strides and values, for the
+// Runs every function of the C interface with every ISA of this CPU, over awkward sizes, strides and values, for the
 // sanitizers to watch. Buffers are exactly as large as they must be and start at odd addresses. Prints the number of
 // calls; aborts on a wrong result.
 #include <cmath>

@@ -1,4 +1,4 @@
-"""What the environment decides: the isa, and whether there is a library at all."""
+"""What the environment decides: the ISA, and whether there is a library at all."""
 
 from __future__ import annotations
 

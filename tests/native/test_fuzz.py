@@ -1,7 +1,7 @@
-"""Random shapes, strides, dtypes and special values, compared with the reference; and values that nothing can be
-compared at, which must still do no harm."""
+"""Random shapes, strides, dtypes and special values, compared with the reference; and values that cannot be compared,
+which must still do no harm."""
 
-# ruff: noqa: B023 — every lambda is called where it stands.
+# ruff: noqa: B023 — every lambda is called where it is defined.
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fuzz:
         return self.laid_out((torch.randn(shape, generator=self.generator) * factor).to(dtype))
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """The same values at other strides, or at an address that is no multiple of the element's size."""
+        """The same values with other strides, or at an address that is not a multiple of the element's size."""
         layout = self.choice.choice(
             ["contiguous", "transposed", "every second", "reversed dims", "unaligned", "padded"]
         )
@@ -61,7 +61,7 @@ class Fuzz:
 
     @contextlib.contextmanager
     def settings(self):
-        """A random isa, route and number of threads."""
+        """A random ISA, route and number of threads."""
         isa = self.choice.choice([name for name, missing in native.isas().items() if missing is None])
         limits = self.choice.choice([(1 << 40, 0), (0, 1 << 40), (0, 0)])
         before = torch.get_num_threads()
@@ -118,7 +118,7 @@ def test_sums_and_rankings(special):
             assert_same(*both(lambda: ak.attention_column_sums(q, k, lse, weights, scale=scale)), 2e-4)
             rankings = [both(lambda: ak.weighted_page_rank(q, k, lse, **settings))]
             logits = scale * (q.double() @ text.double().mT)
-            # Entropies near 0 are all rounding, that of float32 logits.
+            # Entropies near 0 consist of rounding, that of float32 logits.
             if not special and torch.distributions.Categorical(logits=logits).entropy().min() > 0.05:
                 text_lse = logits.logsumexp(-1).float()
                 rankings.append(both(lambda: ak.weighted_page_rank_cross(q, text, text_lse, **settings)))
@@ -158,10 +158,10 @@ def test_selection():
         keep = fuzz.choice.randint(1, tokens)
         reduction = fuzz.choice.choice(["rms", "mean"])
         if reduction == "mean" and heads > 1 and scores.isinf().any():
-            scores = scores.nan_to_num(posinf=1e38, neginf=-1e38)  # inf - inf is no number, and ends in an error
+            scores = scores.nan_to_num(posinf=1e38, neginf=-1e38)  # inf - inf is NaN, which is an error
         with fuzz.settings():
             index, expected = both(lambda: ak.select_tokens(scores, keep, reduction=reduction))
-        if not torch.equal(index, expected):  # the order of a sum may decide between values of equal joined heads
+        if not torch.equal(index, expected):  # the order of a sum may decide between equal joined heads
             joined = scores.double().mean(1) if reduction == "mean" else scores.double().square().mean(1).sqrt()
             ranked = [joined.gather(1, i).sort(-1).values for i in (index, expected)]
             torch.testing.assert_close(*ranked, rtol=1e-14, atol=0.0)
@@ -190,7 +190,7 @@ def test_copies():
 
 
 def test_values_beyond_comparison():
-    """Logits of 1e30, a logsumexp that has nothing to do with them: no harm is done, indices stay inside."""
+    """Logits of 1e30 with an unrelated logsumexp do no harm: indices stay in range."""
     for seed in SEEDS:
         fuzz = Fuzz(seed)
         huge = fuzz.choice.choice([1e3, 1e15, 1e-40])
@@ -208,7 +208,7 @@ def test_values_beyond_comparison():
 
 
 def test_indices_out_of_range_stay_inside():
-    """The ops reject them; the kernels alone clamp."""
+    """The ops reject them; the kernels themselves clamp."""
     from atedm_kernels.ops.gather_tokens.native_kernel import gather_rows_native
     from atedm_kernels.ops.recover_feature_map.native_kernel import recover_feature_map_native
     from atedm_kernels.ops.similarity_source.native_kernel import similarity_source_native

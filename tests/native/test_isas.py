@@ -1,4 +1,4 @@
-"""Every op at every isa against float64."""
+"""Every op with every ISA, against float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = [
     (1, 2, 50, 300, 13, "tokens first"),
 ]
 EVERYTHING = 1 << 40
-# Bytes of a head's map that are kept in float32 and in 16 bits, and the accuracy promised for it.
+# The largest map of a head, in bytes, kept in float32 and in 16 bits, and the promised accuracy.
 ROUTES = {"float32": (EVERYTHING, 0, 2e-4), "16 bits": (0, EVERYTHING, 1e-3), "computed anew": (0, 0, 2e-4)}
 
 
@@ -88,7 +88,7 @@ def test_heads_stop_on_their_own(isa, route):
 
 
 def test_entries_that_16_bits_cannot_hold(isa):
-    """A logsumexp that is too small makes entries of 2 and more: such a head is computed anew."""
+    """A logsumexp that is too small makes entries of 2 and more: such a head is recomputed."""
     q, k, lse = oracle.attention_inputs((1, 3, 90, 90, 32), torch.float32, CPU)
     lse[0, 1, 40] -= 9.0
     with native.map_limits(0, EVERYTHING):
@@ -102,7 +102,7 @@ def test_page_rank_cross(isa, dtype, kept):
     with native.map_limits(EVERYTHING, EVERYTHING if kept else 0):
         for *shape, layout in SHAPES:
             if shape[3] < 2:
-                continue  # entropies of 0 are all rounding: see tests/kernels
+                continue  # entropies of 0 consist of rounding: see tests/kernels
             q, k, lse = oracle.attention_inputs(tuple(shape), dtype, CPU, layout=layout)
             scores, iterations = ak.weighted_page_rank_cross(q, k, lse, max_iterations=3, tolerance=0.0)
             assert relative(scores, oracle.page_rank(q, k, lse, iterations.long(), cross=True)[0]) < 2e-4
@@ -128,7 +128,7 @@ def test_large_logits(isa, std):
 
 
 def test_one_hot_rows(isa):
-    """Every token attends to one other and to nothing else: a permutation, whose ranking is uniform for ever."""
+    """Every token attends to one other and to nothing else: a permutation, whose ranking stays uniform."""
     tokens = 61
     q = torch.eye(64)[:tokens][None, None] * 60
     permutation = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
@@ -186,7 +186,7 @@ def test_recover_feature_map(isa, x_dtype, dtype):
 
 
 def test_every_float16(isa):
-    """Conversions of every value there is: through a sum with zeros, in and out."""
+    """Convert every value, in and out, through a sum with zeros."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     x, source = torch.zeros(1, 1, 1), torch.zeros(1, 2**16, dtype=torch.int64)
     widened = ak.recover_feature_map(x, source, values.view(1, 1, 256, 256))

@@ -33,7 +33,7 @@ def test_no_sanitizer_complains(tmp_path):
 
 
 def test_amx_kernels_on_emulated_tiles(tmp_path):
-    """Where no machine has AMX: its code with the tile unit emulated."""
+    """The AMX kernels with the tile unit emulated, for machines without AMX."""
     if native.isas()["avx512_bf16"] is not None:
         pytest.skip(f"the rest of the ISA needs avx512_bf16: {native.isas()['avx512_bf16']}")
     here = Path(__file__).parent

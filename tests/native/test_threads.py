@@ -92,7 +92,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_forked_child_computes(order):
-    """Whether the library is first used before or after the fork."""
+    """It computes whether the library is first used before or after the fork."""
     command = [sys.executable, "-W", "ignore", "-c", FORKS, order]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_the_interpreter_goes_on(threads):
     """Another Python thread counts while the library works."""
     threads(1)
     q, k, lse = oracle.attention_inputs((1, 4, 2000, 2000, 64), torch.float32, torch.device("cpu"))
-    # The slowest isa, so that the call outlasts a turn of the interpreter's by far.
+    # The slowest ISA, so that the call far outlasts a turn of the interpreter.
     with ak.backend("native"), native.forced_isa("portable"):
         working, seen = threading.Event(), []
 
@@ -114,7 +114,7 @@ def test_the_interpreter_goes_on(threads):
         counter = threading.Thread(target=count)
         counter.start()
         interval = sys.getswitchinterval()
-        sys.setswitchinterval(60.0)  # whoever holds the lock keeps it, unless it is released
+        sys.setswitchinterval(60.0)  # a thread keeps the lock unless it releases it
         try:
             working.set()
             ak.attention_column_sums(q, k, lse)

@@ -9,7 +9,7 @@ from atedm_kernels import native
 
 
 def attention_column_sums_native(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    """``Σ_i w_i A_ij``; shapes as the public op."""
+    """``Σ_i w_i A_ij``; shapes as in the public op."""
     out = torch.empty(*k.shape[:3], dtype=torch.float32)
     native.call(
         "atedm_attention_column_sums",

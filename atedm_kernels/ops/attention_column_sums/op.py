@@ -36,7 +36,7 @@ def _prepare(
 
 
 def _flops(q: torch.Size, k: torch.Size, *_: object) -> int:
-    """2·B·H·M·N·D: the logits. Sums and exponentials are not products."""
+    """2·B·H·M·N·D: the logits. Sums and exponentials are not counted."""
     return map_flops(q, k[2])
 
 

@@ -10,7 +10,7 @@ from atedm_kernels.ops.attention_map import log_map_blocks, merge_heads
 
 
 def attention_column_sums_reference(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    """``Σ_i w_i A_ij``; shapes as the public op."""
+    """``Σ_i w_i A_ij``; shapes as in the public op."""
     batch, heads, queries, _ = q.shape
     sums = q.new_zeros(batch * heads, 1, k.shape[2], dtype=score_dtype(q))
     if weights is None:

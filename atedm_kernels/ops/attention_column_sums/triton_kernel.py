@@ -1,7 +1,7 @@
 """Weighted column sums of the attention map: keys stay in place, queries stream past.
 
 ``Sᵀ = K Qᵀ`` puts the keys on the rows of the product, so a key's sum runs along registers of one thread. The sum over
-queries is kept as eight partial sums a key, which add without exchange between threads, and joined once at the end.
+queries is kept as eight partial sums per key, which add without exchange between threads and are joined at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _column_sums_kernel(
     lse,  # [pairs, queries]
     weights,  # [pairs, queries], or None for 1
     bias,  # [pairs, queries]: log2 of the weights less the logsumexp in base 2, in place of both; or None
-    done,  # [pairs] int32, or None: a head whose flag is set is left alone
+    done,  # [pairs] int32, or None: a head whose flag is set is skipped
     out,  # [splits, pairs, keys]
     scale_log2,
     factor,
@@ -62,7 +62,7 @@ def _column_sums_kernel(
     program = tl.program_id(0)
     pair = ((program // key_tiles) % pairs).to(tl.int64)
     split = program // key_tiles // pairs
-    if done is not None:  # noqa: SIM102  (decided at compile time, so not one condition with the next)
+    if done is not None:  # noqa: SIM102  (decided at compile time, so it cannot join the next condition)
         if tl.load(done + pair) != 0:
             return
 
@@ -129,12 +129,12 @@ OP = "attention_column_sums"
 
 _MAX_SPLITS = 16
 
-# Partial sums, and a ranking's bias, stay below this part of a head's map in 16 bits.
+# Partial sums, and a ranking's bias, stay below this fraction of a head's map in 16 bits.
 _SCRATCH_OF_MAP = 0.01
 
 
 def query_splits(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Parts that the queries are cut into, and the queries of a part (a multiple of the tile)."""
+    """The number of parts that the queries are split into, and the queries per part (a multiple of the tile)."""
     tile = tile_for(OP, q)
     programs = q.shape[0] * q.shape[1] * cdiv(k.shape[2], tile.block_n)
     tiles = cdiv(q.shape[2], tile.block_m)
@@ -155,7 +155,7 @@ def column_sums_launch(
     bias: Tensor | None = None,
     done: Tensor | None = None,
 ) -> Launch:
-    """Sums over each part of the queries into ``partial`` ``[splits, B, H, N]``; the others contiguous.
+    """Sum each part of the queries into ``partial`` ``[splits, B, H, N]``; only ``q`` and ``k`` may be strided.
 
     ``bias``, ``[B, H, M]`` float32, is ``log2(w_i) - lse_i / ln 2``: positive weights folded into the exponent.
     """
@@ -199,7 +199,7 @@ def empty_partial_sums(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_column_sums_triton(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    """``Σ_i w_i A_ij``; shapes as the public op."""
+    """``Σ_i w_i A_ij``; shapes as in the public op."""
     partial = empty_partial_sums(q, k)
     weights = None if weights is None else weights.contiguous()
     run_all([column_sums_launch(q, k, lse.contiguous(), partial, scale, weights=weights)], q.device)

@@ -35,7 +35,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tens
 
 
 def _flops(q: torch.Size, k: torch.Size, *_: object) -> int:
-    """4·B·H·M·N·D, as torch counts attention; the logsumexp comes with it."""
+    """4·B·H·M·N·D, as torch counts attention; the logsumexp is free."""
     return 2 * map_flops(q, k[2])
 
 
@@ -53,8 +53,8 @@ def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | 
     """Fused attention that also returns the logsumexp of its logits.
 
     The kernel is the one that ``scaled_dot_product_attention`` would run (flash, cuDNN, memory-efficient, or the
-    CPU flash kernel): each computes the logsumexp anyway, so it costs nothing. Where torch has no fused kernel for
-    the inputs, a blocked softmax in float32 serves.
+    CPU flash kernel): each computes the logsumexp anyway, so it costs nothing. If torch has no fused kernel for
+    the inputs, a blocked softmax in float32 runs instead.
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.

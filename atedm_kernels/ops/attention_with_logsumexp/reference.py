@@ -1,4 +1,4 @@
-"""Attention and its logsumexp in plain PyTorch, by blocks of query rows."""
+"""Attention and its logsumexp in plain PyTorch, in blocks of query rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atedm_kernels.ops.attention_map import BLOCK_ELEMENTS
 
 
 def attention_with_logsumexp_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``softmax(scale · q kᵀ) v`` and ``log Σ_j exp(scale · q_i·k_j)``; shapes as the public op."""
+    """``softmax(scale · q kᵀ) v`` and ``log Σ_j exp(scale · q_i·k_j)``; shapes as in the public op."""
     dtype = score_dtype(q)
     batch, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)

@@ -1,8 +1,8 @@
 """The fused attention that torch itself would run, with the logsumexp that it computes anyway.
 
-``torch.nn.functional.scaled_dot_product_attention`` throws the logsumexp away, while the kernels below it return it.
-Calling the kernel directly costs what attention always did. torch chooses it (``torch._fused_sdp_choice``), so
-``torch.nn.attention.sdpa_kernel`` keeps its effect.
+``torch.nn.functional.scaled_dot_product_attention`` discards the logsumexp, although the kernels below it return it.
+Calling the kernel directly costs the same as attention alone. torch chooses it (``torch._fused_sdp_choice``), so
+``torch.nn.attention.sdpa_kernel`` still works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEAD_DIM_MULTIPLE = 8
 
 
 def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and its logsumexp by torch's fused kernel; by the reference where no fused kernel serves the inputs."""
+    """Attention and its logsumexp by torch's fused kernel, or by the reference if no fused kernel serves the inputs."""
     fused = _fused_attention(q, k, v, scale)
     if fused is None:
         return attention_with_logsumexp_reference(q, k, v, scale)
@@ -35,7 +35,7 @@ def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts, or None where no fused kernel serves."""
+    """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts, or None if no fused kernel serves."""
     head_dim = q.shape[-1]
     padding = -head_dim % _HEAD_DIM_MULTIPLE
     if padding:

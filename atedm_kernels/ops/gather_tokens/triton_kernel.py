@@ -15,7 +15,7 @@ _BLOCK_CHANNELS = 128
 
 @triton.jit
 def load_index(index, offsets, mask, length):
-    """Rows named by ``index``, kept inside ``[0, length)`` whatever it holds."""
+    """Rows that ``index`` names, clamped to ``[0, length)``."""
     rows = tl.load(index + offsets, mask=mask, other=0)
     return tl.minimum(tl.maximum(rows, 0), length - 1)
 
@@ -49,7 +49,7 @@ def _gather_kernel(
 
 
 def gather_launch(x: Tensor, index: Tensor, out: Tensor) -> Launch:
-    """``index`` and ``out`` contiguous."""
+    """``index`` and ``out`` must be contiguous."""
     batch, rows, channels = out.shape
     block_channels = min(_BLOCK_CHANNELS, max(16, next_power_of_2(channels)))
     return Launch(

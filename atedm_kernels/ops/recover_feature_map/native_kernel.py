@@ -9,7 +9,7 @@ from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map
 
 
 def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
-    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as the public op."""
+    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as in the public op."""
     out = empty_feature_map(x, residual)
     batch, channels, height, width = residual.shape
     feature_map = native.FeatureMap(

@@ -10,7 +10,7 @@ from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 
 def empty_feature_map(x: Tensor, residual: Tensor) -> Tensor:
     """Uninitialised output in the memory format of ``residual`` and the dtype that adding the two gives."""
-    # By the strides, so that a slice of a channels-last map counts as one too.
+    # Judged by the strides, so that a slice of a channels-last map counts as one too.
     channels_last = residual.stride(1) == 1 and residual.shape[1] > 1 and not residual.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -18,7 +18,7 @@ def empty_feature_map(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def recover_feature_map_reference(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
-    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as the public op."""
+    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as in the public op."""
     batch, channels, height, width = residual.shape
     recovered = gather_rows_reference(x, source).view(batch, height, width, channels).permute(0, 3, 1, 2)
     return empty_feature_map(x, residual).copy_(residual + recovered)

@@ -1,4 +1,4 @@
-"""Recovery into a feature map: read along the channels, written along the layout of the map, residual added between."""
+"""Recovery into a feature map: read along the channels, add the residual, write along the layout of the map."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _recover_kernel(
     residual_stride_b,
     residual_stride_c,
     residual_stride_h,
-    residual_stride_n,  # of a token where rows follow one another, else of a token within its row
+    residual_stride_n,  # from token to token if rows follow one another, else within a row
     out_stride_b,
     out_stride_c,
     out_stride_n,
@@ -57,14 +57,14 @@ def _recover_kernel(
         place = (positions // width) * residual_stride_h + (positions % width) * residual_stride_n
     residual += batch * residual_stride_b
     kept = tl.load(residual + place[:, None] + columns * residual_stride_c, mask=inside)
-    # One rounding, as torch's own addition makes.
+    # Round once, as torch's own addition does.
     value = (kept.to(tl.float32) + recovered.to(tl.float32)).to(out.dtype.element_ty)
     out += batch * out_stride_b
     tl.store(out + positions[:, None] * out_stride_n + columns * out_stride_c, value, mask=inside)
 
 
 def _token_stride(x: Tensor) -> int | None:
-    """Elements from one position of ``[B, C, h, w]`` to the next, row after row; None where rows lie apart."""
+    """Elements from one position of ``[B, C, h, w]`` to the next, row after row; None if rows lie apart."""
     _, _, height, width = x.shape
     _, _, stride_h, stride_w = x.stride()
     if width == 1:  # the stride of a dimension of size 1 means nothing
@@ -73,7 +73,7 @@ def _token_stride(x: Tensor) -> int | None:
 
 
 def recover_launch(x: Tensor, source: Tensor, residual: Tensor, out: Tensor) -> Launch:
-    """``source`` contiguous; ``out`` contiguous or channels-last."""
+    """``source`` must be contiguous, ``out`` contiguous or channels-last."""
     batch, channels, height, width = residual.shape
     token_stride = _token_stride(residual)
     return Launch(
@@ -108,7 +108,7 @@ def recover_launch(x: Tensor, source: Tensor, residual: Tensor, out: Tensor) -> 
 
 
 def recover_feature_map_triton(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
-    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as the public op."""
+    """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as in the public op."""
     out = empty_feature_map(x, residual)
     run_all([recover_launch(x, source.contiguous(), residual, out)], x.device)
     return out

@@ -24,7 +24,7 @@ _op = define_op(
 
 
 def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
-    """Fill every position again from the compact tensor: ``out[b, i] = x[b, source[b, i]]``.
+    """Refill every position from the compact tensor: ``out[b, i] = x[b, source[b, i]]``.
 
     Args:
         x: ``[B, K, C]``, fp16, bf16 or fp32 (float64 too, for verification), any strides.

@@ -9,7 +9,7 @@ from atedm_kernels import native
 
 
 def select_tokens_native(scores: Tensor, keep: int, reduction: str) -> Tensor:
-    """The ``keep`` best tokens of each row, ascending; shapes as the public op."""
+    """The ``keep`` best tokens of each row, ascending; shapes as in the public op."""
     out = torch.empty(scores.shape[0], keep, dtype=torch.int64)
     reduction_code = native.REDUCTION_CODES[reduction]
     native.call(

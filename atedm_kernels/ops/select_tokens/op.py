@@ -56,6 +56,6 @@ def select_tokens(scores: Tensor, keep: int, *, reduction: str = "rms") -> Tenso
         int64 ``[B, keep]``, ascending.
 
     Raises:
-        ValueError: a shape, ``keep``, ``reduction`` or NaN. TypeError: a dtype that is not served.
+        ValueError: a shape, ``keep`` or ``reduction`` that does not fit, or NaN. TypeError: a dtype that is not served.
     """
     return _op(scores, keep, reduction)

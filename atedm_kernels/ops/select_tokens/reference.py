@@ -18,7 +18,7 @@ def join_heads(scores: Tensor, reduction: str) -> Tensor:
 
 
 def select_tokens_reference(scores: Tensor, keep: int, reduction: str) -> Tensor:
-    """The ``keep`` best tokens of each row, ascending; shapes as the public op."""
+    """The ``keep`` best tokens of each row, ascending; shapes as in the public op."""
     importance = join_heads(scores, reduction)
     importance = importance.masked_fill(importance.isnan(), float("-inf"))
     order = torch.sort(importance, dim=-1, descending=True, stable=True).indices

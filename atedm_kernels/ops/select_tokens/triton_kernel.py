@@ -1,4 +1,4 @@
-"""Top-k selection, one program a row: find the threshold bit by bit, then compact by prefix sums.
+"""Top-k selection, one program per row: find the threshold bit by bit, then compact by prefix sums.
 
 Nothing is sorted, so ascending order and "ties to the lower index" come for free.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from atedm_kernels._launch import Launch, next_power_of_2, run_all
 
-# Rows up to this long are held in registers from the first pass to the last (16 values a thread).
+# Rows up to this long are held in registers from the first pass to the last (16 values per thread).
 _MAX_TOKENS_IN_REGISTERS = 8192
 _TOKENS_PER_STEP = 4096
 
-# The threshold is found two bits at a time; three counts share an int64, 21 bits each. Longer rows take one bit.
+# The threshold is found two bits at a time; three counts share an int64, 21 bits each. Longer rows use one bit.
 _TWO_BIT_LIMIT = 1 << 21
 
 
@@ -34,7 +34,7 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
     """Root mean square or mean over the heads; in float64, where no square overflows or vanishes."""
     scores += tokens.to(tl.int64) * stride_n
     total = tl.zeros(tokens.shape, tl.float64)
-    # Unrolled, so that the reads of several heads are under way at once.
+    # Unrolled, so that the reads of several heads are in flight at once.
     for h in tl.range(0, heads, loop_unroll_factor=4):
         score = tl.load(scores + h * tl.full([], 1, tl.int64) * stride_h, mask=inside, other=0.0).to(tl.float64)
         total += score * score if RMS else score
@@ -45,7 +45,7 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
 
 @triton.jit
 def _reached(value, inside, threshold, unit, BITS: tl.constexpr, COUNT_BITS: tl.constexpr):
-    """For each digit, whether ``value`` reaches ``threshold + digit · unit``: ones, side by side in an int64."""
+    """For each digit, whether ``value`` reaches ``threshold + digit · unit``: ones, packed side by side in an int64."""
     ones = tl.zeros(value.shape, tl.int64)
     for digit in tl.static_range(1, 2**BITS):
         ones += ((value >= threshold + digit * unit) & inside).to(tl.int64) << ((digit - 1) * COUNT_BITS)
@@ -54,7 +54,7 @@ def _reached(value, inside, threshold, unit, BITS: tl.constexpr, COUNT_BITS: tl.
 
 @triton.jit
 def _compact(value, inside, offsets, out, threshold, ties_wanted, ties_seen, written, keep):
-    """Store the chosen among ``offsets`` behind the ``written`` ones; returns what was seen and written so far."""
+    """Store the chosen among ``offsets`` after the ``written`` ones; return the ties seen and tokens written so far."""
     tie = ((value == threshold) & inside).to(tl.int32)
     tie_rank = ties_seen + tl.cumsum(tie, 0)
     chosen = ((value > threshold) & inside) | ((tie != 0) & (tie_rank <= ties_wanted))
@@ -66,7 +66,7 @@ def _compact(value, inside, offsets, out, threshold, ties_wanted, ties_seen, wri
 @triton.jit
 def _select_kernel(
     scores,
-    importance,  # [batch, tokens] uint32, scratch of rows that registers do not hold
+    importance,  # [batch, tokens] uint32, scratch for rows that do not fit in registers
     out,  # [batch, keep]
     heads,
     tokens,
@@ -95,7 +95,7 @@ def _select_kernel(
             inside = offsets < tokens
             joined = _join_heads(scores, offsets, inside, heads, stride_h, stride_n, RMS)
             tl.store(importance + offsets, _ordered(joined), mask=inside)
-        # Other threads than those that stored read it back.
+        # Threads read back what other threads stored.
         tl.debug_barrier()
 
     # The largest threshold that at least `keep` values reach, from the highest bit down.
@@ -169,20 +169,20 @@ def select_launch(scores: Tensor, importance: Tensor | None, out: Tensor, reduct
             "BITS": 2 if two_bits else 1,
             "COUNT_BITS": 21 if two_bits else 62,
         },
-        # A few values a thread: the row is read once, and its latency is hidden by many warps.
+        # Few values per thread: the row is read once, and many warps hide its latency.
         num_warps=max(4, min(16, block // 256)),
         num_stages=1,
     )
 
 
 def scratch(scores: Tensor) -> Tensor | None:
-    """Where the importance of a row is kept that registers do not hold; None where they do."""
+    """Memory for the importance of rows that do not fit in registers; None if they fit."""
     batch, _, tokens = scores.shape
     return None if _in_registers(tokens) else scores.new_empty(batch, tokens, dtype=torch.uint32)
 
 
 def select_tokens_triton(scores: Tensor, keep: int, reduction: str) -> Tensor:
-    """The ``keep`` best tokens of each row, ascending; shapes as the public op."""
+    """The ``keep`` best tokens of each row, ascending; shapes as in the public op."""
     out = torch.empty(scores.shape[0], keep, dtype=torch.int64, device=scores.device)
     run_all([select_launch(scores, scratch(scores), out, reduction)], scores.device)
     return out

@@ -41,7 +41,7 @@ def _prepare(
 
 
 def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, index: torch.Size, *_: object) -> int:
-    """2·B·H·N·K·D: the logits of every token against the kept ones. The kernels leave out those of the kept tokens."""
+    """2·B·H·N·K·D: the logits of every token against the kept ones. The kernels skip those of the kept tokens."""
     return map_flops(q, index[1])
 
 
@@ -70,7 +70,7 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
         lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
-        index: int64 ``[B, K]``, the kept tokens, from :func:`select_tokens`; no token twice.
+        index: int64 ``[B, K]``, the kept tokens, from :func:`select_tokens`, without repeats.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:

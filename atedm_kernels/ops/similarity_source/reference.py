@@ -9,7 +9,7 @@ from atedm_kernels.ops.attention_map import BLOCK_ELEMENTS, log_map_blocks
 
 
 def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
-    """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
+    """``argmax_j mean_h A[i, index[j]]``; a kept token takes its own slot; shapes as in the public op."""
     batch, tokens = q.shape[0], q.shape[2]
     keep = index.shape[1]
     index = index.clamp(0, tokens - 1)
@@ -25,7 +25,7 @@ def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor
                 similarity = similarity + log_block.exp_().sum(dim=0)
             similarity = similarity.masked_fill(similarity.isnan(), -1.0)
             best = similarity.amax(dim=-1, keepdim=True)
-            # argmax promises no order among ties; the lowest slot does.
+            # Take the lowest slot: argmax promises no order among ties.
             source[b, rows] = torch.where(similarity == best, slots, keep).amin(dim=-1)
         source[b, index[b]] = slots
     return source

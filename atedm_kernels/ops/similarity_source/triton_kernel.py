@@ -1,8 +1,8 @@
 """Which kept token refills each dropped one: attention summed over the heads, tile by tile, and its running maximum.
 
-The dropped tokens are listed first, and only their rows of the map are computed. A part of the kept tokens writes one
-int64 a row, the bits of the similarity above the complement of the slot. The largest of these is the most similar token
-with the lowest slot, whatever the order in which parts are compared.
+The kernels list the dropped tokens first and compute only their rows of the map. Each part of the kept tokens writes
+one int64 per row: the bits of the similarity above the complement of the slot. The largest of these is the most similar
+token with the lowest slot, in whatever order parts are compared.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _LOW_BITS = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def _dropped_kernel(
     index,  # [batch, slots]
-    dropped,  # [batch, tokens]: the dropped tokens, ascending, and then -1
-    out,  # [batch, tokens]: a kept token's slot, and 0
+    dropped,  # [batch, tokens]: the dropped tokens, ascending, followed by -1
+    out,  # [batch, tokens]: a kept token's slot, 0 for a dropped one
     tokens,
     slots,
     BLOCK: tl.constexpr,
 ):
-    """One row of ``index``: the tokens that it does not name."""
+    """List the tokens that one row of ``index`` does not name."""
     batch = tl.program_id(0).to(tl.int64)
     index += batch * slots
     dropped += batch * tokens
@@ -47,12 +47,12 @@ def _dropped_kernel(
         offsets = start + local
         tl.store(out + offsets, tl.full([BLOCK], 0, tl.int64) + slots, mask=offsets < tokens)
         tl.store(dropped + offsets, tl.full([BLOCK], -1, tl.int32), mask=offsets < tokens)
-    # Between the passes, because other threads wrote what a thread reads or replaces.
+    # The next pass reads or replaces what other threads wrote.
     tl.debug_barrier()
     for start in range(0, slots, BLOCK):
         slot = start + local
         kept = load_index(index, slot, slot < slots, tokens)
-        # Should the index name a token twice, the lower slot is taken, whatever the order.
+        # If the index names a token twice, the lower slot wins, whatever the order.
         tl.atomic_min(out + kept, slot.to(tl.int64), mask=slot < slots, sem="relaxed")
     tl.debug_barrier()
     before = tl.zeros([], tl.int32)
@@ -61,7 +61,7 @@ def _dropped_kernel(
         slot = tl.load(out + offsets, mask=offsets < tokens, other=0)
         is_dropped = ((slot == slots) & (offsets < tokens)).to(tl.int32)
         tl.store(dropped + before + tl.cumsum(is_dropped, 0) - 1, offsets, mask=is_dropped != 0)
-        # Zero until the search is through, which has rows for no more than ``tokens - slots``.
+        # Zero until the search writes it; the search covers at most ``tokens - slots`` rows.
         tl.store(out + offsets, tl.where(is_dropped != 0, 0, slot), mask=offsets < tokens)
         before += tl.sum(is_dropped, 0)
 
@@ -151,7 +151,7 @@ def _similarity_kernel(
             q_head += q_step
             k_head += k_step
             lse_head += tokens
-        # NaN and slots past the end are least similar.
+        # NaN and slots past the end count as least similar.
         similarity = tl.where((similarity == similarity) & filled[None, :], similarity, -1.0)
         tile_best = tl.max(similarity, 1)
         tile_slot = tl.min(tl.where(similarity == tile_best[:, None], slot[None, :], slots), 1)
@@ -161,7 +161,7 @@ def _similarity_kernel(
 
     if PACKED:
         out += (split.to(tl.int64) * batch_size + batch) * tokens
-        # Similarities are at least 0; the sign bit of -1 makes the packed value negative, the least of all.
+        # Similarities are at least 0; the sign bit of -1 makes the packed value negative, the smallest of all.
         packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (best_slot ^ _LOW_BITS).to(tl.int64)
         tl.store(out + rows, packed, mask=inside)
     else:
@@ -193,7 +193,7 @@ _JOINED_PER_PROGRAM = 256
 
 
 def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
-    """Parts that the kept tokens are cut into, and the slots of a part (a multiple of the tile)."""
+    """The number of parts that the kept tokens are split into, and the slots per part (a multiple of the tile)."""
     tile = tile_for(OP, q)
     programs = q.shape[0] * cdiv(q.shape[2] - index.shape[1], tile.block_m)
     tiles = cdiv(index.shape[1], tile.block_n)
@@ -203,7 +203,7 @@ def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
 
 
 def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float, out: Tensor) -> list[Launch]:
-    """Slots into ``out`` ``[B, N]``; ``lse`` and ``index`` contiguous."""
+    """Write slots into ``out`` ``[B, N]``; ``lse`` and ``index`` must be contiguous."""
     batch, _, tokens, _ = q.shape
     slots = index.shape[1]
     dropped = torch.empty(batch, tokens, dtype=torch.int32, device=q.device)
@@ -263,7 +263,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
 
 
 def similarity_source_triton(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
-    """``argmax_j mean_h A[i, index[j]]``, a kept token its own slot; shapes as the public op."""
+    """``argmax_j mean_h A[i, index[j]]``; a kept token takes its own slot; shapes as in the public op."""
     out = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device)
     run_all(similarity_launches(q, k, lse.contiguous(), index.contiguous(), scale, out), q.device)
     return out

@@ -28,5 +28,5 @@ def rank_native(
 def weighted_page_rank_native(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """``s ← Aᵀ s`` to its fixed point; shapes as the public op."""
+    """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
     return rank_native("atedm_weighted_page_rank", q, k, lse, scale, max_iterations, tolerance)

@@ -24,7 +24,7 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iteration
 
 
 def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, scale: float | None, iterations: int, *_: object) -> int:
-    """2·B·H·N²·D an iteration, for ``max_iterations``: an upper bound, as most heads converge earlier."""
+    """2·B·H·N²·D per iteration, for ``max_iterations``: an upper bound, as most heads converge earlier."""
     return map_flops(q, k[2]) * iterations
 
 
@@ -53,7 +53,7 @@ def weighted_page_rank(
 ) -> tuple[Tensor, Tensor]:
     """Importance of the tokens of a self-attention map: its weighted PageRank (AT-EDM, section 3.2).
 
-    ``s ← Aᵀ s`` from ``s = 1/N``, normalised to sum 1, in each head on its own until ``Σ|s − s_previous| <
+    ``s ← Aᵀ s`` from ``s = 1/N``, normalised to sum 1, for each head on its own until ``Σ|s − s_previous| <
     tolerance`` or ``max_iterations``. Convergence is decided on the device: no host synchronisation on a GPU.
 
     Args:
@@ -64,7 +64,7 @@ def weighted_page_rank(
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
 
     Returns:
-        ``scores`` ``[B, H, N]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, those run.
+        ``scores`` ``[B, H, N]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
 
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.

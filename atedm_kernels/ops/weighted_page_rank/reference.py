@@ -18,11 +18,11 @@ def power_iteration(
     """Iterate ``s ← step(s) / Σ step(s)`` in each head until ``Σ|s − s_previous| < tolerance``.
 
     Args:
-        step: from the positions of the heads that still iterate and their scores to their new scores.
+        step: maps the positions of the heads that still iterate, and their scores, to new scores.
         scores: ``[P, N]``, the start; ``P`` = batch times heads.
 
     Returns:
-        Scores ``[P, N]`` and the int32 number of iterations ``[P]``. A head stops on its own.
+        Scores ``[P, N]`` and the int32 number of iterations ``[P]``. Each head stops on its own.
     """
     iterations = torch.zeros(scores.shape[0], dtype=torch.int32, device=scores.device)
     running = torch.arange(scores.shape[0], device=scores.device)
@@ -41,7 +41,7 @@ def power_iteration(
 def weighted_page_rank_reference(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """``s ← Aᵀ s`` to its fixed point; shapes as the public op."""
+    """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
     batch, heads, tokens, _ = q.shape
     q, k, lse = merge_heads(q), merge_heads(k), merge_heads(lse)
 

@@ -1,8 +1,8 @@
-"""PageRank of a self-attention map: the map is computed again in every iteration, never stored.
+"""PageRank of a self-attention map: every iteration recomputes the map, which is never stored.
 
 The scores enter the next product as a bias of the exponent, which costs the loop over the map nothing. The number of
-launches is fixed. A head that has converged sets a flag, and its programs leave at once from then on,
-so nothing is decided on the host and the whole iteration can be captured in a CUDA graph.
+launches is fixed. A converged head sets a flag, and its programs then return at once, so nothing is decided on the host
+and the whole iteration can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _normalise_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    """One head: its new scores, their distance from the old ones, and whether it stops."""
+    """Compute one head's new scores, their distance from the old ones, and whether it stops."""
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done + pair) != 0:
         return
@@ -69,10 +69,10 @@ def _normalise_kernel(
         inside = offsets < tokens
         new = sum_parts(parts, pair, offsets, inside, splits, pairs, tokens) / total
         old = tl.load(scores + offsets, mask=inside, other=0.0)
-        # Outside, 0 / total is NaN where the total is 0 or NaN.
+        # Outside, 0 / total is NaN if the total is 0 or NaN.
         change += tl.where(inside, tl.abs(new - old), 0.0)
-        # The new value does not depend on the old one: without a barrier a thread could overwrite what another has yet
-        # to read.
+        # The new value does not depend on the old one: without a barrier a thread could overwrite what another has
+        # not read yet.
         tl.debug_barrier()
         tl.store(scores + offsets, new, mask=inside)
         tl.store(bias + offsets, tl.log2(new) - tl.load(lse + offsets, mask=inside) * LOG2E, mask=inside)
@@ -118,7 +118,7 @@ def normalise_launch(parts: Tensor, lse: Tensor, state: State, tolerance: float)
 
 @triton.jit
 def _start_kernel(lse, scores, bias, iterations, done, tokens, log2_tokens, BLOCK: tl.constexpr):
-    """Uniform scores of one head, and no iteration made."""
+    """Start one head with uniform scores and no iterations."""
     pair = tl.program_id(0).to(tl.int64)
     for start in range(0, tokens, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -131,7 +131,7 @@ def _start_kernel(lse, scores, bias, iterations, done, tokens, log2_tokens, BLOC
 
 
 def empty_state(lse: Tensor) -> State:
-    """For :func:`start_launch`; ``lse`` ``[B, H, N]``."""
+    """An uninitialised state for :func:`start_launch`; ``lse`` ``[B, H, N]``."""
     numbers = [torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(2)]
     counts = [torch.empty(lse.shape[:2], dtype=torch.int32, device=lse.device) for _ in range(2)]
     return State(*numbers, *counts)
@@ -148,7 +148,7 @@ def start_launch(lse: Tensor, state: State) -> Launch:
 
 
 def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: float, tolerance: float) -> list[Launch]:
-    """One iteration. Running it again continues from ``state``."""
+    """The launches of one iteration. Running them again continues from ``state``."""
     parts = empty_partial_sums(q, k)
     return [
         column_sums_launch(q, k, lse, parts, scale, bias=state.bias, done=state.done),
@@ -165,7 +165,7 @@ def iterate(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Start the launches of ``iteration`` ``max_iterations`` times; returns what the public ops return."""
+    """Run the launches of ``iteration`` ``max_iterations`` times; return what the public ops return."""
     lse = lse.contiguous()
     state = empty_state(lse)
     launches = iteration(q, k, lse, state, scale, tolerance)
@@ -176,5 +176,5 @@ def iterate(
 def weighted_page_rank_triton(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """``s ← Aᵀ s`` to its fixed point; shapes as the public op."""
+    """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
     return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)

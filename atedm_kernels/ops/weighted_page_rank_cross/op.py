@@ -18,7 +18,7 @@ from atedm_kernels.registry import define_op, lazily
 
 
 def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, scale: float | None, iterations: int, *_: object) -> int:
-    """4·B·H·M·N·D an iteration (``Aᵀ s`` and ``A s``), for ``max_iterations``: an upper bound."""
+    """4·B·H·M·N·D per iteration (``Aᵀ s`` and ``A s``), for ``max_iterations``: an upper bound."""
     return 2 * map_flops(q, k[2]) * iterations
 
 
@@ -48,7 +48,7 @@ def weighted_page_rank_cross(
     """Importance of the queries of a cross-attention map: its weighted PageRank (AT-EDM, section 3.2).
 
     Image tokens are the queries, text tokens the keys. From ``s_Q = 1/M``: ``s_K ← Aᵀ s_Q``, then ``s_Q(i) ←
-    Σ_j A_ij s_K(j) / Σ_j (−A_ij ln A_ij)`` (entropies under 1e-6 count as 1e-6), normalised to sum 1, in each
+    Σ_j A_ij s_K(j) / Σ_j (−A_ij ln A_ij)`` (entropies under 1e-6 count as 1e-6), normalised to sum 1, for each
     head on its own until ``Σ|s_Q − s_Q,previous| < tolerance`` or ``max_iterations``.
 
     Args:
@@ -59,7 +59,7 @@ def weighted_page_rank_cross(
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
 
     Returns:
-        ``scores`` ``[B, H, M]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, those run.
+        ``scores`` ``[B, H, M]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
 
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.

@@ -10,14 +10,14 @@ from atedm_kernels.ops.attention_column_sums.reference import attention_column_s
 from atedm_kernels.ops.attention_map import log_map_blocks, merge_heads
 from atedm_kernels.ops.weighted_page_rank.reference import power_iteration
 
-# A row that attends to one key alone has entropy 0. The floor keeps its score finite.
+# A row that attends to only one key has entropy 0. The floor keeps its score finite.
 ENTROPY_FLOOR = 1e-6
 
 
 def weighted_page_rank_cross_reference(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as the public op."""
+    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as in the public op."""
     batch, heads, queries, _ = q.shape
     q, k, lse = merge_heads(q), merge_heads(k), merge_heads(lse)
 

@@ -138,7 +138,7 @@ def rows_launch(q: Tensor, k: Tensor, lse: Tensor, parts: Tensor, done: Tensor, 
 
 
 def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: float, tolerance: float) -> list[Launch]:
-    """One iteration. Running it again continues from ``state``."""
+    """The launches of one iteration. Running them again continues from ``state``."""
     key_parts = empty_partial_sums(q, k)
     new = torch.empty(1, *lse.shape, dtype=torch.float32, device=q.device)
     return [
@@ -151,5 +151,5 @@ def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: f
 def weighted_page_rank_cross_triton(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as the public op."""
+    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as in the public op."""
     return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)
