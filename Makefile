@@ -14,10 +14,11 @@ SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
+# File by file: the tests of a file share what is slow to make.
 test: $(INSTALLED)test base-install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The wheel alone, with what it requires, in an environment of its own: every op runs there.
 base-install: $(BASE)/bin/python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ class TomesdFlops:
     """Counts calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``; caches each ratio."""
 
     def __init__(self, counter: UNetFlops) -> None:
-        self._counter = counter
+        self._counter = weakref.proxy(counter)
         # tomesd leaves attributes behind on the UNet that it patches, so it gets its own.
         self._unet = meta_unet(counter.config)
         self._counted: dict[float, Flops] = {}
@@ -66,6 +67,16 @@ class TomesdFlops:
         if count(0.0) <= target:
             return 0.0
         return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
+
+
+_counters: weakref.WeakKeyDictionary[UNetFlops, TomesdFlops] = weakref.WeakKeyDictionary()
+
+
+def tomesd_flops(counter: UNetFlops) -> TomesdFlops:
+    """The one beside ``counter``, which keeps its counts."""
+    if counter not in _counters:
+        _counters[counter] = TomesdFlops(counter)
+    return _counters[counter]
 
 
 @contextlib.contextmanager

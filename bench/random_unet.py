@@ -10,7 +10,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.blocks import attention_blocks
+from atedm.blocks import attention_blocks, feature_map_size
 from atedm.models import latent_size, meta_unet
 from atedm_bench.measure import attention_backend_of
 
@@ -110,7 +110,7 @@ def attention_kernels(unet: UNet2DConditionModel, width: int, height: int, batch
     rows, columns = latent_size(width, height)
     for block in attention_blocks(unet):
         attention = block.module.transformer_blocks[0].attn1
-        tokens = (rows >> (block.level - 1)) * (columns >> (block.level - 1))
+        tokens = math.prod(feature_map_size(block.level, rows, columns))
         head_dim = attention.to_q.out_features // attention.heads
         q = torch.empty(batch, tokens, attention.heads, head_dim, dtype=unet.dtype, device=unet.device).transpose(1, 2)
         found[f"attention_level_{block.level}"] = attention_backend_of(q, q, q)

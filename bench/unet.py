@@ -22,7 +22,7 @@ from atedm.flops import Flops, UNetFlops
 from atedm.models import unet_inputs
 from atedm.recording import Recording
 from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
-from atedm_bench.peers import TomesdFlops
+from atedm_bench.peers import tomesd_flops
 from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
 from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
 from atedm_kernels.registry import OPS
@@ -210,7 +210,7 @@ class UNetBench:
         if TOMESD not in self._wanted():
             return flops
         try:
-            merged = TomesdFlops(counter)
+            merged = tomesd_flops(counter)
             self._merge_ratio = merged.nearest_ratio(flops[OURS].unet)
             flops[TOMESD] = merged.at(self._merge_ratio)
         except RuntimeError as error:

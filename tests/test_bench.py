@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import atedm
 from atedm.models import SDXL_UNET, unet_inputs
+from atedm_bench import peers
 from atedm_bench import unet as bench
 from atedm_bench import unet_variants as variants
 from atedm_bench.measure import op_seconds_of, peak_memory_of, seconds_of
@@ -146,7 +147,7 @@ def test_a_missing_peer_is_said_not_raised(monkeypatch):
     def missing(self, *args):
         raise RuntimeError("tomesd is not installed")
 
-    monkeypatch.setattr(bench.TomesdFlops, "nearest_ratio", missing)
+    monkeypatch.setattr(peers.TomesdFlops, "nearest_ratio", missing)
     run = bench.UNetBench(SMALL, _settings(width=64, height=64))
     run._build(lambda what: None)
     assert variants.TOMESD not in [variant.name for variant in run.variants]

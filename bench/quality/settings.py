@@ -14,7 +14,7 @@ import torch
 import atedm
 from atedm.flops import MAX_RATIO, Flops, UNetFlops, solve_decreasing
 from atedm.options import BY_KEYS
-from atedm_bench.peers import TomesdFlops, apply_tomesd
+from atedm_bench.peers import apply_tomesd, tomesd_flops
 from atedm_bench.rankings import PooledRanking, RandomRanking, no_ranking
 
 # The paper's tables: TFLOPs of a call that prunes every block, relative to 6.7 for the full UNet.
@@ -114,7 +114,7 @@ class Plan:
 
     def __init__(self, flops: UNetFlops, steps: int, pooled_tokens: int | None = None) -> None:
         self.flops = flops
-        self.merged = TomesdFlops(flops)
+        self.merged = tomesd_flops(flops)
         self.steps = steps
         self._ours = functools.cache(self._solve_ours)
         self.builders: dict[str, tuple[str, Callable[[str], Setting]]] = {"full": ("budget", self._full)}

@@ -76,6 +76,12 @@ def _attention_blocks(unet: UNet2DConditionModel) -> Iterator[AttentionBlock]:
             yield AttentionBlock(f"up_blocks.{i}.attentions.{j}", module, levels - i, j == len(attentions) - 1)
 
 
+def feature_map_size(level: int, height: int, width: int) -> tuple[int, int]:
+    """``(h, w)`` of the feature map at ``level``: each level halves that of the latent, rounding up."""
+    scale = 2 ** (level - 1)
+    return -(-height // scale), -(-width // scale)
+
+
 def runs_its_own_forward(module: nn.Module) -> bool:
     """Whether ``module`` runs the forward of its class, which a tool that was undone may have left on the instance."""
     forward = module.__dict__.get("forward")

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm import report
-from atedm.blocks import attention_blocks
+from atedm.blocks import attention_blocks, feature_map_size
 from atedm.files import whole_file
 from atedm.models import LATENT_SCALE
 from atedm.options import Options, kept_tokens
@@ -326,10 +326,9 @@ def _row(
         "speedup": None,
         "psnr_db": None,
     }
-    scale = pipe.vae_scale_factor
+    latent = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
     for level in sorted({block.level for block in attention_blocks(pipe.unet)}):
-        # Each level halves the feature map, rounding up.
-        tokens = math.prod(-(-side // (scale * 2 ** (level - 1))) for side in (request.height, request.width))
+        tokens = math.prod(feature_map_size(level, *latent))
         pruned = options is not None and (options.levels is None or level in options.levels)
         ratio = options.ratio_at(level) if pruned else 0.0
         row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if pruned else 1)

@@ -6,6 +6,7 @@ ranking and the source map) is counted apart from the UNet's own work. Each op o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
+from atedm.blocks import AttentionBlock, attention_blocks
 from atedm.models import meta_unet, unet_inputs
-from atedm.options import Ranking
+from atedm.options import Options, Ranking, kept_tokens
 from atedm_kernels.registry import OPS
 
 # What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
@@ -45,6 +47,12 @@ class Flops:
     unet: int
     scoring: int = 0
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.unet + other.unet, self.scoring + other.scoring)
+
+    def __sub__(self, other: Flops) -> Flops:
+        return Flops(self.unet - other.unet, self.scoring - other.scoring)
+
     @property
     def tflops(self) -> float:
         return self.unet / 1e12
@@ -67,6 +75,9 @@ def count_flops(call: Callable[[], object]) -> Flops:
 class UNetFlops:
     """Counts calls of one UNet for images of one size, pruned in any way; each distinct question once.
 
+    Pruning changes attention blocks alone, and FLOPs depend on shapes alone. So the UNet is called once, whole. Then
+    one block of each kind, pruned and whole, tells by what a pruned call differs.
+
     Args:
         config: keyword arguments of ``UNet2DConditionModel``, see :func:`atedm.models.unet_config`.
         width, height: of the image in pixels. batch: images in a call (classifier-free guidance doubles it).
@@ -83,6 +94,8 @@ class UNetFlops:
         self.unet = meta_unet(config)
         self._inputs = unet_inputs(self.unet, width=width, height=height, batch=batch, tokens=tokens)
         self._counted: dict[tuple, Flops] = {}
+        # Arguments of each attention block in a call, filled by `full`.
+        self._block_inputs: dict[str, tuple[tuple, dict[str, Any]]] = {}
 
     def call(self, unet: nn.Module) -> None:
         """Call ``unet``, one on the meta device, on images of this counter's size."""
@@ -96,11 +109,27 @@ class UNetFlops:
 
     def full(self) -> Flops:
         """FLOPs of the UNet as it is."""
-        return self._count_once(("full",), lambda: count_flops(lambda: self.call(self.unet)))
+        return self._count_once(("full",), self._count_full)
+
+    def _count_full(self) -> Flops:
+        def note(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._block_inputs[name] = (args, kwargs)
+
+        handles = [
+            block.module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=block.name: note(name, args, kwargs), with_kwargs=True
+            )
+            for block in attention_blocks(self.unet)
+        ]
+        try:
+            return count_flops(lambda: self.call(self.unet))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def pruned(
         self,
-        ratio: float,
+        ratio: float | Mapping[int, float],
         *,
         levels: tuple[int, ...] | None = None,
         placement: str = "early",
@@ -117,22 +146,35 @@ class UNetFlops:
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
         """
-
-        def count() -> Flops:
-            schedule = atedm.DSAP(fraction=1.0) if light else None
-            settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
-            with atedm.applied(self.unet, ratio=ratio, schedule=schedule, **settings):
-                return count_flops(lambda: self.call(self.unet))
-
-        if ratio == 0:  # Nothing is pruned, which apply would say.
+        if ratio == 0:  # Nothing is pruned, which apply would warn of.
             return self.full()
-        found = self._count_once(("pruned", ratio, levels, placement, light, ranking, recovery), count)
+        schedule = atedm.DSAP(fraction=1.0) if light else None
+        settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
+        found = self.full()
+        with atedm.applied(self.unet, ratio=ratio, schedule=schedule, **settings):
+            pruned = set(atedm.pruned_blocks(self.unet))
+            options = Options(ratio=ratio)
+            for block in attention_blocks(self.unet):
+                if block.name in pruned:
+                    found += self._block(block, options, placement, ranking, recovery)
+        for block in attention_blocks(self.unet):
+            if block.name in pruned:
+                found -= self._block(block)
         if (ranking, recovery) == ("self", "similarity"):
             return found
         unet = self.pruned(ratio, levels=levels, placement=placement, light=light).unet
         return Flops(unet, found.unet + found.scoring - unet)
 
-    def average(self, ratio: float, *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any) -> Flops:
+    def _block(self, block: AttentionBlock, options: Options | None = None, *how: object) -> Flops:
+        """FLOPs of ``block`` in a call: pruned by ``options`` and ``how``, which are in force, or whole."""
+        args, kwargs = self._block_inputs[block.name]
+        kept = None if options is None else kept_tokens(math.prod(args[0].shape[-2:]), options.ratio_at(block.level))
+        kind = (tuple(args[0].shape), str(block.module.config), kept, *how)
+        return self._count_once(kind, lambda: count_flops(lambda: block.module(*args, **kwargs)))
+
+    def average(
+        self, ratio: float | Mapping[int, float], *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any
+    ) -> Flops:
         """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""
         light_steps = (schedule or atedm.DSAP()).light_steps(steps)
         light = self.pruned(ratio, light=True, **settings) if light_steps else Flops(0)

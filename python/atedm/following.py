@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atedm.blocks import feature_map_size
 from atedm.pruning import PrunedForward
 from atedm.schedule import denoising_step, order_of, timestep_value
 from atedm.state import PruningState
@@ -91,9 +92,7 @@ class StepFollower:
         self.state.is_told = not self.state.is_constant
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         for patch in self.patches:
-            # A graph says nothing. Each level halves the feature map, rounding up.
-            scale = 2 ** (patch.level - 1)
-            patch.count_kept(-(-height // scale), -(-width // scale))
+            patch.count_kept(*feature_map_size(patch.level, height, width))  # a graph warns of nothing
         if not self.state.ranks_anew:
             for patch in self.patches:
                 patch.hold_kept()

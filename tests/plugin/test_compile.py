@@ -25,6 +25,12 @@ def counter():
     return CompileCounterWithBackend("eager")
 
 
+@pytest.fixture
+def unet(make_unet):
+    """One block per stage, and two layers at level 3: every kind of block and layer that there is, compiled quickly."""
+    return make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+
+
 def in_place(unet, backend):
     unet.compile(fullgraph=True, backend=backend)
     return unet
@@ -98,9 +104,8 @@ def test_regions_take_no_more_graphs_than_kinds_of_layers(unet, inputs, counter)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor wants a C++ compiler")
-def test_regions_through_inductor(make_unet, inputs):
+def test_regions_through_inductor(unet, inputs):
     """In the mode that uses CUDA graphs on a GPU; on a CPU it is inductor's own code, with strides of its choice."""
-    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
     atedm.apply(unet, schedule=None)
     with torch.inference_mode():
         expected = unet(**inputs).sample
@@ -145,8 +150,7 @@ def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, co
 
 
 @whole
-def test_applying_the_same_again_takes_no_graph_more(make_unet, inputs, counter, compile_whole):
-    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, compile_whole):
     full = unet(**inputs).sample
     compiled = compile_whole(unet, counter)
     twice = [{"ratio": 0.5}, {"ratio": {3: 0.5}, "schedule": None}]
@@ -166,8 +170,8 @@ def test_applying_the_same_again_takes_no_graph_more(make_unet, inputs, counter,
 
 
 @whole
-def test_that_nothing_is_pruned_is_said_of_a_graph_too(make_unet, inputs, counter, compile_whole, caplog):
-    compiled = compile_whole(make_unet(layers_per_block=1, transformer_layers_per_block=1), counter)
+def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, compile_whole, caplog):
+    compiled = compile_whole(unet, counter)
     atedm.apply(compiled, keep_multiple=4096)
     for timestep in (NOISE, ALMOST_DONE):
         compiled(**at(inputs, timestep))
@@ -188,8 +192,7 @@ def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, c
 
 
 @whole
-def test_a_recording_of_a_compiled_unet_chooses_as_often(make_unet, inputs, counter, compile_whole):
-    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+def test_a_recording_of_a_compiled_unet_chooses_as_often(unet, inputs, counter, compile_whole):
     compiled = compile_whole(unet, counter)
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(6)

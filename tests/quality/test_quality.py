@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from atedm.embedded import WEIGHTS
 from atedm.many import picture_path
 from atedm_bench.cli import app
+from atedm_bench.quality import session
 from atedm_bench.quality.checker_training import held_out_renders
 from atedm_bench.quality.claims import CLAIMS
 from atedm_bench.quality.lab import scene_cases
@@ -28,6 +29,14 @@ SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
 def call(*arguments):
     result = CliRunner().invoke(app, ["quality", *map(str, arguments)], catch_exceptions=False, env={"TERM": "dumb"})
     return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_rounds():
+    """Of timing, where a real run makes five."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "ROUNDS", session.QUICK_ROUNDS)
+        yield
 
 
 @pytest.fixture(scope="module")
