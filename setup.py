@@ -53,7 +53,7 @@ setup(
         *find_packages("python", include=["atedm*"]),
         *BENCH,
     ],
-    py_modules=["atedm_extras"],
+    py_modules=["atedm_command", "atedm_extras"],
     package_dir={"": "python", "atedm_kernels": "atedm_kernels", "atedm_bench": "bench"},
     package_data={
         "atedm_kernels": ["ops/*/tiles.json"],

@@ -1,41 +1,45 @@
-"""Run a function after a module is imported, whoever imports it."""
+"""Doing something when a module has been imported, by whoever wants it first."""
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+Callback = Callable[[ModuleType], None]
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds ``module`` as Python does, and calls ``then`` after executing it."""
+    """Finds what it is asked about as Python would, and calls back when the module has been executed."""
 
-    def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
-        self._module = module
-        self._then = then
+    def __init__(self) -> None:
+        self.callbacks: dict[str, list[Callback]] = {}
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        if fullname != self._module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.callbacks else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
-                self._then(module)
+                for callback in self.callbacks[fullname]:
+                    callback(module)
 
             spec.loader.exec_module = execute_and_tell
         return spec
 
 
-def after_import(module: str, then: Callable[[ModuleType], None]) -> None:
-    """Call ``then`` with ``module``: now if it is already imported, else right after its import."""
+_finder = _AfterImport()
+
+
+def after_import(module: str, callback: Callback) -> None:
+    """Call back with ``module``: now where it is imported already, and after each import from now on."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.callbacks.setdefault(module, []).append(callback)
     if module in sys.modules:
-        then(sys.modules[module])
-    else:
-        sys.meta_path.insert(0, _AfterImport(module, then))
+        callback(sys.modules[module])

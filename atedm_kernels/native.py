@@ -35,7 +35,7 @@ _PROCESS = os.getpid()
 _int32, _int64, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
-class AttentionMap(ctypes.Structure):
+class AttentionMapStruct(ctypes.Structure):
     """``atedm_map``."""
 
     _fields_ = (
@@ -55,7 +55,7 @@ class AttentionMap(ctypes.Structure):
     )
 
 
-class FeatureMap(ctypes.Structure):
+class FeatureMapStruct(ctypes.Structure):
     """``atedm_feature_map``."""
 
     _fields_ = (
@@ -78,7 +78,7 @@ class FeatureMap(ctypes.Structure):
     )
 
 
-_map = ctypes.POINTER(AttentionMap)
+_map = ctypes.POINTER(AttentionMapStruct)
 _SIGNATURES = {
     "atedm_attention_column_sums": (_map, _pointer, _pointer, _pointer, _int32),
     "atedm_weighted_page_rank": (_map, _int32, _double, _pointer, _pointer, _int32),
@@ -89,7 +89,7 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int64, _int64, _int64, _int32),
         *(_pointer, _pointer, _int64, _pointer, _int32),
     ),
-    "atedm_recover_feature_map": (ctypes.POINTER(FeatureMap), _int32),
+    "atedm_recover_feature_map": (ctypes.POINTER(FeatureMapStruct), _int32),
     "atedm_set_isa": (_int32,),
 }
 
@@ -244,9 +244,9 @@ def strides(tensor: Tensor) -> ctypes.Array:
     return (_int64 * tensor.ndim)(*tensor.stride())
 
 
-def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionMap:
+def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionMapStruct:
     batch, heads, queries, head_dim = q.shape
-    return AttentionMap(
+    return AttentionMapStruct(
         q.data_ptr(),
         k.data_ptr(),
         lse.data_ptr(),

@@ -1,7 +1,7 @@
 """The one way to define an op of ``torch.ops.atedm``: schema, checks, implementations, fake kernel, FLOPs, gradients.
 
-It uses ``torch.library.Library``, not ``torch.library.custom_op``: a call takes a third of the time (2.6 µs against
-7.8 µs on a CPU), which matters with several ops in each attention block.
+It uses ``torch.library.Library``, not ``torch.library.custom_op``, which spends more time per call; that matters with
+several ops in each attention block.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class Op:
 
     def __init__(
         self,
-        name: str,
         overload: torch._ops.OpOverload,
         backends: tuple[str, ...],
         check: Callable[..., None],
         flops: Callable[..., int] | None,
     ) -> None:
-        self.name = name
         self.overload = overload
+        self.name = overload._schema.name.split("::")[1]
         self.backends = backends
         self._check = check
         self._flops = flops
-        self._accepted = tuple(_ACCEPTED[str(argument.type)] for argument in overload._schema.arguments)
+        self._declared = overload._schema.arguments
+        self._accepted = tuple(_ACCEPTED[str(argument.type)] for argument in self._declared)
 
     def __call__(self, *arguments: Any) -> Any:
         for argument, accepted in zip(arguments, self._accepted, strict=False):
@@ -71,15 +71,28 @@ class Op:
                 self._check(*arguments)
         return self.overload(*arguments)
 
+    def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All arguments of the schema, in order: torch omits defaults, and passes a fake kernel the keywords."""
+        missing = self._declared[len(arguments) :]
+        return (*arguments, *(named.get(argument.name, argument.default_value) for argument in missing))
+
     def backend_for(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-        """The backend that serves tensors of ``device`` and ``dtype``, and the reason; see :func:`choose`."""
+        """The backend that serves tensors of ``device`` and ``dtype``, and the reason; see :func:`choose`.
+
+        ``"torch"`` stands for torch's own kernel, and for the reference where torch has none for the inputs.
+        """
         return choose(self.name, self.backends, device, dtype)
 
-    def flops(self, *arguments: Any) -> int:
-        """FLOPs of a call with ``arguments`` (two per multiply-add), by the op's own formula; 0 if it only copies."""
+    def flops(self, *arguments: Any, **named: Any) -> int:
+        """FLOPs of a call (two per multiply-add), by the op's own formula; 0 if it only copies.
+
+        Args:
+            arguments, named: of the schema, tensors or their shapes.
+        """
         if self._flops is None:
             return 0
-        return self._flops(*(a.shape if isinstance(a, Tensor) else a for a in arguments))
+        complete = self.complete(arguments, named)
+        return self._flops(*(a.shape if isinstance(a, Tensor) else a for a in complete))
 
 
 def lazily(module: str, function: str) -> Callable[..., Any]:
@@ -121,58 +134,87 @@ def define_op(
         library: where the op is registered.
 
     Raises:
-        ValueError: an op with gradients that also writes an argument in place.
+        ValueError: a schema or an implementation that this cannot serve; nothing is registered.
     """
+    declared = _check_definition(schema, implementations, backward)
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     packet = getattr(getattr(torch.ops, library.ns), name)
-    declared = packet.default._schema.arguments
-    written = [n for n, a in enumerate(declared) if a.alias_info is not None and a.alias_info.is_write]
-    if written and backward is not None:
-        raise ValueError(f"{name} has a backward and writes {declared[written[0]].name} in place; expected one of them")
-    op = Op(name, packet.default, tuple(implementations), check, flops)
-
-    def complete(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        """Complete the arguments: torch omits defaults, and passes a fake kernel the caller's keywords."""
-        return (*arguments, *(named.get(a.name, a.default_value) for a in declared[len(arguments) :]))
+    op = Op(packet.default, tuple(implementations), check, flops)
+    written = [n for n, argument in enumerate(declared) if _is_written(argument)]
 
     # A reference may use differentiable operations, and autograd would keep every block of the map alive.
     @torch.no_grad()
     def run(*arguments: Any, **named: Any) -> Any:
-        arguments = complete(arguments, named)
+        arguments = op.complete(arguments, named)
         check(*arguments)
         if check_values is not None:
             check_values(*arguments)
         implementation = implementations[op.backend_for(arguments[0].device, _kernel_dtype(arguments))[0]]
         out = implementation(*(arguments if prepare is None else prepare(*arguments)))
         for n in written:
-            if not arguments[n].is_inference():
+            if arguments[n] is not None and not arguments[n].is_inference():
                 increment_version(arguments[n])
         return out
 
     def run_fake(*arguments: Any, **named: Any) -> Any:
-        arguments = complete(arguments, named)
+        arguments = op.complete(arguments, named)
         check(*arguments)
         return fake(*arguments)
+
+    def refuse_gradients(*arguments: Any, **named: Any) -> Any:
+        """For autograd, which would differentiate through the old content of what the op writes."""
+        arguments = op.complete(arguments, named)
+        for n in written:
+            if torch.is_grad_enabled() and arguments[n] is not None and arguments[n].requires_grad:
+                raise ValueError(
+                    f"{declared[n].name} requires a gradient; expected a tensor that does not, as {name} writes it in "
+                    "place, or torch.no_grad()"
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet.default(*arguments)
 
     qualified = f"{library.ns}::{name}"
     for key in ("CPU", "CUDA"):
         library.impl(name, run, key)
     torch.library.register_fake(qualified, run_fake, lib=library)
-    if backward is None:
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    else:
+    if backward is not None:
         torch.library.register_autograd(qualified, backward.backward, setup_context=backward.setup_context, lib=library)
+    else:
+        library.impl(name, refuse_gradients if written else torch.library.fallthrough_kernel, "Autograd")
     if flops is not None:
 
         def count(*shapes: Any, out_shape: object = None, **named: Any) -> int:
-            return flops(*complete(shapes, named))
+            return op.flops(*shapes, **named)
 
         # Importing it here would import Triton.
         after_import("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packet)(count))
     if library is _library:
         OPS[name] = op
     return op
+
+
+def _is_written(argument: torch._C.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _check_definition(
+    schema: str, implementations: Mapping[str, Callable[..., Any]], backward: Backward | None
+) -> list[torch._C.Argument]:
+    """The arguments that ``schema`` declares; ValueError for what :func:`define_op` cannot serve."""
+    declared = torch._C.parse_schema(schema).arguments
+    for argument in declared:
+        if str(argument.type) not in _ACCEPTED:
+            raise ValueError(f"{argument.name} is a {argument.type} in {schema!r}; expected one of {set(_ACCEPTED)}")
+        if argument.kwarg_only:
+            raise ValueError(f"{argument.name} is keyword-only in {schema!r}; expected arguments by position")
+        if _is_written(argument) and backward is not None:
+            raise ValueError(f"{schema!r} writes {argument.name} in place and has a backward; expected one of them")
+    if not declared or str(declared[0].type) != "Tensor":
+        raise ValueError(f"{schema!r} does not begin with a tensor; expected one, whose device chooses the backend")
+    if "reference" not in implementations:
+        raise ValueError(f"{schema!r} is implemented by {set(implementations)}; expected 'reference' among them")
+    return declared
 
 
 def _kernel_dtype(arguments: tuple[Any, ...]) -> torch.dtype:

@@ -1,5 +1,5 @@
 """``python -m atedm_bench``: the command line, for launchers that start modules (``accelerate launch -m …``)."""
 
-from atedm_extras import atedm_bench
+from atedm_bench.command import main
 
-atedm_bench()
+main()

@@ -20,7 +20,7 @@ mkdir -p "$RESULTS"
 FAILED=0
 
 step() { # name, maximum seconds, command
-    local name=$1 most=$2 began=$SECONDS left=$((LIMIT - SECONDS - 10))
+    local name=$1 limit=$2 began=$SECONDS left=$((LIMIT - SECONDS - 10))
     shift 2
     if ((left < 15)); then
         echo "SKIPPED $name: no time left" | tee -a "$LOG"
@@ -28,7 +28,7 @@ step() { # name, maximum seconds, command
     fi
     echo "BEGIN $name: $*" | tee -a "$LOG"
     # The signal is that of Ctrl-C, so the benchmarks print what they have.
-    timeout --signal=INT --kill-after=10 $((left < most ? left : most)) "$@" >>"$LOG" 2>&1
+    timeout --signal=INT --kill-after=10 $((left < limit ? left : limit)) "$@" >>"$LOG" 2>&1
     local status=$?
     ((status == 0)) || FAILED=1
     echo "END $name: status $status, $((SECONDS - began)) s" | tee -a "$LOG"
@@ -39,7 +39,7 @@ wanted() { [[ $STEPS == *" $1 "* ]]; }
 # This checkout's packages, laid out as an installation has them.
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
-ln -s "$PWD/atedm_kernels" "$PWD/python/atedm" "$PWD/python/atedm_extras.py" "$SITE/"
+ln -s "$PWD/atedm_kernels" "$PWD/python/atedm" "$PWD"/python/atedm_*.py "$SITE/"
 ln -s "$PWD/bench" "$SITE/atedm_bench"
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl

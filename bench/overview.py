@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import atedm
-from atedm.comparison import tflops_of
+from atedm.app.comparison import tflops_of
 from atedm.embedded import embedded_pipeline
 from atedm.files import whole_file
-from atedm.recording import Ranked, Recording
+from atedm.unet.recording import Ranked, Recording
 from atedm_bench.quality.images import SceneCase
 from atedm_bench.quality.lab import scene_cases
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from atedm.flops import Flops, UNetFlops, count_flops, solve_decreasing
-from atedm.models import meta_unet
+from atedm.app.flops import Flops, UNetFlops, count_flops, solve_decreasing
+from atedm.app.models import meta_unet
 
 # The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
 TOMESD_MAX_RATIO = 0.75
@@ -35,7 +35,7 @@ class TomesdFlops:
 
     def __init__(self, counter: UNetFlops) -> None:
         self._counter = weakref.proxy(counter)
-        # tomesd leaves attributes behind on the UNet that it patches, so it gets its own.
+        # Its own, since tomesd leaves attributes behind on what it patches.
         self._unet = meta_unet(counter.config)
         self._counted: dict[float, Flops] = {}
 
@@ -46,15 +46,23 @@ class TomesdFlops:
         return self._counted[ratio]
 
     def _count(self, ratio: float) -> Flops:
+        """As :class:`UNetFlops` does: one block of each kind tells by what a call differs from a whole one."""
         apply_tomesd(self._unet, ratio)
-        import tomesd
-
-        try:
-            with _counting_matching() as matching:
-                total = count_flops(lambda: self._counter.call(self._unet))
-        finally:
-            tomesd.remove_patch(self._unet)
-        return Flops(total.unet - sum(matching), sum(matching))
+        # tomesd learns the size of the image from a hook of the UNet; nothing else of the call is wanted.
+        self._unet.forward = lambda *args, **kwargs: None
+        self._counter.call(self._unet)
+        del self._unet.forward
+        found = self._counter.full()
+        merged: dict[tuple, Flops] = {}
+        for block, args, kwargs, whole in self._counter.blocks():
+            kind = (tuple(args[0].shape), str(block.module.config))
+            if kind not in merged:
+                module = self._unet.get_submodule(block.name)
+                with _counting_matching() as matching:
+                    total = count_flops(lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs))
+                merged[kind] = Flops(total.unet - sum(matching), sum(matching))
+            found += merged[kind] - whole
+        return found
 
     def nearest_ratio(self, target: int) -> float:
         """The ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.blocks import attention_blocks, feature_map_size
-from atedm.models import latent_size, meta_unet
+from atedm.app.models import latent_size, meta_unet
+from atedm.unet.blocks import attention_blocks, feature_map_size
 from atedm_bench.measure import attention_backend_of
 
 # Standard deviation of a row of self-attention logits. With default weights it is near 0. The maps are then uniform,

@@ -18,24 +18,14 @@ import torch
 from torch import nn
 
 import atedm
-from atedm.flops import Flops, UNetFlops
-from atedm.models import unet_inputs
-from atedm.recording import Recording
+from atedm.app.flops import STAGES, Flops, UNetFlops
+from atedm.app.models import unet_inputs
+from atedm.unet.recording import Recording
 from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.peers import tomesd_flops
 from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
-from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch, possible
+from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch
 from atedm_kernels.registry import OPS
-
-# The stage of pruning that each op belongs to, as in AT-EDM's latency table.
-STAGES = {
-    "attention": ("attention_with_logsumexp",),
-    "ranking": ("weighted_page_rank", "weighted_page_rank_cross", "attention_column_sums"),
-    "selection": ("select_tokens",),
-    "source_map": ("similarity_source",),
-    "gather": ("gather_tokens",),
-    "recovery": ("recover_feature_map", "recover_tokens"),
-}
 
 AVERAGE = "ours DSAP average"
 
@@ -199,7 +189,7 @@ class UNetBench:
         return found
 
     def _wanted(self) -> tuple[str, ...]:
-        return possible(self.settings.only, self.settings.batch)
+        return self.settings.only or VARIANTS
 
     def _buildable(self) -> list[str]:
         return [name for name in VARIANTS if name in self._wanted() and name not in self._failed]

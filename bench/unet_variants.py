@@ -11,14 +11,14 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
 import atedm
-from atedm.flops import Flops, UNetFlops
-from atedm.options import BY_KEYS
+from atedm.app.flops import Flops, UNetFlops
+from atedm.policy.options import BY_KEYS
 from atedm_bench.peers import apply_tomesd
 from atedm_bench.rankings import no_ranking
 
 FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
-REUSED, SHARED, KEYS = "ours tokens chosen before", "ours one choice for both halves", "ours by keys"
+REUSED, KEYS = "ours tokens chosen before", "ours by keys"
 
 # Options of atedm.apply besides the ratio. Calls are of the phase that prunes every block, except for LIGHT.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -27,7 +27,6 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         LIGHT: {"schedule": atedm.DSAP(fraction=1.0)},
         PAPER: {"schedule": None, "placement": "paper"},
         REUSED: {"schedule": None, "rank_every": 1000},
-        SHARED: {"schedule": None, "share_guidance": True},
         KEYS: {"schedule": None, **BY_KEYS},
     }
 )
@@ -41,11 +40,6 @@ def is_ours(name: str) -> bool:
     return name in _OPTIONS
 
 
-def possible(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
-    """The variants in ``names`` (empty for all) that can run with this batch; sharing needs an even one."""
-    return tuple(name for name in names or VARIANTS if name != SHARED or batch % 2 == 0)
-
-
 def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
     """FLOPs of a call of any variant but tomesd, which has its own ratio."""
     if name == FULL:
@@ -54,9 +48,8 @@ def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
     counted = {key: options[key] for key in _COUNTED if key in options}
     found = counter.pruned(ratio, light=name == LIGHT, **counted)
     sources = counter.pruned(ratio, ranking=no_ranking).scoring
-    # The number of rankings per batch row.
-    share = {REUSED: 0.0, SHARED: 0.5}.get(name)
-    return found if share is None else Flops(found.unet, round(sources + share * (found.scoring - sources)))
+    # No ranking runs in a call that reuses an earlier choice.
+    return Flops(found.unet, sources) if name == REUSED else found
 
 
 class Steps:

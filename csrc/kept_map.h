@@ -30,8 +30,8 @@ struct Kept16 {
   static constexpr uint32_t kTooLarge = 0x40000000;                  // set for 2 and above, infinity and NaN included
   static ATEDM_INLINE Vf unpack(Vu bits) { return bits_as<Vf>((bits & kField) | kTop); }
   static ATEDM_INLINE void put(char *pair, int v, Vf first, Vf second) {
-    const Vf least = splat(0x1p-63f);
-    const Vu a = bits_as<Vu>(max_or_second(first, least)), b = bits_as<Vu>(max_or_second(second, least));
+    const Vf lowest = splat(0x1p-63f);
+    const Vu a = bits_as<Vu>(max_or_second(first, lowest)), b = bits_as<Vu>(max_or_second(second, lowest));
     store_as(pair + v * kLanes * 4, halves(a >> 13, b << 3));
   }
   static ATEDM_INLINE void get(const char *pair, int v, Vf &first, Vf &second) {

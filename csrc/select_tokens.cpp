@@ -68,9 +68,9 @@ struct Selection {
     uint64_t *importance = self.importance + worker * self.tokens;
     for (int64_t n = 0; n < self.tokens; ++n) importance[n] = ordered(self.join_heads(b, n));
     int64_t ties = 0, *out = self.out + b * self.keep;
-    const uint64_t least = threshold(importance, self.tokens, self.keep, ties);
+    const uint64_t lowest = threshold(importance, self.tokens, self.keep, ties);
     for (int64_t n = 0; n < self.tokens; ++n) {
-      if (importance[n] > least || (importance[n] == least && ties-- > 0)) *out++ = n;
+      if (importance[n] > lowest || (importance[n] == lowest && ties-- > 0)) *out++ = n;
     }
   }
 };

@@ -1,4 +1,4 @@
-"""The commands ``atedm`` and ``atedm-bench``, and the line that names the extra if a package is missing.
+"""The line that names the extra if a package is missing.
 
 The module lies beside the packages: without diffusers ``import atedm`` raises, and a command must report that without a
 traceback. It imports only the standard library.
@@ -6,7 +6,6 @@ traceback. It imports only the standard library.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 
@@ -39,15 +38,3 @@ def require(extra: str, *packages: str) -> None:
     absent = missing(*packages)
     if absent:
         sys.exit(f"Error: {hint(extra, absent)}")
-
-
-def atedm() -> None:
-    """The command ``atedm``."""
-    require("diffusers", *COMMAND)
-    importlib.import_module("atedm.cli").main()
-
-
-def atedm_bench() -> None:
-    """The command ``atedm-bench``."""
-    require("bench", *COMMAND)
-    importlib.import_module("atedm_bench.cli").main()

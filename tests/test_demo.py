@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import atedm
 import atedm_kernels as kernels
-from atedm import comparison, embedded, flops, models, pictures
+from atedm import embedded
+from atedm.app import comparison, flops, models, pictures
 from atedm.cli import app
 
 STEPS = 2

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import atedm_kernels
+from atedm.app.selftest import check_ops
 from atedm.cli import app
-from atedm.selftest import check_ops
 from atedm_kernels import native
 from atedm_kernels.registry import OPS
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from atedm import embedded
-from atedm.blocks import attention_blocks
+from atedm.unet.blocks import attention_blocks
 from atedm_bench.scenes import caption
 from atedm_bench.scenes.split import scenes
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
-from atedm import embedded, many
+from atedm import embedded
+from atedm.app import prompts as many
 from atedm.cli import app
 from atedm.files import whole_file
 

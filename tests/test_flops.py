@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import atedm
-from atedm.flops import MAX_RATIO, UNetFlops, count_flops, solve_decreasing
-from atedm.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
+from atedm.app.flops import MAX_RATIO, UNetFlops, count_flops, solve_decreasing
+from atedm.app.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
 from atedm_bench.peers import TOMESD_MAX_RATIO, TomesdFlops
 
 
@@ -50,6 +50,34 @@ def test_full_unet(sdxl):
 def test_all_pruned_at_the_papers_ratio(sdxl, levels, placement, tflops):
     counted = sdxl.pruned(0.63, levels=levels, placement=placement)
     assert counted.tflops == pytest.approx(tflops, abs=5e-4)
+
+
+ASYMMETRIC = {
+    **SDXL_UNET,
+    "block_out_channels": (32, 64, 128),
+    "attention_head_dim": (1, 2, 4),
+    "layers_per_block": (1, 2, 1),
+    "transformer_layers_per_block": (1, 2, 3),
+    "reverse_transformer_layers_per_block": ((2, 1), (3, 2, 2), 1),
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
+
+
+def test_counting_by_blocks_is_exact():
+    counter = UNetFlops(ASYMMETRIC, width=264, height=136, batch=2, tokens=7)
+    unet = counter.unet
+    for ratio in (0.4, {3: 0.7}, {2: 0.2, 3: 0.9}):
+        for light, placement, ranking in ((False, "early", "self"), (True, "early", "cross"), (False, "paper", "keys")):
+            settings = {"placement": placement, "ranking": ranking}
+            schedule = atedm.DSAP(1.0) if light else None
+            with atedm.applied(unet, ratio=ratio, schedule=schedule, **settings):
+                whole = count_flops(lambda: counter.call(unet))
+            by_blocks = counter.pruned(ratio, light=light, **settings)
+            assert by_blocks.unet + by_blocks.scoring == whole.unet + whole.scoring
+            if ranking == "self":
+                assert by_blocks == whole
 
 
 def test_average_weights_the_phases(small):

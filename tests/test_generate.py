@@ -11,9 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import atedm
-from atedm import comparison, embedded, explain
+from atedm import embedded
+from atedm.app import comparison, explain
 from atedm.cli import app
-from atedm.options import RANKINGS, RECOVERIES
+from atedm.policy.options import RANKINGS, RECOVERIES
 
 STEPS = 3
 PROMPTS = ["a red circle", "a large blue square", "a small green star above a red cross"]

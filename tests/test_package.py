@@ -1,7 +1,6 @@
 """The packages: what importing them takes, what a wheel holds, and that imports go one way only."""
 
 import ast
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -65,7 +64,7 @@ def test_the_wheel_holds_the_model_and_the_measurements(tmp_path):
     assert {path.parts[0] for path in bench if len(path.parts) > 1} >= {"cli", "quality", "scenes", "training"}
     assert kept_in(tmp_path / "lib" / "atedm_bench", "*") == bench
     assert {path.name for path in (tmp_path / "lib").iterdir()} == {
-        *("atedm", "atedm_bench", "atedm_extras.py", "atedm_kernels")
+        *("atedm", "atedm_bench", "atedm_command.py", "atedm_extras.py", "atedm_kernels")
     }
 
 
@@ -80,72 +79,132 @@ def test_public_names(package):
 
 # What each package may import of this distribution. Only atedm_kernels loads the library of csrc.
 MAY_IMPORT = {
-    "atedm_kernels": {"atedm_kernels"},
-    "python/atedm": {"atedm_extras", "atedm_kernels", "atedm"},
-    "bench": {"atedm_extras", "atedm_kernels", "atedm", "atedm_bench"},
     "csrc": set(),
+    "atedm_kernels": {"atedm_kernels"},
+    "python/atedm_extras.py": set(),
+    "python/atedm": {"atedm_extras", "atedm_kernels", "atedm"},
+    "python/atedm_command.py": {"atedm_extras", "atedm"},
+    "bench": {"atedm_extras", "atedm_kernels", "atedm", "atedm_bench"},
+    "tests": {"atedm_command", "atedm_extras", "atedm_kernels", "atedm", "atedm_bench", "csrc", "tests"},
 }
-OURS = {"atedm_kernels", "atedm_extras", "atedm", "atedm_bench", "bench", "csrc", "python", "tests"}
+OURS = {*MAY_IMPORT["tests"], "bench", "python"}
+# Functions whose first argument names a module.
+IMPORTERS = {"__import__", "import_module", "find_spec", "lazily"}
+
+
+def name_of(node):
+    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
+
+
+def text_of(node):
+    """A string, or the constant parts of a formatted one."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
 
 
 def imported(source):
-    """Every module that ``source`` imports, or names to ``import_module`` and the like, with what is taken from it."""
+    """Every module that ``source`` imports or looks up by its name, with what is taken from it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import"
             yield from ((node.module, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
-            yield node.value, None
+        elif isinstance(node, ast.Call) and name_of(node.func) in IMPORTERS:
+            yield from ((text_of(argument), None) for argument in node.args if text_of(argument))
+        elif isinstance(node, ast.Subscript) and name_of(node.value) == "modules" and text_of(node.slice):
+            yield text_of(node.slice), None
 
 
-MODULE_NAME = re.compile(r"(atedm|atedm_kernels|atedm_bench)(\.\w+)+")
+def imported_by_statement(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def root(module):
+    name = module.split(".")[0]
+    return name.rstrip("_") if name.startswith("atedm") else name  # of f"atedm_{name}"
 
 
 def against_direction(source, allowed):
-    return sorted({m for m, _ in imported(source) if m.split(".")[0] in OURS and m.split(".")[0] not in allowed})
+    return sorted({module for module, _ in imported(source) if root(module) in OURS - allowed})
 
 
 def private_of_others(source, package):
-    """Names with an underscore that ``source`` takes from a package of ours which is not ``package``."""
-    found = []
+    """What begins with an underscore and ``source`` takes from another package of the distribution than ``package``."""
+    found, names = [], set()
     for module, name in imported(source):
-        parts = [*module.split("."), *([name] if name else [])]
-        if parts[0] in OURS and parts[0] != package:
+        if root(module) in OURS and root(module) != package:
+            parts = [*module.split("."), *([name] if name else [])]
             found += [".".join(parts) for part in parts if part.startswith("_") and not part.startswith("__")]
+            names.add(name or module.split(".")[-1])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.alias) and node.asname and {node.name, node.name.split(".")[-1]} & names:
+            names.add(node.asname)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            found += [f"{name_of(node.value)}.{node.attr}"] if name_of(node.value) in names else []
     return found
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_imports_go_one_way_and_take_what_is_public(folder):
-    package = {"bench": "atedm_bench"}.get(folder, folder.split("/")[-1])
-    paths = list((ROOT / folder).rglob("*.py"))
-    assert paths
-    for path in paths:
+def sources(place):
+    path = ROOT / place
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("place", MAY_IMPORT)
+def test_imports_go_one_way_and_take_what_is_public(place):
+    package = {"bench": "atedm_bench"}.get(place, Path(place).stem)
+    assert sources(place)
+    for path in sources(place):
         source = path.read_text(encoding="utf-8")
-        assert not against_direction(source, MAY_IMPORT[folder]), path
-        assert not private_of_others(source, package), path
-        roots = {module.split(".")[0] for module, _ in imported(source)}
-        assert folder != "atedm_kernels" or not roots & {"diffusers", "transformers", "typer", "rich"}, path
+        if path != Path(__file__):
+            assert not against_direction(source, MAY_IMPORT[place]), path
+        if place != "tests":  # which look inside
+            assert not private_of_others(source, package), path
+        if place == "atedm_kernels":
+            known = {"torch", "triton", "numpy", "atedm_kernels", *sys.stdlib_module_names}
+            assert not {module for module, _ in imported(source) if "." in module and root(module) not in known}, path
+            assert not {root(name) for name in imported_by_statement(source)} - known, path
+
+
+BACK = """
+def f():
+    from atedm_bench.ops import run
+    import atedm.app.flops as g
+importlib.import_module("atedm")
+__import__("atedm_bench")
+lazily("atedm.unet", "f")
+sys.modules["atedm_extras"]
+import_module(f"atedm_bench.{x}.ops")
+find_spec("bench")
+"""
 
 
 def test_an_import_that_runs_back_is_found():
-    up = "def f():\n    from atedm_bench.ops import run\n    import atedm.flops as g\n"
-    assert against_direction(up, {"atedm_kernels"}) == ["atedm.flops", "atedm_bench.ops"]
-    assert against_direction('lazily("atedm.unet", "f")', {"atedm_kernels"}) == ["atedm.unet"]
-    assert not against_direction("import atedm_kernels.backends", {"atedm_kernels"})
-    assert private_of_others("from atedm_kernels import _checks", "atedm") == ["atedm_kernels._checks"]
-    assert not private_of_others("from atedm_kernels import _checks", "atedm_kernels")
+    expected = ["atedm", "atedm.app.flops", "atedm.unet", "atedm_bench", "atedm_bench..ops", "atedm_bench.ops"]
+    assert against_direction(BACK, {"atedm_kernels"}) == [*expected, "atedm_extras", "bench"]
+    assert not against_direction('import atedm_kernels.backends\nLibrary("atedm", "DEF")', {"atedm_kernels"})
+    private = "from atedm_kernels import _checks, native\nimport atedm_kernels as k\nnative._load()\nk._checks.f()"
+    assert private_of_others(private, "atedm") == ["atedm_kernels._checks", "native._load", "k._checks"]
+    assert not private_of_others(private, "atedm_kernels")
 
 
-COMMANDS = {"atedm": "diffusers", "atedm_bench": "bench"}
+COMMANDS = {
+    **{("atedm_command", *arguments): "diffusers" for arguments in ((), ("demo",), ("--help",))},
+    **{("atedm_bench.command", *arguments): "bench" for arguments in ((), ("ops",), ("unet",), ("tune",))},
+    **{("atedm_bench.command", name): "quality" for name in ("quality", "train", "overview")},
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_command_without_its_packages_names_the_extra_in_one_line(command):
-    code = f"import sys; sys.modules.update(typer=None); import atedm_extras; atedm_extras.{command}()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    module, *arguments = command
+    code = f"import sys; sys.modules.update(typer=None); import {module} as command; command.main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == f"Error: typer not installed; pip install 'atedm-kernels[{COMMANDS[command]}]'\n"
 
@@ -163,8 +222,9 @@ def test_the_plug_in_without_diffusers_names_the_extra():
 def test_no_two_classes_have_one_name():
     names = [
         node.name
-        for folder in MAY_IMPORT
-        for path in (ROOT / folder).rglob("*.py")
+        for place in MAY_IMPORT
+        if place != "tests"
+        for path in sources(place)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef)
     ]

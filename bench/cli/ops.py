@@ -43,7 +43,7 @@ def ops(
     require("bench", "psutil", "matplotlib")
     from rich.console import Console
 
-    from atedm import report
+    from atedm.app import report
     from atedm_bench.ops.plots import plot_roofline
     from atedm_bench.ops.run import OpsBench, OpsSettings
     from atedm_bench.ops.shapes import shape_of
@@ -105,7 +105,7 @@ def _count(text: str) -> int:
 
 
 def _print(document: dict[str, Any], console: Any) -> None:
-    from atedm.report import print_table
+    from atedm.app.report import print_table
 
     columns = {
         **{"name": "", "variant": "variant", "backend": "backend", "ms": "ms", "spread": "range"},

@@ -37,7 +37,7 @@ def run(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet; takes minutes per size.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's default.")] = 0,
 ) -> None:
-    """Train. Start it with `accelerate launch -m atedm_bench` to use several processes or GPUs."""
+    """Train. Start it with `accelerate launch -m atedm_bench train run …` to use several processes or GPUs."""
     require("quality", *_PACKAGES)
     import torch
     from accelerate import Accelerator
@@ -87,10 +87,24 @@ def record(
 ) -> None:
     """Write each stage's progress, wall time and loss curve."""
     require("quality", *_PACKAGES)
-    from atedm.report import write_json
+    from atedm.app.report import write_json
     from atedm_bench.training.record import record as record_runs
 
     document = record_runs(runs)
     write_json(document, to)
     for stage in document["stages"]:
         typer.echo("{stage}, run {run}: {steps} steps, {images} images, {minutes} min".format(**stage))
+
+
+@app.command()
+def checker(
+    out: Annotated[Path, typer.Option(help="Where the weights go; figures beside them.")],
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    batch: Annotated[int, typer.Option(min=1)] = 48,
+    test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,
+) -> None:
+    """Train the checker of the quality lab on renders, and measure it on held-out ones."""
+    require("quality", *_PACKAGES)
+    from atedm_bench.quality.checker_training import train_and_report
+
+    train_and_report(steps, batch, test, out)

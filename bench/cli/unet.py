@@ -44,17 +44,15 @@ def unet(
     import torch
     from rich.console import Console
 
-    from atedm import report
+    from atedm.app import report
     from atedm_bench.unet import UNetBench, UNetSettings
-    from atedm_bench.unet_variants import VARIANTS, possible
+    from atedm_bench.unet_variants import VARIANTS
 
     if compile_mode not in torch._inductor.list_mode_options():
         raise bad("compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}")
     for name in variant or ():
         if name not in VARIANTS:
             raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
-        if not possible((name,), batch):
-            raise bad("variant", f"{name!r} with --batch {batch}; expected an even batch, because it has two halves")
     place = parse_device(device)
     width, height = parse_size(size)
     config = load_config(model)
@@ -95,7 +93,7 @@ def unet(
 
 
 def _print(document: dict[str, Any], console: Any) -> None:
-    from atedm.report import print_table
+    from atedm.app.report import print_table
 
     settings, rows = document["settings"], document["rows"]
     if not rows:
@@ -144,7 +142,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown_stages(row: dict[str, Any]) -> dict[str, Any]:
-    from atedm_bench.unet import STAGES
+    from atedm.app.flops import STAGES
 
     seconds = {stage: row[f"stage_{stage}_seconds"] for stage in STAGES}
     iterations = row.get("page_rank_iterations")

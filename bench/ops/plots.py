@@ -70,9 +70,9 @@ def _draw_moves(axis: plt.Axes, rows: list[dict[str, Any]], ceiling: float) -> N
         for row in rows:
             if row["variant"] == variant and row["backend"] != "reference":
                 place = names.index(row["name"]) + (n - len(variants) / 2) * 0.12
-                level = shapes.index(row["shape"]) / max(1, len(shapes) - 1)
+                shade = shapes.index(row["shape"]) / max(1, len(shapes) - 1)
                 axis.plot(
-                    place, row["bytes"] / row["seconds"] / ceiling, _MARKERS[variant], color=plt.cm.viridis(level)
+                    place, row["bytes"] / row["seconds"] / ceiling, _MARKERS[variant], color=plt.cm.viridis(shade)
                 )
     axis.axhline(1.0, color="k")
     axis.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=7)

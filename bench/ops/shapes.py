@@ -42,7 +42,7 @@ class Shape:
 
 def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> Shape:
     """The shape at ``level`` (2 or 3) for ``width`` × ``height`` pixels, dropping ``ratio`` of the tokens."""
-    from atedm.options import kept_tokens
+    from atedm.policy.selection import kept_tokens
 
     pixels = _PIXELS_PER_TOKEN[level]
     tokens = (width // pixels) * (height // pixels)

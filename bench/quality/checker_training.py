@@ -1,20 +1,18 @@
-"""``python -m atedm_bench.quality.checker_training``: trains the checker on renders and reports its accuracy."""
+"""Trains the checker on renders and reports its accuracy."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from atedm import report
-from atedm_bench.quality.checker import SIZE, STRIDE, WEIGHTS, Checker, detect, prepare, save_checker
+from atedm.app import report
+from atedm_bench.quality.checker import SIZE, STRIDE, Checker, detect, prepare, save_checker
 from atedm_bench.quality.judge import judge
 from atedm_bench.scenes import COLORS, SHAPES, Scene, render
 from atedm_bench.scenes.split import scenes
@@ -107,13 +105,8 @@ def accuracy(model: Checker, count: int, size: int) -> dict[str, float]:
     }
 
 
-def main(
-    steps: Annotated[int, typer.Option(min=1)] = 1500,
-    batch: Annotated[int, typer.Option(min=1)] = 48,
-    test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,
-    out: Annotated[Path, typer.Option(help="File for the weights; the figures go beside it.")] = WEIGHTS,
-) -> None:
-    """Train the checker on renders, measure it on held-out renders, and write its weights."""
+def train_and_report(steps: int, batch: int, test: int, out: Path) -> None:
+    """Train the checker, measure it on ``test`` held-out renders, and write weights and figures to ``out``."""
     save_checker(train(steps, batch), out)
     from atedm_bench.quality.checker import load_checker
 
@@ -122,11 +115,8 @@ def main(
         {"name": f"renders of {size} pixels", "size": size, **accuracy(model, test, size)} for size in (64, 128, 256)
     ]
     settings = {"steps": steps, "batch": batch, "renders": test}
-    command = f"python -m atedm_bench.quality.checker_training --steps {steps} --batch {batch} --test {test}"
-    report.write_json(report.report(command, "cpu", settings, rows), out.with_suffix(".json"))
+    report.write_json(
+        report.report(report.command_line("atedm-bench"), "cpu", settings, rows), out.with_suffix(".json")
+    )
     columns = {"name": "held-out", "scenes_right": "scenes", "scenes_right_without_extra": "nothing extra"}
     report.print_table(rows, {**columns, "objects_right": "objects", "relations_right": "relations"}, "checker")
-
-
-if __name__ == "__main__":
-    typer.run(main)

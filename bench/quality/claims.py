@@ -97,7 +97,6 @@ CLAIMS = (
         "ranking at every step beats cheaper rankings",
         (
             *((_LEVEL_3, f"ranked every {n} steps") for n in RANK_EVERY),
-            (_LEVEL_3, "one ranking for both halves of guidance"),
             ("recovery: keys", "level 2 ranked on 2×2-pooled maps"),
         ),
         ours=True,

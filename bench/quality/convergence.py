@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import atedm
-from atedm.blocks import attention_blocks
-from atedm.many import PromptCase, Sampling
-from atedm.options import kept_tokens
+from atedm.app.prompts import PromptCase, Sampling
+from atedm.policy.selection import kept_tokens
+from atedm.unet.blocks import attention_blocks
 from atedm_bench.quality.images import run_without_decoding
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atedm.comparison import open_image
-from atedm.many import PromptCase, Sampling, make_pictures, picture_path
+from atedm.app.comparison import open_image
+from atedm.app.prompts import PromptCase, Sampling, make_pictures, picture_path
 from atedm_bench.quality.settings import Setting, in_force
 from atedm_bench.scenes import Scene
 
@@ -54,7 +54,7 @@ def make_setting(
     processes: int = 1,
     on_picture: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Make a setting's missing pictures, see :func:`atedm.many.make_pictures`.
+    """Make a setting's missing pictures, see :func:`atedm.app.prompts.make_pictures`.
 
     The random draws of tomesd and of random pruning depend on the batch.
     """

@@ -14,9 +14,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
-from atedm.comparison import open_image, save_image
+from atedm.app.comparison import open_image, save_image
+from atedm.app.prompts import PromptCase, picture_path
 from atedm.files import whole_file
-from atedm.many import PromptCase, picture_path
 from atedm_bench.quality.convergence import ITERATIONS
 from atedm_bench.quality.images import folder_of
 from atedm_bench.quality.settings import Setting

@@ -15,10 +15,13 @@ from torch.nn import functional as F
 
 import atedm
 import atedm_kernels as kernels
-from atedm.blocks import attention_blocks
-from atedm.keys import grid_first, rank_by_keys, sources_by_keys, unit_keys
-from atedm.many import PromptCase, Sampling
-from atedm.options import BY_KEYS, kept_tokens
+from atedm.app.prompts import PromptCase, Sampling
+from atedm.policy.attention_map import AttentionMap
+from atedm.policy.options import BY_KEYS
+from atedm.policy.ranking import KeyRanking
+from atedm.policy.recovery import RECOVERIES
+from atedm.policy.selection import grid_first, kept_tokens
+from atedm.unet.blocks import attention_blocks
 from atedm_bench.quality.convergence import RunningBlock
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.rankings import page_rank
@@ -37,14 +40,18 @@ class Way:
     grid: int | None = None
 
 
+def _rank_by_keys(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    return KeyRanking().scores(AttentionMap(q, k, lse, None))[0]
+
+
 def _by_keys(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:
-    return sources_by_keys(unit_keys(k), index)
+    return RECOVERIES["keys"].source(AttentionMap(q, k, lse, None), index)
 
 
 WAYS = {
     "ours (AT-EDM)": Way(page_rank, kernels.similarity_source, "similarity"),
     "ours, recovery by keys": Way(page_rank, _by_keys, "keys"),
-    "by keys": Way(lambda q, k, lse: rank_by_keys(unit_keys(k)), _by_keys, "keys", BY_KEYS["grid"]),
+    "by keys": Way(_rank_by_keys, _by_keys, "keys", BY_KEYS["grid"]),
 }
 
 

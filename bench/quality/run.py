@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from atedm.many import PromptCase, Sampling, claim
-from atedm.options import Options
+from atedm.app.prompts import PromptCase, Sampling, claim
+from atedm.policy.options import Options
 from atedm_bench.quality.images import make_setting
 from atedm_bench.quality.lab import Figures, rows_of
 from atedm_bench.quality.settings import Setting

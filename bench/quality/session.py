@@ -15,10 +15,10 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from atedm import report
-from atedm.flops import UNetFlops
-from atedm.many import PromptCase, Sampling, read_prompts
-from atedm.models import LATENT_SCALE
+from atedm.app import report
+from atedm.app.flops import UNetFlops
+from atedm.app.models import LATENT_SCALE
+from atedm.app.prompts import PromptCase, Sampling, read_prompts
 from atedm_bench.quality import convergence, plots, refills
 from atedm_bench.quality.claims import MEASURES, check_claims
 from atedm_bench.quality.lab import SceneFigures, scene_cases

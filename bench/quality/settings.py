@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import atedm
-from atedm.flops import MAX_RATIO, Flops, UNetFlops, solve_decreasing
-from atedm.options import BY_KEYS
+from atedm.app.flops import MAX_RATIO, Flops, UNetFlops, solve_decreasing
+from atedm.policy.options import BY_KEYS
 from atedm_bench.peers import apply_tomesd, tomesd_flops
 from atedm_bench.rankings import PooledRanking, RandomRanking, no_ranking
 
@@ -69,7 +69,6 @@ _RANDOM: dict[str, dict[str, Any]] = {
 # Cheaper rankings of level 3 alone; each leaves one ranking in this many.
 _CHEAPER: dict[str, tuple[dict[str, Any], int]] = {
     **{f"ranked every {n} steps": ({"rank_every": n}, n) for n in RANK_EVERY},
-    "one ranking for both halves of guidance": ({"share_guidance": True}, 2),
 }
 _POOLED = "level 2 ranked on 2×2-pooled maps"
 

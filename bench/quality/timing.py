@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from atedm import report
-from atedm.comparison import UNetTimer
-from atedm.many import PromptCase, Sampling
+from atedm.app import report
+from atedm.app.comparison import UNetTimer
+from atedm.app.prompts import PromptCase, Sampling
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.quality.settings import Setting, in_force
 

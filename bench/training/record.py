@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from atedm.report import device_name, versions
+from atedm.app.report import device_name, versions
 from atedm_bench.training.loop import LOG, counter_of, newest_checkpoint
 
 _STAGES = {"vae-training": "autoencoder", "text-training": "text encoders", "unet-training": "UNet and text encoders"}

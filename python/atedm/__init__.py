@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from atedm_extras import hint, missing
 
 if TYPE_CHECKING:
-    from atedm.options import PRESETS, Options
-    from atedm.pictures import plot
-    from atedm.plugin import applied, apply, pruned_blocks, record, remove
-    from atedm.schedule import DSAP
+    from atedm.app.pictures import plot
+    from atedm.policy.options import PRESETS, Options
+    from atedm.policy.schedule import DSAP
+    from atedm.unet.attach import applied, apply, pruned_blocks, record, remove
     from atedm_kernels import __version__
 
 if missing("diffusers"):
@@ -19,16 +19,16 @@ if missing("diffusers"):
 
 # Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
 _HOMES = {
-    "DSAP": "atedm.schedule",
-    "Options": "atedm.options",
-    "PRESETS": "atedm.options",
+    "DSAP": "atedm.policy.schedule",
+    "Options": "atedm.policy.options",
+    "PRESETS": "atedm.policy.options",
     "__version__": "atedm_kernels",
-    "applied": "atedm.plugin",
-    "apply": "atedm.plugin",
-    "plot": "atedm.pictures",
-    "pruned_blocks": "atedm.plugin",
-    "record": "atedm.plugin",
-    "remove": "atedm.plugin",
+    "applied": "atedm.unet.attach",
+    "apply": "atedm.unet.attach",
+    "plot": "atedm.app.pictures",
+    "pruned_blocks": "atedm.unet.attach",
+    "record": "atedm.unet.attach",
+    "remove": "atedm.unet.attach",
 }
 
 __all__ = [

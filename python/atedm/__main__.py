@@ -1,5 +1,5 @@
 """``python -m atedm``: the command line, for launchers that start modules (``accelerate launch -m …``)."""
 
-from atedm_extras import atedm
+from atedm.cli import main
 
-atedm()
+main()

@@ -113,16 +113,32 @@ def test_a_saved_tensor_that_is_written_afterwards_is_noticed(added_to):
         loss.backward()
 
 
-def test_an_op_with_both_is_refused():
-    with pytest.raises(ValueError, match=r"both has a backward and writes x in place"):
-        define_op(
-            "both(Tensor(a!) x, float factor) -> Tensor",
-            check,
-            fake,
-            {"reference": lambda x, factor: x},
-            backward=Backward(setup_context, backward),
-            library=library,
-        )
+def test_what_an_op_writes_must_not_require_a_gradient(added_to):
+    total, x = torch.zeros(5, requires_grad=True), torch.ones(5)
+    for written in (total, total * 1):
+        with pytest.raises(ValueError, match="total requires a gradient; expected a tensor that does not, as added_to"):
+            added_to(written, x)
+    with torch.no_grad():
+        added_to(total, x)
+    assert torch.equal(total, x)
+    assert not added_to(torch.zeros(5), x.requires_grad_()).requires_grad
+
+
+WRONG = {
+    "writes x in place and has a backward": ("wrong(Tensor(a!) x) -> Tensor", {"backward": Backward(None, None)}),
+    "is a bool in": ("wrong(Tensor x, bool flag) -> Tensor", {}),
+    "is keyword-only in": ("wrong(Tensor x, *, float factor) -> Tensor", {}),
+    "does not begin with a tensor": ("wrong(float factor) -> Tensor", {}),
+    "expected 'reference' among them": ("wrong(Tensor x) -> Tensor", {"implementations": {"native": None}}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_definition_is_refused_before_anything_is_registered(message):
+    schema, changes = WRONG[message]
+    with pytest.raises(ValueError, match=message):
+        define_op(schema, check, fake, **{"implementations": {"reference": None}, "library": library, **changes})
+    assert not hasattr(torch.ops.atedm_test, "wrong")
 
 
 def test_checks_run_once_a_call_and_defaults_reach_them(scaled):
@@ -162,10 +178,24 @@ def test_the_flops_of_an_op_are_those_that_torch_counts(name):
     assert counter.get_total_flops() == OPS[name].flops(*arguments) == expected
 
 
-def test_flops_are_counted_whichever_is_imported_first():
-    code = """
-import torch, atedm_kernels, sys
-assert "triton" not in sys.modules
+FIRST = {
+    "the ops": "import atedm_kernels, torch.utils.flop_counter",
+    "the counter": "import torch.utils.flop_counter, atedm_kernels",
+    "the ops, and the counter asked for": (
+        "import atedm_kernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter')"
+    ),
+    "the counter, once more": (
+        "import atedm_kernels, importlib, torch.utils.flop_counter; importlib.reload(torch.utils.flop_counter)"
+    ),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_flops_are_counted_whichever_is_imported_first(first):
+    code = f"""
+import torch, sys
+{FIRST[first]}
+assert "triton" not in sys.modules or "torch.utils.flop_counter" in sys.modules
 from torch.utils.flop_counter import FlopCounterMode
 q = torch.randn(1, 1, 3, 8)
 with FlopCounterMode(display=False) as counter:

@@ -34,9 +34,9 @@ def test_best_tokens(backend, device, heads, tokens, reduction, poisoned_empty):
 @pytest.mark.parametrize("reduction", ["rms", "mean"])
 def test_ties_go_to_the_lower_index(backend, device, reduction):
     torch.manual_seed(0)
-    levels = torch.randint(0, 4, (3, 1, 500)).float().to(device)
-    scores = levels.expand(3, 4, 500)
-    order = torch.sort(levels[:, 0], descending=True, stable=True).indices
+    values = torch.randint(0, 4, (3, 1, 500)).float().to(device)
+    scores = values.expand(3, 4, 500)
+    order = torch.sort(values[:, 0], descending=True, stable=True).indices
     for keep in (1, 100, 130, 377, 499):
         assert torch.equal(select(backend, scores, keep, reduction), order[:, :keep].sort(-1).values)
     assert select(backend, torch.zeros(1, 2, 50, device=device), 3, reduction).tolist() == [[0, 1, 2]]

@@ -25,7 +25,7 @@ SHAPES = [
 ]
 EVERYTHING = 1 << 40
 # The largest map of a head, in bytes, kept in float32 and in 16 bits, and the promised accuracy.
-ROUTES = {"float32": (EVERYTHING, 0, 2e-4), "16 bits": (0, EVERYTHING, 1e-3), "computed anew": (0, 0, 2e-4)}
+ROUTES = {"float32": (EVERYTHING, 0, 2e-4), "16 bits": (0, EVERYTHING, 1e-3), "computed again": (0, 0, 2e-4)}
 
 
 @pytest.fixture(autouse=True)

@@ -51,10 +51,10 @@ def test_schedulers(base, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(config, beta_schedule="scaled_linear")
     # Four steps of theirs make no picture.
     _, _, recording = check(pipe, alike=-1)
-    assert recording.steps == STEPS and recording.calls == sorted(recording.calls)
+    assert recording.calls == list(range(len(pipe.scheduler.timesteps)))
 
 
-def test_one_choice_for_several_steps_and_both_halves_of_guidance(base):
+def test_one_choice_for_several_steps(base):
     def run(guidance, **options):
         with atedm.applied(base, ratio=0.25, **options), atedm.record(base) as recording:
             image = latents(base, guidance_scale=guidance)
@@ -62,18 +62,15 @@ def test_one_choice_for_several_steps_and_both_halves_of_guidance(base):
         return image, recording
 
     plain, own = run(5.0)
-    cheaper, shared = run(5.0, rank_every=2, share_guidance=True)
+    cheaper, reused = run(5.0, rank_every=2)
     assert torch.cosine_similarity(plain.flatten(), cheaper.flatten(), dim=0) > 0.5
-    assert all(torch.equal(ranked.index[0], ranked.index[1]) for ranked in shared.ranked)
-    assert len(shared.ranked) == len(own.ranked)
-    ranked_at = {ranked.step for ranked in shared.ranked if ranked.iterations is not None}
+    assert len(reused.ranked) == len(own.ranked)
+    ranked_at = {ranked.step for ranked in reused.ranked if ranked.iterations is not None}
     assert ranked_at == {0, 2}  # two of the four steps are light
-    # Without guidance there are no halves, and a second image begins with a choice of its own.
-    alone, _ = run(1.0)
-    with atedm.applied(base, ratio=0.25, rank_every=4, schedule=None, share_guidance=True):
+    # A second image begins with a choice of its own.
+    with atedm.applied(base, ratio=0.25, rank_every=4, schedule=None):
         first, second = (latents(base, guidance_scale=1.0) for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(run(1.0, share_guidance=True)[0], alone)
 
 
 def test_batches_and_several_images_a_prompt(base):

@@ -39,16 +39,6 @@ def test_the_second_pipeline_has_its_own_steps(base, second):
     assert recording.calls == list(range(10))
 
 
-@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS], ids=["one prompt", "two prompts"])
-def test_the_second_pipeline_has_its_own_guidance(base, second, prompt):
-    with atedm.applied(base, ratio=0.5):
-        expected = latents(base, prompt=prompt, guidance_scale=1.0)
-    with atedm.applied(base, ratio=0.5, share_guidance=True):
-        guided = latents(base)
-        assert torch.equal(latents(second(), prompt=prompt, guidance_scale=1.0), expected)
-        assert torch.equal(latents(base), guided)
-
-
 def test_a_choice_for_several_steps_serves_one_picture(base, picture):
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(base)
     pipe.set_progress_bar_config(disable=True)
@@ -67,21 +57,3 @@ def test_a_choice_for_several_steps_serves_one_picture(base, picture):
 def interrupt_before_last(pipe, step, timestep, tensors):
     pipe._interrupt = step >= 2
     return tensors
-
-
-REFUSED = "share_guidance is set, and {} has a"
-
-
-@pytest.mark.parametrize("name", ["StableDiffusionXLPAGPipeline", "StableDiffusionXLInstructPix2PixPipeline"])
-def test_pipelines_that_guide_by_three_parts_share_no_choice(base, name):
-    pipe = getattr(diffusers, name)(**{part: module for part, module in base.components.items() if module is not None})
-    with pytest.raises(ValueError, match=REFUSED.format(name)):
-        atedm.apply(pipe, share_guidance=True)
-
-
-def test_nor_where_another_pipeline_with_the_same_unet_was_asked(base):
-    pipe = diffusers.StableDiffusionXLPAGPipeline(**{**base.components, "unet": copy.deepcopy(base.unet)})
-    pipe.set_progress_bar_config(disable=True)
-    atedm.apply(diffusers.StableDiffusionXLPipeline.from_pipe(base, unet=pipe.unet), share_guidance=True)
-    with pytest.raises(ValueError, match=REFUSED.format("StableDiffusionXLPAGPipeline")):
-        latents(pipe)

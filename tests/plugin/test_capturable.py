@@ -17,7 +17,6 @@ OPTIONS = [
     {"ranking": "keys", "recovery": "keys", "grid": 2},
     {"recovery": "zeros"},
     {"recovery": "bicubic"},
-    {"share_guidance": True},
 ]
 
 

@@ -1,25 +1,19 @@
-"""Choices of tokens that serve several calls (``rank_every``) or both halves of guidance (``share_guidance``)."""
+"""Choices of tokens that serve several calls (``rank_every``)."""
 
 import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
-from atedm.schedule import RankingPeriod
+from atedm.unet.memory import RankingPeriod
+from atedm.unet.steps import step_of
 
 RANKINGS = ["self", "cross", "keys", lambda q, k, lse: q.float().norm(dim=-1)]
 rankings = pytest.mark.parametrize("ranking", RANKINGS, ids=["self", "cross", "keys", "function"])
-
-
-class Pipeline:
-    """The part of a pipeline that is asked for."""
-
-    do_classifier_free_guidance = False
-
-    def __init__(self, unet, scheduler):
-        self.unet, self.scheduler = unet, scheduler
 
 
 def scheduler_of(steps, kind=EulerDiscreteScheduler):
@@ -38,34 +32,26 @@ def recorded(target, unet, inputs, timesteps):
     return {(ranked.call, ranked.block): ranked for ranked in recording.ranked}
 
 
-TIMESTEPS = [torch.zeros(9), torch.zeros(9)]  # of two pictures
-
-
 @pytest.mark.parametrize(
-    ("places", "calls", "expected"),
+    ("places", "expected"),
     [
-        ([0, 1, 2, 3, 4], 1, "x..x."),
-        ([0, 0, 1, 1, 2, 2, 3, 3], 2, "xx....xx"),  # two calls a step
-        ([0, 0, 1, 1, 2, 2], 1, "xxxxxx"),  # two contents a step
-        ([5, 6, 0, 1, 2, 3], 1, "x.x..x"),  # the same timesteps over again
-        ([5, 5, 7, 8], 2, "xxx."),  # a step left out
+        ([0, 1, 2, 3, 4], "x..x."),
+        ([0, 0, 1, 1, 2, 2], "xxxxxx"),  # several calls per step: tiles, or halves of guidance one by one
+        ([0, 1, 2, 2, 3, 4], "x..xxx"),  # from the step on that shows it
+        ([5, 6, 0, 1, 2, 3], "x.x..x"),  # the same timesteps over again
+        ([0, 1, 0, 1, 2, 2], "x.xxxx"),  # another picture with the same timesteps, in turn
+        ([4, 6], "xx"),  # a step left out
     ],
 )
-def test_every_third_step_and_the_first_of_a_picture(places, calls, expected):
+def test_every_third_step_and_the_first_of_a_picture(places, expected):
     period = RankingPeriod(3)
-    assert "".join(".x"[period.is_due(place, False, TIMESTEPS[0], calls)] for place in places) == expected
+    assert "".join(".x"[period.is_due(place, 7, False)] for place in places) == expected
 
 
-def test_a_picture_with_timesteps_of_its_own_begins_with_a_choice():
-    period = RankingPeriod(3)
-    calls = [(0, 0), (0, 1), (1, 2), (1, 3), (0, 3), (0, 3), (1, 3)]  # the last ones come several a step
-    assert [period.is_due(place, False, TIMESTEPS[n]) for n, place in calls] == [1, 0, 1, 0, 1, 1, 1]
-
-
-def test_a_phase_begins_with_a_choice_and_values_need_only_grow():
+def test_a_phase_begins_with_a_choice():
     period = RankingPeriod(2)
-    places = [(-999, True), (-900, True), (-850, False), (-700, False), (-650, False), (-999, True), (-990, True)]
-    assert [period.is_due(*place) for place in places] == [True, False, True, False, True, True, False]
+    places = [(0, True), (1, True), (2, False), (3, False), (4, False)]
+    assert [period.is_due(place, 7, light) for place, light in places] == [True, False, True, False, True]
 
 
 @rankings
@@ -87,15 +73,102 @@ def test_a_choice_stays_for_the_steps_between(unet, inputs, ranking):
     assert changed
 
 
+def memory_of(unet):
+    return unet.get_submodule(atedm.pruned_blocks(unet)[0]).__dict__["forward"].calls.memory
+
+
+def choices(unet, scheduler):
+    """The kept tokens that are remembered of the picture with the timesteps of ``scheduler``, by block."""
+    kept = memory_of(unet).picture(scheduler.timesteps.untyped_storage()).kept
+    return {name: one.index.clone() for name, one in kept.items()}
+
+
 def test_a_choice_serves_calls_that_compute_the_same_as_without(unet, inputs):
-    timesteps = torch.tensor([900.0, 800.0])
+    scheduler = scheduler_of(4)
+    timesteps = scheduler.timesteps
     atedm.apply(unet, schedule=None)
     expected = unet(**{**inputs, "timestep": timesteps[0]}).sample
     atedm.apply(unet, schedule=None, rank_every=2)
     assert torch.equal(unet(**{**inputs, "timestep": timesteps[0]}).sample, expected)
-    stored = [patch.kept.index.clone() for patch in (module.__dict__["forward"] for module in pruned(unet))]
+    stored = choices(unet, scheduler)
+    assert list(stored) == atedm.pruned_blocks(unet)
     unet(**{**inputs, "sample": -inputs["sample"], "timestep": timesteps[1]})
-    assert all(torch.equal(a, b.__dict__["forward"].kept.index) for a, b in zip(stored, pruned(unet), strict=True))
+    assert all(torch.equal(index, stored[name]) for name, index in choices(unet, scheduler).items())
+
+
+def test_a_picture_is_forgotten_with_its_timesteps(unet, inputs):
+    atedm.apply(unet, schedule=None, rank_every=3)
+    for _ in range(20):
+        scheduler = scheduler_of(3)
+        for timestep in scheduler.timesteps[:2]:
+            unet(**{**inputs, "timestep": timestep})
+        assert len(memory_of(unet)) == 1
+        del timestep
+    atedm.remove(atedm.apply(unet, schedule=None, rank_every=3))
+    del scheduler
+    gc.collect()
+
+
+def test_a_block_that_was_skipped_when_a_choice_was_due_chooses_when_it_runs_next(unet, inputs, monkeypatch):
+    """As tools do that reuse deep features: what it holds is a choice of steps long past."""
+    scheduler = scheduler_of(7)
+    atedm.apply(unet, schedule=None, rank_every=3)
+    forward = unet.mid_block.forward
+    with atedm.record(unet) as recording:
+        for step, timestep in enumerate(scheduler.timesteps):
+            skipped = lambda hidden_states, *args, **kwargs: hidden_states  # noqa: E731
+            monkeypatch.setattr(unet.mid_block, "forward", skipped if step == 3 else forward)
+            unet(**{**inputs, "timestep": timestep})
+    mid = [ranked.step for ranked in recording.ranked if "mid_block" in ranked.block and ranked.iterations is not None]
+    assert mid == [0, 4, 6]
+
+
+def test_two_pictures_in_turn_have_their_own_choices(unet, make_inputs):
+    inputs = [make_inputs(seed=seed) for seed in (1, 2)]
+
+    def run(n, scheduler, step):
+        sample = inputs[n]["sample"] * (1 + step)
+        return unet(**{**inputs[n], "sample": sample, "timestep": scheduler.timesteps[step]}).sample
+
+    atedm.apply(unet, schedule=None, rank_every=3)
+    alone = []
+    for n in range(2):
+        scheduler = scheduler_of(5 + n)
+        alone.append([run(n, scheduler, step) for step in range(4)])
+    schedulers = [scheduler_of(5), scheduler_of(6)]
+    for step in range(4):
+        for n in range(2):
+            assert torch.equal(run(n, schedulers[n], step), alone[n][step])
+
+
+def test_threads_that_share_a_unet_have_their_own_calls(unet, make_inputs):
+    inputs = [make_inputs(seed=seed) for seed in (1, 2)]
+
+    def picture(n):
+        scheduler = scheduler_of(12 - 5 * n)
+        sample = inputs[n]["sample"].clone()
+        for timestep in scheduler.timesteps:
+            sample = sample + 0.1 * unet(**{**inputs[n], "sample": sample, "timestep": timestep}).sample
+        return sample
+
+    for options in ({}, {"rank_every": 2}, {"schedule": None}):
+        atedm.apply(unet, **options)
+        alone = [picture(n) for n in range(2)]
+        for _ in range(3):
+            with ThreadPoolExecutor(2) as pool:
+                together = list(pool.map(picture, range(2)))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)), options
+
+
+UNKNOWN = {"int": 500, "copy": torch.tensor(500.0), "rising": torch.arange(1000.0)[500]}
+
+
+@pytest.mark.parametrize("timestep", UNKNOWN.values(), ids=UNKNOWN)
+def test_where_the_picture_is_unknown_every_call_chooses_and_says_so_once(unet, inputs, caplog, timestep):
+    atedm.apply(unet, schedule=None, rank_every=4)
+    kept = recorded(unet, unet, inputs, [timestep] * 3)
+    assert all(ranked.iterations is not None for ranked in kept.values())
+    assert len([message for message in caplog.messages if "may belong to any picture" in message]) == 1
 
 
 def pruned(unet):
@@ -112,12 +185,12 @@ def test_a_phase_and_an_image_begin_with_a_choice(unet, inputs):
     assert chosen == [0, 1, 6, 10, 11, 16]
 
 
-def test_both_calls_of_a_second_order_step_are_alike(unet, inputs):
+def test_each_call_of_a_second_order_step_is_an_entry_of_the_timesteps(unet, inputs):
     scheduler = scheduler_of(4, HeunDiscreteScheduler)
-    atedm.apply(unet, scheduler=scheduler, schedule=None, rank_every=2)
+    atedm.apply(unet, schedule=None, rank_every=2)
     kept = recorded(unet, unet, inputs, scheduler.timesteps)
     chosen = sorted({kept[key].step for key in kept if kept[key].iterations is not None})
-    assert chosen == [0, 2]
+    assert chosen == [0, 2, 4, 6]
 
 
 def test_another_batch_or_size_chooses_anew(unet, make_inputs):
@@ -130,44 +203,66 @@ def test_another_batch_or_size_chooses_anew(unet, make_inputs):
             assert torch.equal(expected[step], unet(**{**inputs, "timestep": scheduler.timesteps[step]}).sample)
 
 
+def test_another_shape_with_as_many_tokens_chooses_again(unet, make_inputs):
+    scheduler = scheduler_of(4)
+    sides = [{"height": 16, "width": 24}, {"height": 24, "width": 16}, {"height": 16, "width": 20}]
+    for keep_multiple in (1, 32):
+        atedm.apply(unet, schedule=None, rank_every=4, keep_multiple=keep_multiple)
+        for step, size in enumerate(sides):
+            call = {**make_inputs(**size), "timestep": scheduler.timesteps[step]}
+            found = unet(**call).sample
+            with atedm.applied(unet, schedule=None, keep_multiple=keep_multiple):
+                assert torch.equal(found, unet(**call).sample)
+        scheduler = scheduler_of(4)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_steps_are_found_in_views_and_nothing_else(context):
+    with context():
+        timesteps = scheduler_of(6).timesteps
+        for index, timestep in enumerate(timesteps):
+            for view in (timestep, timestep.detach(), timestep.expand(2), timestep[None], timesteps[index]):
+                step = step_of(view)
+                assert (step.index, step.total) == (index, 6) and step.picture is timesteps.untyped_storage()
+        constant, batch = torch.full((4,), 500.0), torch.tensor([900.0, 800.0])
+        for other in (timesteps[1].clone(), timesteps[1].double(), constant[1], batch, batch.expand(2, 2), 3, None):
+            step = step_of(other)
+            assert (step.index, step.picture) == (None, None)
+        assert step_of(torch.ones(3, dtype=torch.complex64)[1]).index is None
+
+
+def test_a_unet_that_another_one_calls_ends_its_own_call_alone(make_unet, inputs):
+    outer, inner = make_unet(), make_unet(seed=1)
+    atedm.apply(outer)
+    scheduler = scheduler_of(10)
+    call = {**inputs, "timestep": scheduler.timesteps[0]}
+    expected = outer(**call).sample
+    for options in ({"schedule": None}, {}):
+        atedm.apply(inner, **options)
+        hook = outer.mid_block.register_forward_pre_hook(lambda *_: inner(**call) and None)
+        with atedm.record(outer) as recording:
+            assert torch.equal(outer(**call).sample, expected)
+        hook.remove()
+        assert len(recording.ranked) == 7
+
+
+def test_an_interrupted_call_leaves_nothing_running(unet, inputs):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    atedm.apply(unet, schedule=None)
+    with atedm.record(unet) as recording:
+        hook = unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            unet(**inputs)
+        hook.remove()
+    seen = len(recording.ranked)
+    unet(**inputs)
+    assert len(recording.ranked) == seen
+
+
 def test_a_copy_has_no_choice_of_the_originals(unet, inputs):
+    scheduler = scheduler_of(4)
     atedm.apply(unet, schedule=None, rank_every=2)
-    unet(**{**inputs, "timestep": 900})
-    assert all(module.__dict__["forward"].kept is None for module in pruned(copy.deepcopy(unet)))
-
-
-@rankings
-def test_halves_share_the_conditional_halfs_choice(unet, make_inputs, ranking):
-    inputs = make_inputs(batch=4)
-    atedm.apply(unet, schedule=None, ranking=ranking)
-    own = recorded(unet, unet, inputs, [500])
-    atedm.apply(unet, schedule=None, ranking=ranking, share_guidance=True)
-    shared = recorded(unet, unet, inputs, [500])
-    first = min(shared, key=list(shared).index)  # only its input is the same in both
-    assert torch.equal(shared[first].index[2:], own[first].index[2:])
-    assert not torch.equal(shared[first].index[:2], own[first].index[:2])
-    for ranked in shared.values():
-        assert torch.equal(ranked.index[:2], ranked.index[2:])
-        assert ranked.scores.shape[0] == 4 and torch.equal(ranked.scores[:2], ranked.scores[2:])
-        assert ranked.iterations is None or ranked.iterations.shape[0] == 4
-    with pytest.raises(ValueError, match="share_guidance is set, but the batch has 3 rows"):
-        unet(**make_inputs(batch=3))
-
-
-def test_without_guidance_nothing_is_shared(unet, inputs):
-    pipe = Pipeline(unet, scheduler_of(4))
-    atedm.apply(pipe, schedule=None)
-    expected = unet(**inputs).sample
-    atedm.apply(pipe, schedule=None, share_guidance=True)
-    assert torch.equal(unet(**inputs).sample, expected)
-    pipe.do_classifier_free_guidance = True
-    assert not torch.equal(unet(**inputs).sample, expected)
-
-
-def test_perturbed_guidance_has_no_two_halves(unet, make_inputs):
-    from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
-
-    unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor = PAGCFGIdentitySelfAttnProcessor2_0()
-    atedm.apply(unet, schedule=None, share_guidance=True)
-    with pytest.raises(ValueError, match="share_guidance is set; expected False with perturbed"):
-        unet(**make_inputs(batch=6))
+    unet(**{**inputs, "timestep": scheduler.timesteps[0]})
+    assert len(memory_of(unet)) == 1 and len(memory_of(copy.deepcopy(unet))) == 0

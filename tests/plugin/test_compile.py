@@ -212,16 +212,71 @@ def test_a_copy_of_a_compiled_pruned_unet_runs(unet, inputs, counter):
     assert_same(twin(**at(inputs, ALMOST_DONE)).sample, expected)
 
 
+def steps_of(*values):
+    """As a scheduler has them: elements of timesteps that a picture has for itself."""
+    return torch.tensor([float(value) for value in values])
+
+
 def test_a_choice_for_several_steps_takes_a_graph_to_choose_and_one_to_reuse(unet, inputs, counter):
     atedm.apply(unet, rank_every=2)
-    timesteps = (NOISE, 950, 900, 850, 400, 300, 200, 100)
-    expected = [unet(**at(inputs, t)).sample for t in timesteps]
+    values = (NOISE, 950, 900, 400, 300, 200, 100, 50, 20)  # three light ones
+    expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
     unet.compile(fullgraph=True, backend=counter)
     atedm.apply(unet, rank_every=2)
     for _ in range(2):  # the second image takes no graph more
-        for t, sample in zip(timesteps, expected, strict=True):
-            assert_same(unet(**at(inputs, t)).sample, sample)
+        for t, sample in zip(steps_of(*values), expected, strict=True):
+            assert_same(unet(**{**inputs, "timestep": t}).sample, sample)
         assert counter.frame_count == 4  # in each of the two phases
+
+
+PARTS = {
+    "stages": lambda unet: [*unet.down_blocks, *unet.up_blocks],
+    "blocks": lambda unet: [unet.get_submodule(name) for name in atedm.pruned_blocks(unet)],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_that_are_compiled_follow_the_phase(unet, inputs, part):
+    atedm.apply(unet)
+    timesteps = steps_of(NOISE, 700, 500, ALMOST_DONE)
+    expected = [unet(**{**inputs, "timestep": t}).sample for t in timesteps]
+    for module in PARTS[part](unet):
+        module.compile(backend="eager")
+    for t, sample in zip(timesteps, expected, strict=True):
+        assert_same(unet(**{**inputs, "timestep": t}).sample, sample)
+
+
+def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inputs, counter):
+    values, mirrored = (NOISE, 950, 900), {**inputs, "sample": -inputs["sample"]}
+    atedm.apply(unet, schedule=None, rank_every=3)
+    first, second, alone = (steps_of(*values) for _ in range(3))
+    expected = [unet(**{**mirrored, "timestep": t}).sample for t in alone][1]
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, schedule=None, rank_every=3)
+    for t in first[:2]:
+        unet(**{**inputs, "timestep": t})
+    with atedm.record(unet):  # runs uncompiled
+        unet(**{**mirrored, "timestep": second[0]})
+    got = unet(**{**mirrored, "timestep": second[1]}).sample
+    atedm.remove(unet)
+    with torch.compiler.set_stance("force_eager"):
+        atedm.apply(unet, schedule=None)
+        fresh = unet(**{**mirrored, "timestep": second[1]}).sample
+    assert any(torch.allclose(got, right, rtol=1e-4, atol=1e-4) for right in (expected, fresh))
+
+
+@whole
+def test_two_pictures_in_turn_on_a_compiled_unet_choose_for_themselves(unet, inputs, counter, compile_whole):
+    values = (NOISE, 950, 900, 850)
+    mirrored = {**inputs, "sample": -inputs["sample"]}
+    atedm.apply(unet, schedule=None)
+    expected = [[unet(**at(one, value)).sample for value in values] for one in (inputs, mirrored)]
+    compiled = compile_whole(unet, counter)
+    atedm.apply(compiled, schedule=None, rank_every=4)
+    pictures = [steps_of(*values), steps_of(*values)]
+    for step in range(len(values)):
+        for n, one in enumerate((inputs, mirrored)):
+            assert_same(compiled(**{**one, "timestep": pictures[n][step]}).sample, expected[n][step])
 
 
 @pytest.fixture
@@ -245,18 +300,21 @@ def overwriting():
 @whole
 def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, inputs, overwriting, compile_whole):
     atedm.apply(unet, schedule=None, rank_every=3)
-    timesteps = (NOISE, 950, 900, 850, 400)
-    expected = [unet(**at(inputs, t)).sample for t in timesteps]
+    values = (NOISE, 950, 900, 850, 400)
+    expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
     compiled = compile_whole(unet, overwriting)
     atedm.apply(compiled, schedule=None, rank_every=3)
-    for t, sample in zip(timesteps, expected, strict=True):
-        assert_same(compiled(**at(inputs, t)).sample, sample)
+    for t, sample in zip(steps_of(*values), expected, strict=True):
+        assert_same(compiled(**{**inputs, "timestep": t}).sample, sample)
 
 
-def test_sharing_between_halves_compiles(unet, inputs, counter):
-    atedm.apply(unet, schedule=None, share_guidance=True)
-    expected = unet(**inputs).sample
-    unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, schedule=None, share_guidance=True)
-    assert_same(unet(**inputs).sample, expected)
-    assert counter.frame_count == 1
+def test_so_does_that_of_a_compiled_forward(unet, inputs, overwriting):
+    values = (NOISE, 950, 900, 850, 400)
+    with torch.inference_mode():
+        atedm.apply(unet, rank_every=2)
+        expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
+        atedm.remove(unet)
+        unet.forward = torch.compile(unet.forward, fullgraph=True, backend=overwriting)
+        atedm.apply(unet, rank_every=2)
+        for t, sample in zip(steps_of(*values), expected, strict=True):
+            assert_same(unet(**{**inputs, "timestep": t}).sample.clone(), sample)

@@ -251,7 +251,7 @@ def test_other_recoveries_commute_with_the_projection(make_unet, make_inputs, re
 
 
 def test_bicubic_recovers_a_constant_and_keeps_kept_tokens():
-    from atedm.recovery import interpolate_bicubic
+    from atedm.policy.recovery import interpolate_bicubic
 
     generator = torch.Generator().manual_seed(0)
     height, width, keep = 7, 10, 9

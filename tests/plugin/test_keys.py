@@ -4,13 +4,20 @@ import pytest
 import torch
 
 import atedm_kernels
-from atedm.keys import rank_by_keys, sources_by_keys, unit_keys
+from atedm.policy.attention_map import AttentionMap
+from atedm.policy.ranking import KeyRanking
+from atedm.policy.recovery import KeyCopy
 from atedm_kernels import native
 
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(native.why_not() is not None, reason="no library")),
 ]
+
+
+def of(k):
+    """A map with these keys; by keys, nothing else of it is read."""
+    return AttentionMap(k, k, None, None)
 
 
 def keys(dtype, batch=2, heads=3, tokens=150, head_dim=40):
@@ -33,9 +40,9 @@ def test_scores_and_sources(backend, dtype, tolerance):
     k = keys(dtype)
     exact = likeness(k)
     with atedm_kernels.backend(backend):
-        scores = rank_by_keys(unit_keys(k))
+        scores = KeyRanking().scores(of(k))[0]
         index = atedm_kernels.select_tokens(scores, 40)
-        source = sources_by_keys(unit_keys(k), index)
+        source = KeyCopy().source(of(k), index)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), 1 / exact.mean(2), rtol=tolerance, atol=0)
     alike = exact.sum(1).gather(2, index[:, None].expand(-1, exact.shape[2], -1))  # [B, N, K]
@@ -48,7 +55,7 @@ def test_scores_and_sources(backend, dtype, tolerance):
 def test_a_key_of_zeros_is_like_none(dtype):
     k = keys(dtype)
     k[:, :, 5] = 0
-    scores = rank_by_keys(unit_keys(k))
+    scores = KeyRanking().scores(of(k))[0]
     assert scores.isfinite().all()
     torch.testing.assert_close(scores[:, :, 5], torch.ones(2, 3))  # exp(0) with every other
 
@@ -56,6 +63,6 @@ def test_a_key_of_zeros_is_like_none(dtype):
 def test_scores_are_the_larger_the_fewer_are_alike():
     k = torch.ones(1, 1, 10, 8)
     k[:, :, 9, :4] = -1.0
-    scores = rank_by_keys(unit_keys(k))[0, 0]
+    scores = KeyRanking().scores(of(k))[0][0, 0]
     assert scores.argmax() == 9
     assert atedm_kernels.select_tokens(scores[None, None], 2).tolist() == [[0, 9]]

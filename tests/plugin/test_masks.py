@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 
 import atedm
-from atedm.masks import masks_of_kept
+from atedm.unet.attention import masks_of_kept
 
 HEIGHT, WIDTH, KEEP, DIM, TEXT, BATCH = 6, 10, 17, 16, 12, 2
 TOKENS = HEIGHT * WIDTH

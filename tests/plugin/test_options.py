@@ -10,7 +10,7 @@ import atedm
 CHOSEN = [
     atedm.Options(),
     atedm.Options(ratio={2: 0.5, 3: 0.75}, levels=(2, 3), schedule=None, ranking="cross", tolerance=0.0),
-    atedm.Options(0.9, (3,), atedm.DSAP(0.25), "paper", "self", "bicubic", "mean", 64, 7, 0.01, 3, 2, True),
+    atedm.Options(0.9, (3,), atedm.DSAP(0.25), "paper", "self", "bicubic", "mean", 64, 7, 0.01, 3, 2),
     *atedm.PRESETS.values(),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import atedm
-from atedm.schedule import denoising_step
+from atedm.unet.steps import step_of
 
 WHOLE_WHEN_LIGHT = {
     "down_blocks.1.attentions.0",
@@ -110,17 +110,20 @@ def test_repeated_timesteps_by_value_follow_the_scheduler():
     steps = []
     for timestep in scheduler.timesteps:
         sample = scheduler.scale_model_input(sample, timestep)
-        steps.append(denoising_step(scheduler, timestep.clone()))
+        steps.append(step_of(timestep.clone(), scheduler))
         sample = scheduler.step(torch.zeros_like(sample), timestep, sample).prev_sample
-    assert steps == [(i // 2, 10) for i in range(19)]
+    assert [(step.index, step.total) for step in steps] == [(i, 19) for i in range(19)]
+    assert not any(step.picture for step in steps)
 
 
 def test_without_a_scheduler_the_timestep_decides(unet, small):
     atedm.apply(unet)
     pipe = types.SimpleNamespace(unet=unet)
     assert phases(pipe, small, [999, 701, 699, 1]) == [True, True, False, False]
-    timesteps = torch.tensor([999.0, 701.0, 699.0])
-    assert phases(pipe, small, timesteps) == [True, True, False]
+    copies = [torch.tensor(value) for value in (999.0, 701.0, 699.0)]
+    assert phases(pipe, small, copies) == [True, True, False]
+    rising = torch.arange(1000.0)
+    assert phases(pipe, small, [rising[999], rising[701], rising[699]]) == [True, True, False]
 
 
 def test_a_scheduler_can_be_given_with_a_unet(unet, small):

@@ -26,7 +26,6 @@ OPTIONS = st.fixed_dictionaries(
         "grid": st.sampled_from([None, 2, 3]),
         "keep_multiple": st.sampled_from([1, 16]),
         "rank_every": st.sampled_from([1, 2]),
-        "share_guidance": st.booleans(),
     },
 )
 ACTIONS = st.one_of(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import atedm
-from atedm.models import SDXL_UNET, latent_size, meta_unet, unet_inputs
+from atedm.app.models import SDXL_UNET, latent_size, meta_unet, unet_inputs
 
 SIDES = range(512, 2048 + 1, 8)
 CORNERS = [(512, 512), (512, 2048), (2048, 512), (2048, 2048), (1024, 1024), (1920, 1080), (1000, 1304), (520, 2040)]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from atedm.many import PromptCase, Sampling
+from atedm.app.prompts import PromptCase, Sampling
 from atedm_bench.quality.images import make_setting, picture_paths
 from atedm_bench.quality.settings import Setting
 

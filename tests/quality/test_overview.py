@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from atedm.recording import Ranked, Recording
+from atedm.unet.recording import Ranked, Recording
 from atedm_bench import overview
 from atedm_bench.cli import app
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from atedm.app.prompts import Sampling
 from atedm.embedded import embedded_pipeline
-from atedm.many import Sampling
 from atedm_bench.quality import refills
 from atedm_bench.quality.lab import scene_cases
 

@@ -12,7 +12,7 @@ def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor) -> T
     """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as in the public op."""
     out = empty_feature_map(x, residual)
     batch, channels, height, width = residual.shape
-    feature_map = native.FeatureMap(
+    feature_map = native.FeatureMapStruct(
         x.data_ptr(),
         residual.data_ptr(),
         source.data_ptr(),

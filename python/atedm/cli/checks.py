@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from atedm.options import Options
+    from atedm.policy.options import Options
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -67,7 +67,7 @@ def check_installed() -> None:
 
 def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
     """Options from ``base`` with those of ``changes`` that are not None; usage error where one does not fit."""
-    from atedm.options import resolve
+    from atedm.policy.options import resolve
 
     try:
         return resolve(base, {name: value for name, value in changes.items() if value is not None})
@@ -91,7 +91,7 @@ def check_applicable(options: Options, pipe: StableDiffusionXLPipeline) -> None:
 
 def load_options(path: Path) -> Options:
     """The options that a file holds; usage error where it holds none."""
-    from atedm.options import Options
+    from atedm.policy.options import Options
 
     try:
         return Options.load(path)
@@ -147,7 +147,7 @@ def failing_clearly() -> Iterator[None]:
 
 def load_config(model: str) -> dict[str, Any]:
     """The UNet configuration that ``model`` names; usage error where it names none."""
-    from atedm.models import unet_config
+    from atedm.app.models import unet_config
 
     try:
         return unet_config(model)
@@ -165,7 +165,7 @@ def parse_levels(text: str | None) -> tuple[int, ...] | None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    from atedm.models import image_size
+    from atedm.app.models import image_size
 
     try:
         return image_size(text)
@@ -176,7 +176,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def load_pipeline(
     model: str, dtype: str, variant: str | None, device: torch.device, allow_pickled: bool = False
 ) -> StableDiffusionXLPipeline:
-    """The pipeline on ``device``; usage error where ``model`` is none, or not one of SDXL.
+    """The pipeline on ``device``; usage error where ``model`` is not a pipeline of SDXL.
 
     ``allow_pickled``: take weights that are no safetensors too. Reading them can run code that they hold.
     """
@@ -206,7 +206,7 @@ def load_pipeline(
         )
     missing = [part for part in _TEXT if getattr(pipe, part) is None]
     if missing:
-        raise bad("model", f"{model} has no {missing[0]}; expected a text-to-image model (SDXL's refiner is none)")
+        raise bad("model", f"{model} has no {missing[0]}; expected a text-to-image model (SDXL's refiner is not one)")
     for part in _TEXT[2:]:
         # Where its files are missing, transformers makes a tokenizer that knows no words and no length.
         if getattr(pipe, part).model_max_length > _MAX_PROMPT_TOKENS:
@@ -216,7 +216,7 @@ def load_pipeline(
         raise bad(
             "model",
             f"{model} has a UNet of {channels} channels, its latents have {of_latent}; expected a text-to-image model "
-            "(one for inpainting or editing is none)",
+            "(one for inpainting or editing is not)",
         )
     return pipe.to(device)
 

@@ -31,7 +31,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the first image's starting noise.")] = 0,
     ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
     levels: Annotated[
-        str, typer.Option(help="Levels to prune, such as 2,3. Level 2 of so small a model bears no pruning.")
+        str, typer.Option(help="Levels to prune, such as 2,3. This model is too small to prune at level 2.")
     ] = "3",
     guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 switches it off.")] = 5.0,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
@@ -45,7 +45,7 @@ def demo(
     place = parse_device(device)
     options = check_options(None, {"ratio": ratio, "levels": parse_levels(levels)})
     with failing_clearly():
-        from atedm import comparison
+        from atedm.app import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
 
         typer.echo(ABOUT)

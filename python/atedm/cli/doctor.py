@@ -18,8 +18,8 @@ def doctor(
     import torch
     from rich.console import Console
 
-    from atedm import report
-    from atedm.selftest import check_ops, native_library
+    from atedm.app import report
+    from atedm.app.selftest import check_ops, native_library
     from atedm_kernels.registry import OPS
 
     console = Console()

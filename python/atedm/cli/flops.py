@@ -11,7 +11,7 @@ import typer
 from atedm.cli.checks import bad, load_config, parse_levels, parse_size
 
 if TYPE_CHECKING:
-    from atedm.flops import Flops, UNetFlops
+    from atedm.app.flops import Flops, UNetFlops
 
 PLACEMENTS = ("early", "paper", "both")
 
@@ -41,8 +41,9 @@ def flops(
     """Count the FLOPs of one UNet call, full and pruned (2 a multiply-add; no weights, no GPU)."""
     from rich.console import Console
 
-    from atedm import DSAP, report
-    from atedm.flops import UNetFlops
+    from atedm import DSAP
+    from atedm.app import report
+    from atedm.app.flops import UNetFlops
 
     if placement not in PLACEMENTS:
         raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
@@ -78,7 +79,7 @@ def flops(
 
 
 def _check_levels(counter: UNetFlops, levels: tuple[int, ...]) -> None:
-    from atedm.blocks import attention_blocks
+    from atedm.unet.blocks import attention_blocks
 
     available = sorted({block.level for block in attention_blocks(counter.unet)})
     if not set(levels) <= set(available):
@@ -133,7 +134,7 @@ def _rows(
 
 
 def _levels(counter: UNetFlops, levels: tuple[int, ...] | None) -> str:
-    from atedm.blocks import attention_blocks
+    from atedm.unet.blocks import attention_blocks
 
     return _join(levels or sorted({block.level for block in attention_blocks(counter.unet)}))
 
@@ -146,7 +147,7 @@ def _budget_rows(
     placement: str,
     status: Any,
 ) -> Iterator[dict[str, Any]]:
-    from atedm.flops import MAX_RATIO, solve_decreasing
+    from atedm.app.flops import MAX_RATIO, solve_decreasing
 
     for name in _placements(placement):
 
@@ -164,7 +165,7 @@ def _budget_rows(
 
 def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> Iterator[dict[str, Any]]:
     """For each row of the paper: the ratio that has its TFLOPs with the paper's placement, and what we need there."""
-    from atedm.flops import MAX_RATIO, solve_decreasing
+    from atedm.app.flops import MAX_RATIO, solve_decreasing
 
     for entry in PAPER_ROWS:
         levels, (budget, fid, clip), (tome_tflops, tome_fid, tome_clip) = (
@@ -200,7 +201,7 @@ def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> It
 def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, budget: float | None) -> None:
     from rich.console import Console
 
-    from atedm.report import print_table
+    from atedm.app.report import print_table
 
     console = Console()
     title = "{model}, {size}, batch {batch}, {tokens} text tokens: FLOPs of one UNet call".format(**settings)
@@ -244,7 +245,7 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, bu
 
 
 def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any], title: str, console: Any) -> None:
-    from atedm.report import print_table
+    from atedm.app.report import print_table
 
     shown = []
     for ours, early in zip(rows[::2], rows[1::2], strict=True):

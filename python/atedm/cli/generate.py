@@ -62,9 +62,6 @@ def generate(
         int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
     ] = None,
     rank_every: Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")] = None,
-    share_guidance: Annotated[
-        bool | None, typer.Option("--share-guidance", help="One choice of tokens for both halves of guidance.")
-    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     allow_pickled: Annotated[
@@ -82,7 +79,7 @@ def generate(
 ) -> None:
     """Make images with any SDXL checkpoint: one, full and pruned, with token masks and a table; or one a prompt.
 
-    With --prompts, start it with `accelerate launch -m atedm` to share the prompts between several GPUs.
+    With --prompts, start it with `accelerate launch -m atedm generate …` to share the prompts between several GPUs.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
@@ -95,11 +92,12 @@ def generate(
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
     changes |= {"ranking": ranking, "recovery": recovery, "grid": grid}
-    changes |= {"rank_every": rank_every, "share_guidance": share_guidance}
+    changes |= {"rank_every": rank_every}
     pruning = check_options(preset if options is None else load_options(options), changes)
     width, height = parse_size(size)
     place = parse_device(device)
-    from atedm import comparison, many
+    from atedm.app import comparison
+    from atedm.app import prompts as many
 
     def load(device: torch.device) -> StableDiffusionXLPipeline:
         return load_pipeline(model, dtype, variant, device, allow_pickled)
@@ -119,7 +117,7 @@ def generate(
         described = comparison.describe(request, pruning, model=model, dtype=dtype)
         title = f"{model}, {width}×{height}, {steps} steps"
         if explain:
-            from atedm.explain import write_page
+            from atedm.app.explain import write_page
 
             found.files.append(write_page(found, described, place, title, output / "explain.html"))
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)
@@ -133,8 +131,8 @@ def _generate_many(
     settings: dict[str, Any],
     report_file: Path,
 ) -> None:
-    """``settings``: the other fields of :class:`atedm.many.PromptRun`."""
-    from atedm import many
+    """``settings``: the other fields of :class:`atedm.app.prompts.PromptRun`."""
+    from atedm.app import prompts as many
 
     with failing_clearly():
         try:
@@ -149,6 +147,6 @@ def _generate_many(
         except ValueError as error:
             raise bad("output", str(error)) from None
         except KeyboardInterrupt:
-            typer.echo(f"Interrupted; the same command goes on from the pictures in {run.root}", err=True)
+            typer.echo(f"Interrupted; the same command resumes from the pictures in {run.root}", err=True)
             raise typer.Exit(130) from None
         run.write_report(device, report_file)

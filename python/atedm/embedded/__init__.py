@@ -44,7 +44,7 @@ def embedded_pipeline() -> StableDiffusionXLPipeline:
         ) from error
     if not (WEIGHTS / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{WEIGHTS} holds no model_index.json; expected the embedded model: install atedm-kernels anew"
+            f"{WEIGHTS} holds no model_index.json; expected the embedded model: reinstall atedm-kernels"
         )
     import torch
 

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from atedm.files import whole_file
-from atedm.schedule import DSAP
+from atedm.policy.ranking import RANKINGS, RankingFunction
+from atedm.policy.recovery import RECOVERIES
+from atedm.policy.schedule import DSAP
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
-RANKINGS = ("self", "cross", "keys")
-RECOVERIES = ("similarity", "keys", "zeros", "bicubic")
 
-# Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.keys`.
+# Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.policy.ranking`.
 BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "keys", "grid": 2})
 
 # The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
 DEFAULT_RATIO = 0.63
 
-Ranking = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
@@ -53,7 +49,7 @@ class Options:
     levels: tuple[int, ...] | None = None
     schedule: DSAP | None = field(default_factory=DSAP)
     placement: str = "early"
-    ranking: str | Ranking = "self"
+    ranking: str | RankingFunction = "self"
     recovery: str = "similarity"
     reduction: str = "rms"
     keep_multiple: int = 1
@@ -61,7 +57,6 @@ class Options:
     tolerance: float = DEFAULT_TOLERANCE
     grid: int | None = None
     rank_every: int = 1
-    share_guidance: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
@@ -90,8 +85,6 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
-        if not isinstance(self.share_guidance, bool):
-            raise TypeError(f"share_guidance is {self.share_guidance!r}; expected True or False")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)):
             raise TypeError(f"tolerance is {self.tolerance!r}; expected a number of at least 0")
         if not 0 <= self.tolerance < math.inf:
@@ -101,7 +94,7 @@ class Options:
     def is_constant(self) -> bool:
         """Whether every call of a UNet is pruned in the same way, whatever its denoising step and pipeline."""
         has_phases = self.schedule is not None and self.schedule.constant_phase is None
-        return not (has_phases or self.share_guidance or self.rank_every > 1)
+        return not (has_phases or self.rank_every > 1)
 
     def ratio_at(self, level: int) -> float:
         """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
@@ -128,7 +121,7 @@ class Options:
         """Options from what :meth:`to_dict` gave, or a part of it: the others are the defaults.
 
         Raises:
-            TypeError, ValueError: a name that is none, or a value that does not fit.
+            TypeError, ValueError: an unknown name, or a value that does not fit.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"options are a {type(values).__name__}; expected a mapping from name to value")
@@ -199,7 +192,7 @@ def resolve(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
     """``base``, by its name in :data:`PRESETS` or itself, or else the defaults, with ``changes``.
 
     Raises:
-        TypeError, ValueError: a preset or an option that is none, or a value that does not fit.
+        TypeError, ValueError: an unknown preset or option, or a value that does not fit.
     """
     check_names(changes)
     if base is None:
@@ -211,14 +204,3 @@ def resolve(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
     if not isinstance(base, Options):
         raise TypeError(f"options is a {type(base).__name__}; expected an atedm.Options or the name of a preset")
     return replace(base, **changes)
-
-
-def kept_tokens(tokens: int, ratio: float, keep_multiple: int = 1) -> int:
-    """``(1 − ratio) · tokens`` rounded to a multiple of ``keep_multiple``, between that multiple and ``tokens``.
-
-    At ratio 0, or where the rounding reaches ``tokens``, every token is kept. Half a multiple rounds up.
-    """
-    if ratio == 0:
-        return tokens
-    kept = math.floor((1.0 - ratio) * tokens / keep_multiple + 0.5) * keep_multiple
-    return min(max(kept, keep_multiple), tokens)

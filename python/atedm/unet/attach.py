@@ -6,18 +6,19 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from atedm.blocks import AttentionBlock, attention_blocks, why_not_prunable
-from atedm.following import StepFollower, check_halves
-from atedm.options import Options, resolve
-from atedm.pruning import PrunedForward
-from atedm.recording import Recording
-from atedm.state import PruningState
+from atedm.policy.options import Options, resolve
+from atedm.unet.block import PrunedBlock
+from atedm.unet.blocks import AttentionBlock, attention_blocks, why_not_prunable
+from atedm.unet.calls import UNetCalls
+from atedm.unet.recording import Recording
 
 logger = logging.getLogger("atedm")
 
@@ -25,7 +26,7 @@ Pipeline = TypeVar("Pipeline")
 
 # What was removed from each UNet last. A compiled graph is guarded by the very objects that it was made with: applying
 # the same again takes no new graph if they come back.
-_EARLIER: weakref.WeakKeyDictionary[nn.Module, list[StepFollower]] = weakref.WeakKeyDictionary()
+_EARLIER: weakref.WeakKeyDictionary[nn.Module, list[UNetCalls]] = weakref.WeakKeyDictionary()
 _MAX_EARLIER = 8
 
 
@@ -45,65 +46,60 @@ def _unet_of(target: object) -> UNet2DConditionModel:
     return unet
 
 
-def _follower(unet: nn.Module) -> StepFollower | None:
-    """The hook that holds all there is to know about what was applied; None where nothing was."""
-    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, StepFollower)), None)
+def _calls_of(unet: nn.Module) -> UNetCalls | None:
+    """The hook that holds all there is to know about what is applied; None where nothing is."""
+    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, UNetCalls)), None)
 
 
-def _patches(unet: nn.Module) -> list[PrunedForward]:
-    follower = _follower(unet)
-    return [] if follower is None else follower.patches
-
-
-def _state_of(unet: nn.Module) -> PruningState | None:
-    follower = _follower(unet)
-    return None if follower is None else follower.state
-
-
-def _uninstall(unet: nn.Module) -> None:
-    """Raises before anything is changed, where a forward of ours cannot be found any more."""
-    patches = _patches(unet)
-    for patch in patches:
-        if patch not in (patch.module.__dict__.get("forward"), patch.module.__dict__.get("_old_forward")):
+def _uninstall(unet: nn.Module) -> UNetCalls | None:
+    """Take out what is applied, and return it. Raises before anything is changed, where a forward is not atedm's."""
+    calls = _calls_of(unet)
+    if calls is None:
+        return None
+    for block in calls.blocks:
+        if block not in (block.module.__dict__.get("forward"), block.module.__dict__.get("_old_forward")):
             raise RuntimeError(
-                f"the forward of {patch.name} has been replaced since atedm.apply; expected atedm's: undo that first"
+                f"the forward of {block.name} has been replaced since atedm.apply; expected atedm's: undo that first"
             )
-    for patch in patches:
-        module = patch.module
-        if module.__dict__.get("forward") is not patch:
+    for block in calls.blocks:
+        module = block.module
+        if module.__dict__.get("forward") is not block:
             # An accelerate hook came after us and keeps what it wraps under this name.
-            module._old_forward = patch.previous or type(module).forward.__get__(module)
-        elif patch.previous is None:
+            module._old_forward = block.previous or type(module).forward.__get__(module)
+        elif block.previous is None:
             del module.forward
         else:
-            module.forward = patch.previous
-    for key in [key for key, hook in unet._forward_pre_hooks.items() if isinstance(hook, StepFollower)]:
-        follower = unet._forward_pre_hooks.pop(key)
-        unet._forward_pre_hooks_with_kwargs.pop(key, None)
-        follower.stop_following()
-        _EARLIER.setdefault(unet, []).append(follower)
-        del _EARLIER[unet][:-_MAX_EARLIER]
+            module.forward = block.previous
+    for module in unet.modules():  # a copy of a pruned block may have taken its place
+        stray = module.__dict__.get("forward")
+        if isinstance(stray, PrunedBlock):
+            del module.forward
+    calls.stop_following()
+    _EARLIER.setdefault(unet, []).append(calls)
+    del _EARLIER[unet][:-_MAX_EARLIER]
+    return calls
 
 
-def _install(target: nn.Module, unet: nn.Module, follower: StepFollower) -> None:
+def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
-    if follower in _EARLIER.get(unet, []):
-        _EARLIER[unet].remove(follower)
-    for patch in follower.patches:
-        patch.install()
-    unet.register_forward_pre_hook(follower, with_kwargs=True)
-    follower.follow_outside(target, unet)
+    if calls in _EARLIER.get(unet, []):
+        _EARLIER[unet].remove(calls)
+    for block in calls.blocks:
+        block.install()
+    calls.follow(target, unet)
 
 
-def _follower_of(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> StepFollower:
-    """One that was removed, where the same was applied before: its graphs serve again. Else a new one."""
-    for follower in _EARLIER.get(unet, []):
-        same_blocks = [patch.module for patch in follower.patches] == [block.module for block in blocks]
-        if follower.state.options == options and same_blocks:
-            return follower
-    state = PruningState(options)
-    patches = [PrunedForward(block.name, block.module, block.level, block.whole_when_light, state) for block in blocks]
-    return StepFollower(state, patches)
+def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
+    """Those that were removed, where the same was applied before, so that compiled graphs stay valid; else new ones."""
+    for calls in _EARLIER.get(unet, []):
+        same_blocks = [block.module for block in calls.blocks] == [block.module for block in blocks]
+        if calls.options == options and same_blocks:
+            return calls
+    calls = UNetCalls(options)
+    calls.blocks = [
+        PrunedBlock(block.name, block.module, block.level, block.whole_when_light, calls) for block in blocks
+    ]
+    return calls
 
 
 def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
@@ -121,8 +117,12 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
     chosen = [block for block in blocks if options.levels is None or block.level in options.levels]
     if isinstance(options.ratio, dict):
         chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
+    empty = [block.name for block in chosen if not len(getattr(block.module, "transformer_blocks", [None]))]
+    if empty:
+        logger.warning("%s: without layers there is nothing to prune, so it stays whole", ", ".join(empty))
+    chosen = [block for block in chosen if block.name not in empty]
     for block in chosen:
-        reason = why_not_prunable(block.module, options.ratio_at(block.level), _is_ours(block.module))
+        reason = why_not_prunable(block.module, options.ratio_at(block.level), _is_pruned(block.module))
         if reason is not None:
             raise ValueError(f"{block.name} cannot be pruned: {reason}")
     if options.placement == "paper":
@@ -140,8 +140,9 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
     return chosen
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), PrunedForward)
+def _is_pruned(module: nn.Module) -> bool:
+    """Also where a hook of accelerate's has come on top."""
+    return any(isinstance(module.__dict__.get(name), PrunedBlock) for name in ("forward", "_old_forward"))
 
 
 def apply(
@@ -158,7 +159,7 @@ def apply(
             ``atedm.PRESETS``. Keywords change single ones of it.
         ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
             does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with: the
-            pictures are the same bit for bit, and it goes on UNets that cannot be pruned too.
+            pictures are the same bit for bit, and it works on UNets that cannot be pruned too.
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
             Default: all. ``(3,)`` is the paper's AT-EDM†.
         schedule: an :class:`atedm.DSAP` (default: the paper's, light for the first 0.3 of the steps), or None to
@@ -175,15 +176,12 @@ def apply(
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
-        share_guidance: choose tokens once for both halves of classifier-free guidance, from the conditional half, which
-            is the batch's second; in a pipeline without guidance it does nothing. Pipelines that guide by three parts
-            (perturbed attention, InstructPix2Pix) are refused. Default False.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
-        scheduler: whose steps ``schedule`` and ``rank_every`` follow when ``pipe`` is a UNet. A pipeline that runs has
-            its own followed, be it ``pipe`` or another with the same UNet; without either, the step is judged by the
-            timestep's value.
+        scheduler: where ``pipe`` is a UNet that is called with values: its ``timesteps`` tell the step. Pipelines need
+            none: they hand the UNet elements of their scheduler's timesteps, whose place is the step. Without either,
+            the timestep's size judges.
 
     Returns:
         ``pipe``.
@@ -196,20 +194,16 @@ def apply(
     settings = resolve(options, changes)
     if scheduler is not None and not hasattr(scheduler, "timesteps"):
         raise TypeError(f"scheduler is {scheduler!r}; expected a diffusers scheduler, which has timesteps")
+    if scheduler is not None and hasattr(pipe, "scheduler"):
+        raise ValueError("scheduler is given with a pipeline; expected None: atedm follows the pipeline's own")
     blocks = _blocks_to_prune(unet, settings)
-    pipeline = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
-    if pipeline is not None and scheduler is not None:
-        raise ValueError("scheduler is given with a pipeline; expected None: the pipeline's own scheduler is followed")
-    if pipeline is not None and settings.share_guidance:
-        check_halves(pipe)
-    earlier = _state_of(unet)
-    # An open recording goes on.
-    recordings, call = ([], -1) if earlier is None else (earlier.recordings, earlier.call)
+    earlier = _calls_of(unet)
+    recordings = [] if earlier is None else earlier.recordings  # an open recording continues
     _uninstall(unet)
-    follower = _follower_of(unet, blocks, settings)
-    follower.state.begin(scheduler if pipeline is None else pipe.scheduler, pipeline)
-    follower.state.recordings, follower.state.call = recordings, call
-    _install(_denoiser_of(pipe), unet, follower)
+    calls = _calls_for(unet, blocks, settings)
+    calls.begin(scheduler)
+    calls.recordings = recordings
+    _install(_denoiser_of(pipe), unet, calls)
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 
@@ -222,8 +216,8 @@ def remove(pipe: Pipeline) -> Pipeline:
         RuntimeError: another tool has wrapped a pruned block since; nothing is changed.
     """
     unet = _unet_of(pipe)
-    state = _state_of(unet)
-    if state is not None and state.recordings:
+    calls = _calls_of(unet)
+    if calls is not None and calls.recordings:
         logger.warning("removed while it is recorded: nothing more is recorded here")
     _uninstall(unet)
     return pipe
@@ -233,23 +227,86 @@ def remove(pipe: Pipeline) -> Pipeline:
 def applied(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Iterator[Pipeline]:
-    """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again."""
+    """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again.
+
+    Blocks may end in another order than they began; what is in force then is that of the innermost block still open.
+
+    Raises:
+        RuntimeError: another task or thread is inside such a block for the same UNet, so that one of the two would run
+            with the other's settings.
+    """
     unet = _unet_of(pipe)
-    earlier = _follower(unet)
-    before = None if earlier is None else dict(vars(earlier.state))
+    scopes = _SCOPES.setdefault(unet, [])
+    if scopes and scopes[-1] not in _entered.get():
+        raise RuntimeError(
+            "pipe is inside atedm.applied of another task or thread; expected one at a time: give each its own UNet, "
+            "or apply the settings once around all of them"
+        )
+    scope = _Scope(_set_aside(unet))
     apply(pipe, options, scheduler=scheduler, **changes)
+    scopes.append(scope)
+    _entered.set((*_entered.get(), scope))
     try:
         yield pipe
     finally:
-        _uninstall(unet)
-        if earlier is not None:
-            vars(earlier.state).update(before)
-            _install(_denoiser_of(pipe), unet, earlier)
+        _entered.set(tuple(other for other in _entered.get() if other is not scope))
+        position = scopes.index(scope)
+        del scopes[position]
+        if position == len(scopes):
+            _uninstall(unet)
+            scope.restore(unet)
+        else:
+            scopes[position].before = scope.before  # the next one restores what this one would have
+
+
+@dataclass(eq=False)
+class _Scope:
+    """An open block of :func:`applied`: what was in force before it, and the state of that."""
+
+    before: tuple[UNetCalls, dict[str, Any]] | None
+
+    def restore(self, unet: nn.Module) -> None:
+        if self.before is not None:
+            calls, state = self.before
+            vars(calls).update(state)
+            _install(unet if calls.target is None else calls.target, unet, calls)
+
+
+# The open scopes of each UNet, innermost last; and those that this task or thread is inside of.
+_SCOPES: weakref.WeakKeyDictionary[nn.Module, list[_Scope]] = weakref.WeakKeyDictionary()
+_entered: ContextVar[tuple[_Scope, ...]] = ContextVar("atedm_scopes", default=())
+
+
+def _set_aside(unet: nn.Module) -> tuple[UNetCalls, dict[str, Any]] | None:
+    """What is in force, with the state that taking it out clears."""
+    calls = _calls_of(unet)
+    return None if calls is None else (calls, {**vars(calls), "_hooks": [], "_undo": []})
 
 
 def pruned_blocks(pipe: object) -> list[str]:
     """Module paths of the attention blocks that :func:`apply` prunes, in the order in which they run."""
-    return [patch.name for patch in _patches(_unet_of(pipe))]
+    calls = _calls_of(_unet_of(pipe))
+    return [] if calls is None else [block.name for block in calls.blocks]
+
+
+# How many recordings are open, and what makes compiled UNets run uncompiled meanwhile. One for all recordings: they may
+# end in another order than they began.
+_open_recordings = 0
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    global _open_recordings
+    if _open_recordings == 0:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _open_recordings += 1
+    try:
+        yield
+    finally:
+        _open_recordings -= 1
+        if _open_recordings == 0:
+            _stance.close()
 
 
 @contextlib.contextmanager
@@ -263,17 +320,16 @@ def record(pipe: object) -> Iterator[Recording]:
         ValueError: nothing is applied to ``pipe``.
     """
     unet = _unet_of(pipe)
-    state = _state_of(unet)
-    if state is None:
+    calls = _calls_of(unet)
+    if calls is None:
         raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
     pruned = set(pruned_blocks(pipe))
     recording = Recording([(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)])
-    recordings = state.recordings
+    recordings = calls.recordings
     recordings.append(recording)
-    state.call = -1
     try:
         # In a graph, what happens once is all that would be noted.
-        with torch.compiler.set_stance("force_eager"):
+        with _uncompiled():
             yield recording
     finally:
         # In place: applying again inside the block has handed the list on.

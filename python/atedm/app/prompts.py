@@ -1,4 +1,4 @@
-"""Pictures of many prompts: one PNG each, so that an interrupted run goes on, shared out over processes."""
+"""Pictures of many prompts, one PNG each: an interrupted run resumes, and processes share the work."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import atedm
-from atedm import report
-from atedm.comparison import UNetTimer, check_image, save_image, tflops_of
-from atedm.options import Options
+from atedm.app import report
+from atedm.app.comparison import UNetTimer, check_image, save_image, tflops_of
+from atedm.policy.options import Options
 
 _RUN = "run.json"
 
@@ -54,7 +54,7 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-        ValueError: there is none, or the file is no text. OSError: it cannot be read.
+        ValueError: the file holds no prompt, or is not text. OSError: it cannot be read.
     """
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -71,7 +71,7 @@ def picture_path(folder: Path, n: int) -> Path:
 
 
 def _is_made(path: Path) -> bool:
-    """Whether a picture lies there; OSError where it is a damaged one, which no run of ours leaves."""
+    """Whether a picture lies there; OSError where it is damaged, as an interrupted run never leaves one."""
     if not path.exists():
         return False
     check_image(path)

@@ -123,7 +123,8 @@ def unet_inputs(
     """
     h, w = latent_size(width, height)
     config, device, dtype = unet.config, unet.device, unet.dtype
-    text = config.cross_attention_dim
+    # A UNet that projects its text (Kolors) takes it in the text encoder's width.
+    text = config.encoder_hid_dim if config.encoder_hid_dim_type == "text_proj" else config.cross_attention_dim
     text = text if isinstance(text, int) else text[0]
     generator = None if device.type == "meta" else torch.Generator().manual_seed(seed)
 

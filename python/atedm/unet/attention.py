@@ -1,7 +1,11 @@
-"""The linear parts of a plain attention, one by one."""
+"""The linear parts of a plain attention, one by one, and its masks for some of the tokens."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 
 
@@ -47,3 +51,33 @@ def project_out(attention: nn.Module, attended: Tensor) -> Tensor:
 def scale_of(attention: nn.Module) -> float | None:
     """None, for ``1/sqrt(D)``, unless the module says otherwise."""
     return None if attention.scale_qk else attention.scale
+
+
+def masks_of_kept(masks: Any, index: Tensor, tokens: int) -> list[Any]:
+    """Masks of IP-Adapters, which say where an image prompt counts, for the kept tokens alone.
+
+    diffusers' processors read them at the kept tokens as they would read ``masks`` at all of them.
+
+    A processor resizes each mask to as many pixels as there are queries, in the mask's own aspect ratio. A mask one
+    pixel high, and as wide as there are kept tokens, stays what it is.
+
+    Args:
+        masks: for each adapter ``[1, images, height, width]``, of any size, or None; or all in one ``[adapters, 1,
+            height, width]``, diffusers' older form.
+        index: int64 ``[B, K]``, the kept tokens.
+        tokens: of the whole feature map.
+
+    Returns:
+        For each adapter ``[B, images, 1, K]``, or the entry itself where it is no such mask: the processor raises.
+    """
+    if isinstance(masks, Tensor):
+        masks = list(masks.unsqueeze(1))
+    return [_mask_of_kept(m, index, tokens) if isinstance(m, Tensor) and m.ndim == 4 else m for m in masks]
+
+
+def _mask_of_kept(mask: Tensor, index: Tensor, tokens: int) -> Tensor:
+    at_tokens = [
+        IPAdapterMaskProcessor.downsample(image, index.shape[0], tokens, 1)[..., 0] for image in mask.unbind(1)
+    ]
+    at_tokens = torch.stack(at_tokens, dim=1).to(index.device)
+    return at_tokens.gather(2, index[:, None].expand(-1, mask.shape[1], -1))[:, :, None]

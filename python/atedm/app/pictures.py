@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atedm.files import whole_file
-from atedm.recording import Recording
+from atedm.unet.recording import Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atedm import pictures, report
-from atedm.comparison import COLUMNS, Comparison
+from atedm.app import pictures, report
+from atedm.app.comparison import COLUMNS, Comparison
 from atedm.files import whole_file
-from atedm.recording import Recording
+from atedm.unet.recording import Recording
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -83,10 +83,10 @@ def _method(settings: dict[str, Any]) -> str:
 
 
 def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.device, title: str, path: Path) -> Path:
-    """Write the page about what :func:`atedm.comparison.compare` gave to ``path``, whole or not at all.
+    """Write the page about what :func:`atedm.app.comparison.compare` gave to ``path``, whole or not at all.
 
     Args:
-        settings: from :func:`atedm.comparison.describe`.
+        settings: from :func:`atedm.app.comparison.describe`.
 
     Raises:
         OSError: a picture cannot be read, or the page not be written.

@@ -29,6 +29,17 @@ PLAIN_PROCESSORS = frozenset(
 PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
 
 
+# Cross-attention processors that treat each query alone, wherever it stands.
+TOKENWISE_PROCESSORS = PLAIN_PROCESSORS | {
+    "AttnProcessorNPU",
+    "CustomDiffusionAttnProcessor",
+    "CustomDiffusionAttnProcessor2_0",
+    "CustomDiffusionXFormersAttnProcessor",
+    "IPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0",
+    "IPAdapterXFormersAttnProcessor",
+}
+
 # Hooks of diffusers' that decide where weights are and of which dtype, not what is computed. Others, such as those that
 # keep attention from an earlier step, may count on all tokens.
 _HARMLESS_HOOKS = frozenset(
@@ -82,57 +93,81 @@ def feature_map_size(level: int, height: int, width: int) -> tuple[int, int]:
     return -(-height // scale), -(-width // scale)
 
 
-def runs_its_own_forward(module: nn.Module) -> bool:
+def runs_its_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
     """Whether ``module`` runs the forward of its class, which a tool that was undone may have left on the instance."""
-    forward = module.__dict__.get("forward")
+    forward = module.__dict__.get(attribute)
     own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
     return forward is None or own
 
 
-def why_not_prunable(module: nn.Module, ratio: float, is_ours: bool) -> str | None:
+def parts_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A layer and its parts that a tool may replace, each with its name."""
+    yield "", layer
+    for name in ("attn1", "attn2", "ff"):
+        part = getattr(layer, name, None)
+        if part is not None:
+            yield f".{name}", part
+
+
+def why_not_tokenwise(module: nn.Module) -> str | None:
+    """Why the layers of an attention block must not run on some of the tokens, or None where they may.
+
+    Cheap enough for every call: other tools change modules after :func:`atedm.apply`.
+    """
+    for i, layer in enumerate(module.transformer_blocks):
+        if not isinstance(layer, BasicTransformerBlock):
+            return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
+        for name, part in parts_of(layer):
+            attributes = part.__dict__
+            if "_diffusers_hook" in attributes:  # which replaces the forward too
+                hooks = set(attributes["_diffusers_hook"].hooks) - _HARMLESS_HOOKS
+                if hooks:
+                    return f"its layer {i}{name} has diffusers' hook {min(hooks)!r}, which may count on all tokens"
+            # accelerate's hooks move weights and inputs to a device.
+            elif not runs_its_own_forward(part, "_old_forward" if "_hf_hook" in attributes else "forward"):
+                if i == 0 and name in ("", ".attn1"):
+                    replaced = "the forward of its first layer or of the self-attention there"
+                    return f"{replaced} has been replaced by another tool"
+                return f"the forward of its layer {i}{name} has been replaced by another tool"
+        if layer.attn2 is not None and type(layer.attn2.processor).__name__ not in TOKENWISE_PROCESSORS:
+            processor = type(layer.attn2.processor).__name__
+            return f"the cross-attention of its layer {i} runs through {processor}, which may count on all tokens"
+    return None
+
+
+def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | None:
     """Why ``ratio`` of an attention block's tokens cannot be dropped, or None where they can.
 
-    With a ratio of 0 the block's own forward runs, so what its layers compute does not matter. ``is_ours``: its
-    forward is one that was put there to prune it.
+    With a ratio of 0 the block's own forward runs, so what its layers compute does not matter. ``is_pruned``: its
+    forward is atedm's.
     """
     if not isinstance(module, Transformer2DModel):
         return f"it is a {type(module).__name__}; expected a Transformer2DModel"
-    if not is_ours and not runs_its_own_forward(module):
+    if not is_pruned and not runs_its_own_forward(module):
         return "its forward has been replaced by another tool; apply atedm first, or undo the other"
     if ratio == 0:
         return None
     if not module.is_input_continuous:
         return "its input is not a feature map"
     for i, layer in enumerate(module.transformer_blocks):
-        if not isinstance(layer, BasicTransformerBlock):
-            return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
         if hasattr(layer, "fuser"):
             return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"
-        hooks = {name for module in layer.modules() for name in _names_of_hooks(module)} - _HARMLESS_HOOKS
-        if hooks:
-            return f"its layer {i} has diffusers' hook {min(hooks)!r}, which may count on all tokens"
-    return why_not_rankable(module.transformer_blocks[0])
+    return why_not_tokenwise(module) or why_not_rankable(module.transformer_blocks[0])
 
 
-def _names_of_hooks(module: nn.Module) -> list[str]:
-    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
-
-
-def bypassed_hooks(layer: nn.Module) -> str | None:
-    """Which part of a block's first layer has forward hooks that are not called while it is pruned, or None."""
+def why_hooked(layer: nn.Module) -> str | None:
+    """Why forward hooks on a block's first layer forbid pruning it, or None where there are none."""
     for part, module in (("first layer", layer), ("first self-attention", layer.attn1)):
         if module._forward_hooks or module._forward_pre_hooks:
-            return part
+            return f"its {part} has forward hooks, which would not be called; expected none"
     return None
 
 
 def why_not_rankable(layer: nn.Module) -> str | None:
     """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
-    if not (runs_its_own_forward(layer) and runs_its_own_forward(layer.attn1)):
-        return "the forward of its first layer or of the self-attention there has been replaced by another tool"
-    hooked = bypassed_hooks(layer)
+    hooked = why_hooked(layer)
     if hooked is not None:
-        return f"its {hooked} has forward hooks, which would not be called; expected none"
+        return hooked
     if layer.norm_type != "layer_norm" or layer.pos_embed is not None:
         return (
             f"its first layer has norm_type {layer.norm_type!r} or positional embeddings; expected a plain layer_norm"

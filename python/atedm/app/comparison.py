@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import atedm
-from atedm import report
-from atedm.blocks import attention_blocks, feature_map_size
+from atedm.app import report
+from atedm.app.models import LATENT_SCALE
 from atedm.files import whole_file
-from atedm.models import LATENT_SCALE
-from atedm.options import Options, kept_tokens
-from atedm.recording import Recording
+from atedm.policy.options import Options
+from atedm.policy.selection import kept_tokens
+from atedm.unet.blocks import attention_blocks, feature_map_size
+from atedm.unet.recording import Recording
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -223,7 +224,7 @@ def compare(
         ValueError, TypeError: options that :func:`atedm.apply` refuses, before anything is computed.
         OSError: a picture cannot be written.
     """
-    from atedm import pictures
+    from atedm.app import pictures
 
     request = sized(request, pipe)
     with atedm.applied(pipe, options):
@@ -290,7 +291,7 @@ def tflops_of(
     pipe: StableDiffusionXLPipeline, width: int, height: int, steps: int, options: Options
 ) -> dict[str, float]:
     """Mean TFLOPs of a UNet call for one image, over the steps: ``full`` and ``pruned``."""
-    from atedm.flops import UNetFlops
+    from atedm.app.flops import UNetFlops
 
     # The counter takes pixels of an autoencoder with SDXL's scale.
     width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height))

@@ -16,9 +16,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
-from atedm.blocks import AttentionBlock, attention_blocks
-from atedm.models import meta_unet, unet_inputs
-from atedm.options import Options, Ranking, kept_tokens
+from atedm.app.models import meta_unet, unet_inputs
+from atedm.policy.options import Options
+from atedm.policy.ranking import RankingFunction
+from atedm.policy.selection import kept_tokens
+from atedm.unet.blocks import AttentionBlock, attention_blocks
 from atedm_kernels.registry import OPS
 
 # What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
@@ -27,11 +29,18 @@ MAX_RATIO = 0.999
 # A ratio is solved for until the FLOPs are as near as this part of the target: below the second decimal of a TFLOP.
 SOLVE_TOLERANCE = 1e-3
 
+# The stage of pruning that each op belongs to, as in AT-EDM's latency table.
+STAGES = {
+    "attention": ("attention_with_logsumexp",),
+    "ranking": ("weighted_page_rank", "weighted_page_rank_cross", "attention_column_sums"),
+    "selection": ("select_tokens",),
+    "source_map": ("similarity_source",),
+    "gather": ("gather_tokens",),
+    "recovery": ("recover_feature_map", "recover_tokens"),
+}
+
 # Choosing tokens, and finding what refills them.
-_SCORING_OPS = tuple(
-    OPS[name].overload.overloadpacket
-    for name in ("attention_column_sums", "weighted_page_rank", "weighted_page_rank_cross", "similarity_source")
-)
+_SCORING_OPS = tuple(OPS[name].overload.overloadpacket for stage in ("ranking", "source_map") for name in STAGES[stage])
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class UNetFlops:
     one block of each kind, pruned and whole, tells by what a pruned call differs.
 
     Args:
-        config: keyword arguments of ``UNet2DConditionModel``, see :func:`atedm.models.unet_config`.
+        config: keyword arguments of ``UNet2DConditionModel``, see :func:`atedm.app.models.unet_config`.
         width, height: of the image in pixels. batch: images in a call (classifier-free guidance doubles it).
         tokens: of the text.
 
@@ -134,7 +143,7 @@ class UNetFlops:
         levels: tuple[int, ...] | None = None,
         placement: str = "early",
         light: bool = False,
-        ranking: str | Ranking = "self",
+        ranking: str | RankingFunction = "self",
         recovery: str = "similarity",
     ) -> Flops:
         """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
@@ -148,22 +157,31 @@ class UNetFlops:
         """
         if ratio == 0:  # Nothing is pruned, which apply would warn of.
             return self.full()
-        schedule = atedm.DSAP(fraction=1.0) if light else None
         settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
-        found = self.full()
-        with atedm.applied(self.unet, ratio=ratio, schedule=schedule, **settings):
+        settings["schedule"] = atedm.DSAP(fraction=1.0) if light else None
+        with atedm.applied(self.unet, ratio=ratio, **settings):
             pruned = set(atedm.pruned_blocks(self.unet))
-            options = Options(ratio=ratio)
-            for block in attention_blocks(self.unet):
-                if block.name in pruned:
-                    found += self._block(block, options, placement, ranking, recovery)
-        for block in attention_blocks(self.unet):
-            if block.name in pruned:
-                found -= self._block(block)
+        blocks = [block for block in attention_blocks(self.unet) if block.name in pruned]
+        found = self.full()
+        for block in blocks:
+            found -= self._block(block)
+        options = Options(ratio=ratio)
+        with atedm.applied(self.unet, ratio=ratio, **settings):
+            for block in blocks:
+                found += self._block(block, options, light, placement, ranking, recovery)
         if (ranking, recovery) == ("self", "similarity"):
             return found
         unet = self.pruned(ratio, levels=levels, placement=placement, light=light).unet
         return Flops(unet, found.unet + found.scoring - unet)
+
+    def blocks(self) -> list[tuple[AttentionBlock, tuple, dict[str, Any], Flops]]:
+        """Every attention block of ``unet`` with its arguments in a call, and its FLOPs there, whole."""
+        self.full()
+        return [
+            (block, *self._block_inputs[block.name], self._block(block))
+            for block in attention_blocks(self.unet)
+            if block.name in self._block_inputs
+        ]
 
     def _block(self, block: AttentionBlock, options: Options | None = None, *how: object) -> Flops:
         """FLOPs of ``block`` in a call: pruned by ``options`` and ``how``, which are in force, or whole."""

@@ -1,0 +1,1 @@
+"""What the commands share: models, pictures, many prompts, comparison, FLOPs, reports."""

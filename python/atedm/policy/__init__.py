@@ -1,0 +1,1 @@
+"""What can be chosen, one idea per file: tensors in, tensors out, no diffusers."""

@@ -1,0 +1,112 @@
+"""How the tokens of a block are ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+import atedm_kernels as kernels
+from atedm.policy.attention_map import AttentionMap
+
+# A ranking of the user's: from q, k [B, H, N, D] and lse [B, H, N] of the self-attention to scores [B, H', N].
+RankingFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Ranking(Protocol):
+    """Scores for the tokens of a block: the best are kept.
+
+    Attributes:
+        attention: the map that ``scores`` reads, ``"self"`` or ``"cross"``; the second comes after self-attention.
+    """
+
+    attention: ClassVar[str]
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        """Scores ``[B, H, N]``, and int32 iterations ``[B, H]`` where the ranking iterates."""
+        ...
+
+
+@dataclass(frozen=True)
+class PageRank:
+    """Weighted PageRank of the self-attention map (AT-EDM, section 3.2), the paper's choice."""
+
+    max_iterations: int
+    tolerance: float
+    attention: ClassVar[str] = "self"
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        return kernels.weighted_page_rank(
+            attention.q,
+            attention.k,
+            attention.lse,
+            scale=attention.scale,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+        )
+
+
+@dataclass(frozen=True)
+class CrossPageRank:
+    """Weighted PageRank of the cross-attention map (AT-EDM, section 3.2)."""
+
+    max_iterations: int
+    tolerance: float
+    attention: ClassVar[str] = "cross"
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        return kernels.weighted_page_rank_cross(
+            attention.q,
+            attention.k,
+            attention.lse,
+            scale=attention.scale,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+        )
+
+
+@dataclass(frozen=True)
+class KeyRanking:
+    """How little of a token the others have: ``1 / mean_j exp(cos(k_hi, k_hj))``, from 1/e to e (ours).
+
+    One pass over the map, where PageRank takes several.
+    """
+
+    attention: ClassVar[str] = "self"
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        keys = attention.of_unit_keys()
+        return kernels.attention_column_sums(keys.q, keys.k, keys.lse, scale=keys.scale).reciprocal(), None
+
+
+@dataclass(frozen=True)
+class CustomRanking:
+    """Scores by a function of the user's."""
+
+    function: RankingFunction
+    attention: ClassVar[str] = "self"
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        scores = self.function(attention.q, attention.k, attention.lse)
+        batch, _, tokens, _ = attention.q.shape
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (batch, tokens):
+            raise ValueError(f"ranking returned {shape}; expected scores [{batch}, heads, {tokens}]")
+        return scores, None
+
+
+# By the name that atedm.apply takes; each is built from max_iterations and tolerance.
+RANKINGS: dict[str, Callable[[int, float], Ranking]] = {
+    "self": PageRank,
+    "cross": CrossPageRank,
+    "keys": lambda max_iterations, tolerance: KeyRanking(),
+}
+
+
+def make_ranking(ranking: str | RankingFunction, max_iterations: int, tolerance: float) -> Ranking:
+    """The policy that ``ranking`` names, or one around a function."""
+    if isinstance(ranking, str):
+        return RANKINGS[ranking](max_iterations, tolerance)
+    return CustomRanking(ranking)

@@ -1,0 +1,157 @@
+"""What a dropped token gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import atedm_kernels as kernels
+from atedm.policy.attention_map import AttentionMap
+
+
+@dataclass(frozen=True)
+class Refill:
+    """Where the tokens of a feature map of ``height`` × ``width`` come from.
+
+    Attributes:
+        index: int64 ``[B, K]``, the kept tokens. source: int64 ``[B, N]``, a slot for each position, or None where
+            a recovery copies no token.
+    """
+
+    index: Tensor
+    height: int
+    width: int
+    source: Tensor | None = None
+
+
+class Recovery(Protocol):
+    """From the kept tokens back to all of them."""
+
+    def source(self, attention: AttentionMap, index: Tensor) -> Tensor | None:
+        """Slots ``[B, N]`` of the compact tensor, one for each position; None where no token is copied."""
+        ...
+
+    def before_projection(self, x: Tensor) -> Tensor:
+        """The compact tensor ``[B, K, C]`` with what the block's output projection has to see as well."""
+        ...
+
+    def tokens(self, x: Tensor, refill: Refill) -> Tensor:
+        """``[B, K, C]`` → ``[B, N, C]``."""
+        ...
+
+    def feature_map(self, x: Tensor, refill: Refill, residual: Tensor) -> Tensor:
+        """``residual`` ``[B, C, h, w]`` with the recovered tokens added."""
+        ...
+
+
+class _Copy:
+    """Recovers by copying kept tokens, in one pass with the residual."""
+
+    def before_projection(self, x: Tensor) -> Tensor:
+        return x
+
+    def tokens(self, x: Tensor, refill: Refill) -> Tensor:
+        return kernels.recover_tokens(x, refill.source)
+
+    def feature_map(self, x: Tensor, refill: Refill, residual: Tensor) -> Tensor:
+        return kernels.recover_feature_map(x, refill.source, residual)
+
+
+class SimilarityCopy(_Copy):
+    """The kept token with the largest attention, averaged over the heads (AT-EDM, section 3.3)."""
+
+    def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
+        return kernels.similarity_source(attention.q, attention.k, attention.lse, index, scale=attention.scale)
+
+
+class KeyCopy(_Copy):
+    """The kept token whose keys are most like those of the dropped one (ours); ties go to the lowest slot."""
+
+    def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
+        keys = attention.of_unit_keys()
+        return kernels.similarity_source(keys.q, keys.k, keys.lse, index, scale=keys.scale)
+
+
+class Zeros(_Copy):
+    """Zeros: a copy of one more token, slot ``K``, that holds nothing else (AT-EDM, ablation)."""
+
+    def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
+        return sources_or_zero(index, attention.q.shape[2])
+
+    def before_projection(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 1))
+
+
+class Bicubic:
+    """Interpolation between the kept tokens around a dropped one (AT-EDM, ablation)."""
+
+    def source(self, attention: AttentionMap, index: Tensor) -> None:
+        return None
+
+    def before_projection(self, x: Tensor) -> Tensor:
+        return x
+
+    def tokens(self, x: Tensor, refill: Refill) -> Tensor:
+        return interpolate_bicubic(x, refill.index, refill.height, refill.width)
+
+    def feature_map(self, x: Tensor, refill: Refill, residual: Tensor) -> Tensor:
+        recovered = self.tokens(x, refill)
+        return residual + recovered.transpose(1, 2).unflatten(2, (refill.height, refill.width))
+
+
+# By the name that atedm.apply takes.
+RECOVERIES: dict[str, Recovery] = {
+    "similarity": SimilarityCopy(),
+    "keys": KeyCopy(),
+    "zeros": Zeros(),
+    "bicubic": Bicubic(),
+}
+
+
+def sources_or_zero(index: Tensor, tokens: int) -> Tensor:
+    """A source map for padding with zeros: a kept token's own slot, and slot ``K``, a token of zeros, for the rest.
+
+    Args:
+        index: int64 ``[B, K]``, the kept tokens.
+
+    Returns:
+        int64 ``[B, tokens]``.
+    """
+    batch, keep = index.shape
+    slots = torch.arange(keep, device=index.device).expand(batch, -1)
+    return torch.full((batch, tokens), keep, device=index.device).scatter(1, index, slots)
+
+
+def interpolate_bicubic(x: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+    """Fill dropped tokens bicubically from the kept ones around them: ``[B, K, C]`` → ``[B, height · width, C]``.
+
+    Kept tokens lie anywhere, so they are first averaged into a grid of half the size, and where a cell of that holds
+    none, into a quarter, and so on; each coarser grid, resized bicubically, fills the holes of the finer one.
+    """
+    batch, _, channels = x.shape
+    # Computed in float32: repeated averaging would pile up the rounding of 16 bits.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    marked = torch.cat([x.to(dtype), x.new_ones(*x.shape[:2], 1, dtype=dtype)], dim=-1)
+    full = marked.new_zeros(batch, height * width, channels + 1)
+    full = full.scatter(1, index[..., None].expand_as(marked), marked)
+    full = full.view(batch, height, width, channels + 1).permute(0, 3, 1, 2)
+    filled = _fill(full[:, :channels], full[:, channels:])
+    return filled.flatten(2).transpose(1, 2).to(x.dtype)
+
+
+def _fill(values: Tensor, weight: Tensor) -> Tensor:
+    """Fill the positions of ``values`` ``[B, C, h, w]`` whose ``weight`` ``[B, 1, h, w]`` is 0."""
+    height, width = values.shape[-2:]
+    if height == 1 and width == 1:
+        return values
+    # Zeros where nothing was kept, so the sums of a cell are those of its kept tokens.
+    window = (min(2, height), min(2, width))
+    count = F.avg_pool2d(weight, window, ceil_mode=True)
+    mean = F.avg_pool2d(values * weight, window, ceil_mode=True) / count.clamp(min=torch.finfo(count.dtype).tiny)
+    coarse = _fill(mean, (count > 0).to(values.dtype))
+    resized = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    return torch.where(weight > 0, values, resized)

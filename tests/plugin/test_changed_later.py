@@ -1,0 +1,219 @@
+"""What other tools do to a UNet after ``apply`` is refused at the next call, as ``apply`` refuses it afterwards."""
+
+import asyncio
+import copy
+import threading
+
+import pytest
+import torch
+from diffusers import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks.layer_skip import apply_layer_skip
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+import atedm
+
+
+def block_of(unet):
+    return unet.mid_block.attentions[0]
+
+
+def replace_forward(module):
+    module.forward = lambda *args, _old=module.forward, **kwargs: _old(*args, **kwargs)
+
+
+class PlacedAttention(AttnProcessor2_0):
+    """Counts on the places of its tokens."""
+
+
+def exchange_layer(unet):
+    block_of(unet).transformer_blocks[1] = nn.Identity()
+
+
+def broadcast(unet):
+    config = PyramidAttentionBroadcastConfig(
+        2, current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("transformer_blocks",)
+    )
+    apply_pyramid_attention_broadcast(unet, config)
+
+
+def skip(unet, **parts):
+    name = "mid_block.attentions.0.transformer_blocks"
+    apply_layer_skip(unet, LayerSkipConfig(indices=[0], fqn=name, **parts))
+
+
+CHANGES = {
+    "forward of the first layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[0]),
+    "forward of the first self-attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[0].attn1),
+    "forward of a later layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[2]),
+    "forward of a later attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[1].attn1),
+    "forward of every attention": lambda unet: [
+        replace_forward(module) for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))
+    ],
+    "pyramid attention broadcast": broadcast,
+    "layer skip, scores": lambda unet: skip(unet, skip_attention=False, skip_attention_scores=True, skip_ff=False),
+    "layer skip": skip,
+    "hook on the first layer": lambda unet: block_of(unet).transformer_blocks[0].register_forward_hook(lambda *_: None),
+    "processor of a cross-attention": lambda unet: (
+        block_of(unet).transformer_blocks[1].attn2.set_processor(PlacedAttention())
+    ),
+    "processor of the first self-attention": lambda unet: (
+        block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
+    ),
+    "class of a layer": exchange_layer,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_refused_in_either_order(unet, inputs, change):
+    atedm.apply(unet, schedule=None)
+    unet(**inputs)
+    CHANGES[change](unet)
+    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned: its|the"):
+        unet(**inputs)
+    atedm.remove(unet)
+    with pytest.raises(ValueError, match=r"attentions\.\d cannot be pruned: its|the"):
+        atedm.apply(unet, schedule=None)
+
+
+@pytest.mark.parametrize("change", ["forward of a later attention", "processor of a cross-attention"])
+def test_a_compiled_unet_refuses_it_too(make_unet, inputs, change):
+    torch._dynamo.reset()
+    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+    unet.compile(backend="eager")
+    atedm.apply(unet, schedule=None)
+    unet(**inputs)
+    CHANGES[change](unet)
+    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
+        unet(**inputs)
+
+
+def test_a_block_exchanged_for_a_copy_of_itself_is_restored(unet, inputs):
+    full = unet(**inputs).sample
+    atedm.apply(unet, schedule=None)
+    unet.mid_block.attentions[0] = copy.deepcopy(block_of(unet))
+    atedm.remove(unet)
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+    assert torch.equal(unet(**inputs).sample, full)
+    atedm.apply(unet, schedule=None)
+    assert len(atedm.pruned_blocks(unet)) == 11
+
+
+def test_tracing_keeps_one_call_so_calls_must_be_alike(unet, inputs):
+    def trace():
+        sample, text = inputs["sample"], inputs["encoder_hidden_states"]
+        conditions = inputs["added_cond_kwargs"]
+        wrapped = Traced(unet, conditions)
+        return torch.jit.trace(wrapped, (sample, torch.tensor(500.0), text), check_trace=False), (sample, text)
+
+    atedm.apply(unet)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace keeps what one call does"):
+        trace()
+    atedm.apply(unet, schedule=None)
+    traced, (sample, text) = trace()
+    assert torch.allclose(traced(sample, torch.tensor(500.0), text), unet(**inputs).sample, rtol=1e-4, atol=1e-5)
+
+
+class Traced(nn.Module):
+    def __init__(self, unet, conditions):
+        super().__init__()
+        self.unet, self.conditions = unet, conditions
+
+    def forward(self, sample, timestep, text):
+        return self.unet(sample, timestep, text, added_cond_kwargs=self.conditions, return_dict=False)[0]
+
+
+def test_exporting_keeps_one_call_too(make_unet, inputs):
+    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+    arguments = ({**inputs, "timestep": torch.tensor(500.0)},)
+    atedm.apply(unet)
+    with pytest.raises(Exception, match=r"torch\.export keeps what one call does"):
+        torch.export.export(unet, (), *arguments, strict=False)
+    atedm.apply(unet, schedule=None)
+    torch.export.export(unet, (), *arguments, strict=False)
+
+
+def test_blocks_of_applied_end_in_any_order(unet):
+    first, second = atedm.applied(unet, ratio=0.3), atedm.applied(unet, levels=(3,))
+    atedm.apply(unet, ratio=0.5)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert len(atedm.pruned_blocks(unet)) == 6  # those of the second
+    second.__exit__(None, None, None)
+    assert len(atedm.pruned_blocks(unet)) == 11  # what was applied before both
+    atedm.remove(unet)
+
+
+def test_another_task_inside_applied_is_refused(unet):
+    async def job(ratio, seconds):
+        with atedm.applied(unet, ratio=ratio):
+            await asyncio.sleep(seconds)
+            return len(atedm.pruned_blocks(unet))
+
+    async def both():
+        return await asyncio.gather(job(0.3, 0.02), job(0.5, 0.04), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first == 11 and isinstance(second, RuntimeError) and "another task or thread" in str(second)
+    assert atedm.pruned_blocks(unet) == []
+
+
+def test_so_is_another_thread(unet):
+    found = []
+
+    def job():
+        try:
+            with atedm.applied(unet, ratio=0.5):
+                found.append("applied")
+        except RuntimeError as error:
+            found.append(str(error))
+
+    with atedm.applied(unet, ratio=0.3):
+        thread = threading.Thread(target=job)
+        thread.start()
+        thread.join()
+    assert len(found) == 1 and "another task or thread" in found[0]
+    assert atedm.pruned_blocks(unet) == []
+
+
+def test_a_scope_that_could_not_be_left_does_not_lock_the_unet(unet):
+    with pytest.raises(RuntimeError, match="has been replaced since"), atedm.applied(unet, ratio=0.3):
+        pruned = block_of(unet).forward
+        block_of(unet).forward = lambda *args, **kwargs: None
+    block_of(unet).forward = pruned
+    atedm.remove(unet)
+    with atedm.applied(unet, ratio=0.3):
+        assert len(atedm.pruned_blocks(unet)) == 11
+
+
+def test_recordings_end_in_any_order_and_compiling_works_again(unet):
+    atedm.apply(unet)
+    first, second = atedm.record(unet), atedm.record(unet)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    seen = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: seen.append(graph) or graph.forward)(torch.ones(1))
+    assert seen
+
+
+def test_nan_is_named_by_row_block_and_step(unet, inputs):
+    timesteps = torch.tensor([999.0, 500.0, 1.0])
+    atedm.apply(unet, schedule=None)
+    inputs["sample"][1, 0, 0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.attentions\.0 ranks NaN in row 1 of the batch, at an unknown step"
+    ):
+        unet(**inputs)
+    with atedm.record(unet), pytest.raises(ValueError, match="at step 2; expected numbers"):
+        unet(**{**inputs, "timestep": timesteps[2]})
+
+
+def test_a_block_without_layers_stays_whole_and_a_warning_says_so(unet, inputs, caplog):
+    block_of(unet).transformer_blocks = nn.ModuleList()
+    atedm.apply(unet, schedule=None)
+    assert "mid_block.attentions.0" not in atedm.pruned_blocks(unet)
+    assert caplog.messages == ["mid_block.attentions.0: without layers there is nothing to prune, so it stays whole"]
+    assert unet(**inputs).sample.isfinite().all()
