@@ -80,6 +80,15 @@ def test_counting_by_blocks_is_exact():
                 assert by_blocks == whole
 
 
+def test_a_unet_that_projects_its_text_is_counted():
+    """Kolors': its text has the text encoder's width, not that of cross-attention."""
+    plain = {"addition_embed_type": None, "layers_per_block": 1, "transformer_layers_per_block": 1}
+    plain = {**ASYMMETRIC, **plain, "reverse_transformer_layers_per_block": None}
+    projected = {**plain, "encoder_hid_dim": 96, "encoder_hid_dim_type": "text_proj"}
+    full, more = (UNetFlops(config, width=64, height=64).full() for config in (plain, projected))
+    assert more.unet - full.unet == 2 * 77 * 96 * 64
+
+
 def test_average_weights_the_phases(small):
     light, rest = small.pruned(0.63, light=True), small.pruned(0.63)
     assert rest.unet < light.unet < small.full().unet
