@@ -54,8 +54,7 @@ class TomesdFlops:
         del self._unet.forward
         found = self._counter.full()
         merged: dict[tuple, Flops] = {}
-        for block, args, kwargs, whole in self._counter.blocks():
-            kind = (tuple(args[0].shape), str(block.module.config))
+        for block, kind, args, kwargs, whole in self._counter.blocks():
             if kind not in merged:
                 module = self._unet.get_submodule(block.name)
                 with _counting_matching() as matching:

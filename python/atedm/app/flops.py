@@ -174,21 +174,26 @@ class UNetFlops:
         unet = self.pruned(ratio, levels=levels, placement=placement, light=light).unet
         return Flops(unet, found.unet + found.scoring - unet)
 
-    def blocks(self) -> list[tuple[AttentionBlock, tuple, dict[str, Any], Flops]]:
-        """Every attention block of ``unet`` with its arguments in a call, and its FLOPs there, whole."""
+    def blocks(self) -> list[tuple[AttentionBlock, tuple, tuple, dict[str, Any], Flops]]:
+        """Every attention block of ``unet``: its kind, its arguments in a call, and its FLOPs there, whole."""
         self.full()
         return [
-            (block, *self._block_inputs[block.name], self._block(block))
+            (block, self._kind(block), *self._block_inputs[block.name], self._block(block))
             for block in attention_blocks(self.unet)
             if block.name in self._block_inputs
         ]
+
+    def _kind(self, block: AttentionBlock) -> tuple:
+        """Blocks of one kind cost the same."""
+        args, _ = self._block_inputs[block.name]
+        return tuple(args[0].shape), str(block.module.config)
 
     def _block(self, block: AttentionBlock, options: Options | None = None, *how: object) -> Flops:
         """FLOPs of ``block`` in a call: pruned by ``options`` and ``how``, which are in force, or whole."""
         args, kwargs = self._block_inputs[block.name]
         kept = None if options is None else kept_tokens(math.prod(args[0].shape[-2:]), options.ratio_at(block.level))
-        kind = (tuple(args[0].shape), str(block.module.config), kept, *how)
-        return self._count_once(kind, lambda: count_flops(lambda: block.module(*args, **kwargs)))
+        key = (*self._kind(block), kept, *how)
+        return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 
     def average(
         self, ratio: float | Mapping[int, float], *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any

@@ -30,41 +30,36 @@ class Ranking(Protocol):
 
 
 @dataclass(frozen=True)
-class PageRank:
+class _Iterated:
+    """A weighted PageRank, by the op of ``kernels`` that ``_op`` names."""
+
+    max_iterations: int
+    tolerance: float
+    _op: ClassVar[str]
+
+    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        return getattr(kernels, self._op)(
+            attention.q,
+            attention.k,
+            attention.lse,
+            scale=attention.scale,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+        )
+
+
+class PageRank(_Iterated):
     """Weighted PageRank of the self-attention map (AT-EDM, section 3.2), the paper's choice."""
 
-    max_iterations: int
-    tolerance: float
     attention: ClassVar[str] = "self"
-
-    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
-        return kernels.weighted_page_rank(
-            attention.q,
-            attention.k,
-            attention.lse,
-            scale=attention.scale,
-            max_iterations=self.max_iterations,
-            tolerance=self.tolerance,
-        )
+    _op: ClassVar[str] = "weighted_page_rank"
 
 
-@dataclass(frozen=True)
-class CrossPageRank:
+class CrossPageRank(_Iterated):
     """Weighted PageRank of the cross-attention map (AT-EDM, section 3.2)."""
 
-    max_iterations: int
-    tolerance: float
     attention: ClassVar[str] = "cross"
-
-    def scores(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
-        return kernels.weighted_page_rank_cross(
-            attention.q,
-            attention.k,
-            attention.lse,
-            scale=attention.scale,
-            max_iterations=self.max_iterations,
-            tolerance=self.tolerance,
-        )
+    _op: ClassVar[str] = "weighted_page_rank_cross"
 
 
 @dataclass(frozen=True)
