@@ -23,8 +23,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries (``block_m``) and keys (``block_n``) per step, and the resources that a step uses.
+    """Rows (``block_m``) and columns (``block_n``) per step, and the resources that a step uses.
 
+    Rows are queries and columns keys, but in ``similarity_source``: there rows are dropped tokens, columns kept ones.
     Fewer programs than ``programs`` leave multiprocessors idle or waiting, so the longer loop is split into several.
     ``max_registers`` is per thread, on NVIDIA GPUs: left to itself, ptxas may aim lower and spill.
     """

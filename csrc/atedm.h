@@ -66,7 +66,8 @@ ATEDM_API int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_ite
 ATEDM_API int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance,
                                                  float *scores, int32_t *iterations, int32_t threads);
 
-/* source [batch, queries], contiguous; index [batch, keep], clamped to valid tokens. */
+/* source [batch, queries], contiguous: a kept token's own slot, else that of the largest sum over the heads of
+ * A[index[slot], token]; index [batch, keep], clamped to valid tokens. */
 ATEDM_API int32_t atedm_similarity_source(const atedm_map *map, const int64_t *index, const int64_t index_stride[2],
                                           int64_t keep, int64_t *source, int32_t threads);
 

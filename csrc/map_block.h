@@ -32,6 +32,7 @@ struct Head {
     scale = base_2_scale(map);
   }
   const char *query(int64_t row) const { return q + row * map.q_stride[2] * bytes_of(map.dtype); }
+  const char *key(int64_t column) const { return k + column * map.k_stride[2] * bytes_of(map.dtype); }
   float shift(int64_t row) const { return load_as<float>(lse + row * lse_stride) * -kLog2E; }
 };
 

@@ -1,7 +1,9 @@
-// For each dropped token, the kept one of the largest attention, summed over the heads (their mean has the same order).
+// For each dropped token, the kept one that attends to it most, summed over the heads (their mean has the same order).
 //
-// Only rows of dropped tokens and columns of kept ones are computed, heads innermost, so that a tile's sum over the heads
-// stays in the first-level cache and no part of the map is ever written out.
+// Only rows of kept tokens and columns of dropped ones are computed. Tiles are transposed: the kept tokens' queries lie
+// in panels, the dropped tokens' keys are broadcast. A kept token stays in its lane, so the logsumexps of a panel stay in
+// registers and the search needs no shuffle. Heads are innermost: a tile's sum over them stays in the first-level cache,
+// and no part of the map is ever written out.
 #include "map_block.h"
 
 namespace atedm {
@@ -15,56 +17,60 @@ struct SourceSearch {
   const int64_t keep;
   const int64_t depth = Dot::depth(map.head_dim), pairs = map.batch * map.heads;
   const int64_t panels = (keep + kPanel - 1) / kPanel;
-  Unit *keys = nullptr;  // [pairs, panels]
+  Unit *queries = nullptr;  // [pairs, panels], of the kept tokens
+  float *shift = nullptr;   // [pairs, panels]
 
   // Working memory of a thread.
   struct Work {
-    Unit *queries;  // [heads, rows]
-    float *shift, *logits, *similarity, *best;
+    Unit *keys;  // [heads, rows], of dropped tokens
+    float *logits, *similarity, *best;
     uint32_t *best_panel;
   };
-  int64_t work_bytes() const {
-    return round_up(map.heads * kBlockRows * (depth * 4 + 4) + kBlockRows * kPanel * 16, 64);
-  }
+  int64_t work_bytes() const { return round_up(map.heads * kBlockRows * depth * 4 + kBlockRows * kPanel * 16, 64); }
   Work work(char *memory) const {
     Work w;
     w.similarity = reinterpret_cast<float *>(memory);
     w.best = w.similarity + kBlockRows * kPanel;
     w.best_panel = reinterpret_cast<uint32_t *>(w.best + kBlockRows * kPanel);
     w.logits = reinterpret_cast<float *>(w.best_panel + kBlockRows * kPanel);
-    w.shift = w.logits + kBlockRows * kPanel;
-    w.queries = reinterpret_cast<Unit *>(w.shift + map.heads * kBlockRows);
+    w.keys = reinterpret_cast<Unit *>(w.logits + kBlockRows * kPanel);
     return w;
   }
 
-  template <class KeyAt>
-  void load_keys(int64_t pair, const KeyAt &key_at) const {
-    load_panels<Dot>(Head(map, pair).k, map.k_stride, map.dtype, map.head_dim, keep, key_at,
-                     keys + pair * panels * kPanel * depth);
+  // Past the last kept token a panel repeats it, as load_panels does. Of equals the first is chosen.
+  template <class TokenAt>
+  void load_queries(int64_t pair, const TokenAt &token_at) const {
+    const Head head(map, pair);
+    const int64_t first = pair * panels * kPanel;
+    load_panels<Dot>(head.q, map.q_stride, map.dtype, map.head_dim, keep, token_at, queries + first * depth);
+    for (int64_t j = 0; j < panels * kPanel; ++j) shift[first + j] = head.shift(token_at(smaller(j, keep - 1)));
   }
 
-  void load_queries(int64_t batch, const int64_t *rows, int64_t count, const Work &w) const {
+  void load_keys(int64_t batch, const int64_t *rows, int64_t count, const Work &w) const {
     for (int64_t h = 0; h < map.heads; ++h) {
       const Head head(map, batch * map.heads + h);
       for (int64_t r = 0; r < round_up(count, Dot::kRows); ++r) {
-        const int64_t row = rows[smaller(r, count - 1)], at = h * kBlockRows + r;
-        Dot::load(head.query(row), map.q_stride[3], map.dtype, map.head_dim, w.queries + at * depth);
-        w.shift[at] = head.shift(row);
+        Dot::load(head.key(rows[smaller(r, count - 1)]), map.k_stride[3], map.dtype, map.head_dim,
+                  w.keys + (h * kBlockRows + r) * depth);
       }
     }
   }
 
-  // w.similarity[r, j] = sum over the heads of A[rows[r], index[panel, j]]
+  // w.similarity[r, j] = sum over the heads of A[index[panel, j], rows[r]]
   void add_heads(int64_t batch, int64_t panel, int64_t count, const Work &w) const {
     const Vf scale = splat(base_2_scale(map));
     __builtin_memset(w.similarity, 0, static_cast<size_t>(count * kPanel * 4));
     for (int64_t h = 0; h < map.heads; ++h) {
-      const Unit *key = keys + ((batch * map.heads + h) * panels + panel) * kPanel * depth;
-      const float *shifts = w.shift + h * kBlockRows;
-      panel_logits<Dot>(w.queries + h * kBlockRows * depth, count, key, depth, w.logits);
+      const int64_t first = ((batch * map.heads + h) * panels + panel) * kPanel;
+      panel_logits<Dot>(w.keys + h * kBlockRows * depth, count, queries + first * depth, depth, w.logits);
+      Vf shifts[kVectors];
+      ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) shifts[v] = load_as<Vf>(shift + first + v * kLanes);
       for (int64_t r = 0; r < count; ++r) {
         Vf attention[kVectors];
-        map_row(w.logits + r * kPanel, scale, splat(shifts[r]), attention);
+        ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
+          attention[v] = load_as<Vf>(w.logits + r * kPanel + v * kLanes) * scale + shifts[v];
+        }
+        exp2(attention);
         float *sum = w.similarity + r * kPanel;
         ATEDM_UNROLL for (int v = 0; v < kVectors; ++v) {
           store_as(sum + v * kLanes, load_as<Vf>(sum + v * kLanes) + attention[v]);
@@ -75,7 +81,7 @@ struct SourceSearch {
 
   void find(int64_t batch, const int64_t *rows, int64_t count, const Work &w, int64_t *source) const {
     const TileUnit unit;
-    load_queries(batch, rows, count, w);
+    load_keys(batch, rows, count, w);
     for (int64_t i = 0; i < count * kPanel; ++i) w.best[i] = -1, w.best_panel[i] = 0;
     for (int64_t panel = 0; panel < panels; ++panel) {
       add_heads(batch, panel, count, w);
@@ -118,11 +124,12 @@ int32_t similarity_source(const atedm_map &map, const int64_t *index, const int6
     const int64_t row_blocks = (tokens + kBlockRows - 1) / kBlockRows;
     threads = threads_for(threads, batches * row_blocks, heads * keep * map.head_dim * kBlockRows);
     Scratch memory;
-    const int64_t at_keys = memory.add(search.pairs * search.panels * kPanel * search.depth * 4);
+    const int64_t columns = search.pairs * search.panels * kPanel;
+    const int64_t at_queries = memory.add(columns * search.depth * 4), at_shift = memory.add(columns * 4);
     const int64_t at_dropped = memory.add(batches * tokens * 8), at_count = memory.add(batches * 8);
     const int64_t at_work = memory.add(threads * search.work_bytes());
     if (!memory.allocate()) return ATEDM_OUT_OF_MEMORY;
-    search.keys = memory.at<typename decltype(dot)::Unit>(at_keys);
+    search.queries = memory.at<typename decltype(dot)::Unit>(at_queries), search.shift = memory.at<float>(at_shift);
     int64_t *dropped = memory.at<int64_t>(at_dropped), *dropped_count = memory.at<int64_t>(at_count);
 
     for (int64_t b = 0; b < batches; ++b) {
@@ -135,7 +142,7 @@ int32_t similarity_source(const atedm_map &map, const int64_t *index, const int6
       dropped_count[b] = count;
     }
     parallel(threads, search.pairs, [&](int32_t, int64_t pair) {
-      search.load_keys(pair, [&](int64_t slot) { return kept(pair / heads, slot); });
+      search.load_queries(pair, [&](int64_t slot) { return kept(pair / heads, slot); });
     });
     parallel(threads, batches * row_blocks, [&](int32_t worker, int64_t item) {
       const int64_t b = item / row_blocks, first = item % row_blocks * kBlockRows;

@@ -190,8 +190,8 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
         OpCase(
             "similarity_source",
             "similarity_source",
-            # Only the dropped tokens count: a kept token refills itself.
-            map_work_of("similarity_source", (i.q[:, :, :dropped], i.k, i.lse, i.index), dropped, keep),
+            # Kept tokens' queries by dropped tokens' keys: a kept token refills itself.
+            map_work_of("similarity_source", (i.q, i.k[:, :, :dropped], i.lse, i.index), keep, dropped),
             {
                 OURS: lambda: ops.similarity_source(i.q, i.k, i.lse, i.index),
                 PLAIN: lambda: plain.source(i.q, i.k, i.index),

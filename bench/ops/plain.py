@@ -44,8 +44,8 @@ def select(scores: Tensor, keep: int) -> Tensor:
 
 def source(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     similarity = attention_map(q, k).mean(dim=1)
-    tokens = similarity.shape[1]
-    found = similarity.gather(2, index[:, None].expand(-1, tokens, -1)).argmax(dim=-1)
+    tokens = similarity.shape[2]
+    found = similarity.gather(1, index[:, :, None].expand(-1, -1, tokens)).argmax(dim=1)
     slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
     return found.scatter(1, index, slots)
 

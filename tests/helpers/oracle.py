@@ -76,9 +76,9 @@ def joined_heads(scores: Tensor, reduction: str) -> Tensor:
 
 
 def mean_similarity(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:
-    """``[B, N, K]``: attention of each token to each kept one, averaged over the heads."""
+    """``[B, N, K]``: what each token gets of each kept one's attention, averaged over the heads."""
     a = attention_map(q, k, lse).mean(1)
-    return a.gather(2, index[:, None, :].expand(-1, a.shape[1], -1))
+    return a.gather(1, index[:, :, None].expand(-1, -1, a.shape[2])).mT
 
 
 def kept_tokens(batch: int, tokens: int, keep: int, device: torch.device) -> Tensor:

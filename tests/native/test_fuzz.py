@@ -140,7 +140,7 @@ def test_sources():
             source, expected = both(lambda: ak.similarity_source(q, k, lse, index, scale=scale))
         assert torch.equal(source.gather(1, index), torch.arange(keep).expand(batch, -1))
         similarity = torch.exp(scale * (q.double() @ k.double().mT) - lse.double()[..., None]).mean(1)
-        similarity = similarity.gather(2, index[:, None].expand(-1, tokens, -1)).nan_to_num(-1.0, posinf=1e300)
+        similarity = similarity.mT.gather(2, index[:, None].expand(-1, tokens, -1)).nan_to_num(-1.0, posinf=1e300)
         picked, wanted = (similarity.gather(2, s[..., None])[..., 0] for s in (source, expected))
         # Equal up to rounding, or all of them vanish in float32.
         assert ((picked - wanted).abs() <= 1e-4 * wanted.abs() + 1e-30).all()

@@ -81,9 +81,9 @@ def slow_transformer(module, x, text, keep, *, ranking, recovery, grid, iteratio
             compact = compact + layer.attn1(layer.norm1(compact))
             compact = compact + layer.attn2(layer.norm2(compact), encoder_hidden_states=text[b : b + 1])
             compact = compact + layer.ff(layer.norm3(compact))
-        similarity = (key_similarity(first.attn1, normed) if recovery == "keys" else self_map)[b].mean(0)[:, kept]
+        similarity = (key_similarity(first.attn1, normed) if recovery == "keys" else self_map)[b].mean(0)[kept]
         for i in range(height * width):
-            slot = kept.index(i) if i in kept else int(similarity[i].argmax())
+            slot = kept.index(i) if i in kept else int(similarity[:, i].argmax())
             out[b, i] = compact[0, slot]
     if module.use_linear_projection:
         out = module.proj_out(out).view(batch, height, width, -1).permute(0, 3, 1, 2)

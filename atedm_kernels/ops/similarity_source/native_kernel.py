@@ -9,7 +9,7 @@ from atedm_kernels import native
 
 
 def similarity_source_native(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
-    """``argmax_j mean_h A[i, index[j]]``; a kept token takes its own slot; shapes as in the public op."""
+    """``argmax_j mean_h A[index[j], i]``; a kept token takes its own slot; shapes as in the public op."""
     source = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64)
     native.call(
         "atedm_similarity_source",

@@ -41,8 +41,9 @@ def _prepare(
 
 
 def _flops(q: torch.Size, k: torch.Size, lse: torch.Size, index: torch.Size, *_: object) -> int:
-    """2·B·H·N·K·D: the logits of every token against the kept ones. The kernels skip those of the kept tokens."""
-    return map_flops(q, index[1])
+    """2·B·H·K·N·D: the logits of the kept tokens by every key. The kernels skip the keys of the kept tokens."""
+    batch, heads, _, head_dim = q
+    return map_flops((batch, heads, index[1], head_dim), k[2])
 
 
 _op = define_op(
@@ -63,8 +64,9 @@ _op = define_op(
 def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
     """The slot of the compact tensor that refills each position (AT-EDM, section 3.3, similarity-based copy).
 
-    A dropped token ``i`` takes the kept token ``j`` with the largest attention averaged over the heads, ``mean_h
-    A_ij`` (ties: the lowest slot); a kept token takes its own slot.
+    A dropped token ``i`` takes the kept token ``j`` that attends to it most, averaged over the heads: the largest
+    ``mean_h A_ji``, with ``A_ji = exp(scale · q_j·k_i − lse_j)`` (ties: the lowest slot; NaN counts as least). A kept
+    token takes its own slot. Only the kept tokens' ``q`` and ``lse`` and the dropped tokens' ``k`` matter.
 
     Args:
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.

@@ -1,8 +1,9 @@
 """Which kept token refills each dropped one: attention summed over the heads, tile by tile, and its running maximum.
 
-The kernels list the dropped tokens first and compute only their rows of the map. Each part of the kept tokens writes
-one int64 per row: the bits of the similarity above the complement of the slot. The largest of these is the most similar
-token with the lowest slot, in whatever order parts are compared.
+The kernels list the dropped tokens first and compute the map only where a kept token attends to a dropped one. Tiles
+are transposed: a row is a dropped token's key, a column a kept token's query, so the maximum over the kept tokens runs
+along rows. Each part of the kept tokens writes one int64 per row: the bits of the similarity above the complement of
+the slot. The largest of these is the largest similarity with the lowest slot, in whatever order parts are compared.
 """
 
 from __future__ import annotations
@@ -29,19 +30,56 @@ _LOW_BITS = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _dropped_kernel(
+def _prepare_kernel(
+    lse,  # [batch, heads, tokens]
     index,  # [batch, slots]
-    dropped,  # [batch, tokens]: the dropped tokens, ascending, followed by -1
-    out,  # [batch, tokens]: a kept token's slot, 0 for a dropped one
+    shift,  # [batch, heads, padded_slots]
+    dropped,  # [batch, tokens]
+    out,  # [batch, tokens]
+    batch_size,
+    heads,
+    tokens,
+    slots,
+    padded_slots,
+    BLOCK: tl.constexpr,
+):
+    """List the dropped tokens of every batch row; by one more program per head, gather the logsumexp of the kept."""
+    program = tl.program_id(0)
+    if program < batch_size:
+        batch = program.to(tl.int64)
+        _list_dropped(index + batch * slots, dropped + batch * tokens, out + batch * tokens, tokens, slots, BLOCK)
+    else:
+        pair = (program - batch_size).to(tl.int64)
+        index += pair // heads * slots
+        _gather_shift(lse + pair * tokens, index, shift + pair * padded_slots, tokens, slots, padded_slots, BLOCK)
+
+
+@triton.jit
+def _gather_shift(
+    lse,  # [tokens]
+    index,  # [slots]
+    shift,  # [padded_slots]: in base 2; NaN past the last slot
+    tokens,
+    slots,
+    padded_slots,
+    BLOCK: tl.constexpr,
+):
+    for start in range(0, padded_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        kept = load_index(index, slot, slot < slots, tokens)
+        value = tl.load(lse + kept, mask=slot < slots, other=float("nan"))
+        tl.store(shift + slot, value * LOG2E, mask=slot < padded_slots)
+
+
+@triton.jit
+def _list_dropped(
+    index,  # [slots]
+    dropped,  # [tokens]: the dropped tokens, ascending, followed by -1
+    out,  # [tokens]: a kept token's slot, 0 for a dropped one
     tokens,
     slots,
     BLOCK: tl.constexpr,
 ):
-    """List the tokens that one row of ``index`` does not name."""
-    batch = tl.program_id(0).to(tl.int64)
-    index += batch * slots
-    dropped += batch * tokens
-    out += batch * tokens
     local = tl.arange(0, BLOCK)
     for start in range(0, tokens, BLOCK):
         offsets = start + local
@@ -70,7 +108,7 @@ def _dropped_kernel(
 def _similarity_kernel(
     q,
     k,
-    lse,  # [batch, heads, tokens]
+    shift,  # [batch, heads, padded_slots]: logsumexp in base 2 of the kept tokens, NaN past the last
     index,  # [batch, slots]
     dropped,  # [batch, tokens]
     out,  # [splits, batch, tokens] packed, or [batch, tokens] slots; only dropped tokens are written
@@ -79,6 +117,7 @@ def _similarity_kernel(
     tokens,
     count,  # of dropped tokens
     slots,
+    padded_slots,  # the next multiple of BLOCK_N
     slots_per_split,  # a multiple of BLOCK_N
     heads,
     q_stride_b,
@@ -110,7 +149,7 @@ def _similarity_kernel(
     q += batch * aligned(q_stride_b, ALIGNMENT)
     k += batch * aligned(k_stride_b, ALIGNMENT)
     index += batch * slots
-    lse += batch * heads * tokens
+    shift += batch * heads * padded_slots
     q_step = tl.full([], 1, tl.int64) * aligned(q_stride_h, ALIGNMENT)
     k_step = tl.full([], 1, tl.int64) * aligned(k_stride_h, ALIGNMENT)
 
@@ -119,40 +158,42 @@ def _similarity_kernel(
     begin = split * slots_per_split
     for start in range(begin, tl.minimum(begin + slots_per_split, slots), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        filled = slot < slots
-        kept = load_index(index, slot, filled, tokens).to(tl.int32)
+        # Slots past the end stand for token 0, without a mask; their shift of NaN excludes them.
+        kept = load_index(index, slot, slot < slots, tokens).to(tl.int32)
+        every = tl.full([BLOCK_N], 1, tl.int1)
         similarity = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         q_head = q
         k_head = k
-        lse_head = lse
+        # Consecutive: scattered loads would take two registers of address for each column that a thread holds.
+        shift_head = shift + start
         for _ in tl.range(0, heads):
             if STREAMED:
                 s = streamed_products(
-                    q_head,
+                    k_head,
                     rows,
                     inside,
-                    q_stride_n,
-                    q_stride_d,
-                    k_head,
-                    kept,
-                    filled,
                     k_stride_n,
                     k_stride_d,
+                    q_head,
+                    kept,
+                    every,
+                    q_stride_n,
+                    q_stride_d,
                     ALIGNMENT,
                     HEAD_DIM,
                     DIM_A,
                 )
             else:
-                q_a, q_b = load_tile(q_head, rows, inside, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
-                k_a, k_b = load_tile(k_head, kept, filled, k_stride_n, k_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
-                s = products(q_a, q_b, k_a, k_b, DIM_B)
-            lse_log2 = tl.load(lse_head + rows, mask=inside, other=float("inf")) * LOG2E
-            similarity += tl.exp2(s * scale_log2 - lse_log2[:, None])
+                k_a, k_b = load_tile(k_head, rows, inside, k_stride_n, k_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+                q_a, q_b = load_tile(q_head, kept, every, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
+                s = products(k_a, k_b, q_a, q_b, DIM_B)
+            columns_shift = tl.load(shift_head + tl.arange(0, BLOCK_N))
+            similarity += tl.exp2(s * scale_log2 - columns_shift[None, :])
             q_head += q_step
             k_head += k_step
-            lse_head += tokens
-        # NaN and slots past the end count as least similar.
-        similarity = tl.where((similarity == similarity) & filled[None, :], similarity, -1.0)
+            shift_head += padded_slots
+        # NaN, also that of slots past the end, counts as least similar.
+        similarity = tl.where(similarity == similarity, similarity, -1.0)
         tile_best = tl.max(similarity, 1)
         tile_slot = tl.min(tl.where(similarity == tile_best[:, None], slot[None, :], slots), 1)
         better = tile_best > best
@@ -188,7 +229,7 @@ OP = "similarity_source"
 
 _MAX_SPLITS = 16
 
-_LISTED_PER_STEP = 4096
+_PREPARED_PER_STEP = 4096
 _JOINED_PER_PROGRAM = 256
 
 
@@ -204,21 +245,26 @@ def slot_splits(q: Tensor, index: Tensor) -> tuple[int, int]:
 
 def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float, out: Tensor) -> list[Launch]:
     """Write slots into ``out`` ``[B, N]``; ``lse`` and ``index`` must be contiguous."""
-    batch, _, tokens, _ = q.shape
+    batch, heads, tokens, _ = q.shape
     slots = index.shape[1]
+    count = tokens - slots
+    tile = tile_for(OP, q)
+    padded_slots = cdiv(slots, tile.block_n) * tile.block_n
+    shift = torch.empty(batch, heads, padded_slots, dtype=torch.float32, device=q.device)
     dropped = torch.empty(batch, tokens, dtype=torch.int32, device=q.device)
-    listing = Launch(
-        _dropped_kernel,
-        grid=batch,
-        arguments={"index": index, "dropped": dropped, "out": out, "tokens": tokens, "slots": slots},
-        constants={"BLOCK": _LISTED_PER_STEP},
+    preparation = Launch(
+        _prepare_kernel,
+        grid=batch if count == 0 else batch + batch * heads,
+        arguments={
+            **{"lse": lse, "index": index, "shift": shift, "dropped": dropped, "out": out, "batch_size": batch},
+            **{"heads": heads, "tokens": tokens, "slots": slots, "padded_slots": padded_slots},
+        },
+        constants={"BLOCK": _PREPARED_PER_STEP},
         num_warps=8,
         num_stages=1,
     )
-    count = tokens - slots
     if count == 0:
-        return [listing]
-    tile = tile_for(OP, q)
+        return [preparation]
     splits, slots_per_split = slot_splits(q, index)
     packed = splits > 1
     parts = torch.empty(splits, batch, tokens, dtype=torch.int64, device=q.device) if packed else out
@@ -227,7 +273,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         grid=cdiv(count, tile.block_m) * batch * splits,
         arguments={
             **query_key_arguments(q, k),
-            "lse": lse,
+            "shift": shift,
             "index": index,
             "dropped": dropped,
             "out": parts,
@@ -236,6 +282,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
             "tokens": tokens,
             "count": count,
             "slots": slots,
+            "padded_slots": padded_slots,
             "slots_per_split": slots_per_split,
         },
         constants={
@@ -249,7 +296,7 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         max_registers=tile.max_registers,
     )
     if not packed:
-        return [listing, search]
+        return [preparation, search]
     join = Launch(
         _join_kernel,
         grid=cdiv(count, _JOINED_PER_PROGRAM) * batch,
@@ -259,11 +306,11 @@ def similarity_launches(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale:
         },
         constants={"BLOCK": _JOINED_PER_PROGRAM},
     )
-    return [listing, search, join]
+    return [preparation, search, join]
 
 
 def similarity_source_triton(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float) -> Tensor:
-    """``argmax_j mean_h A[i, index[j]]``; a kept token takes its own slot; shapes as in the public op."""
+    """``argmax_j mean_h A[index[j], i]``; a kept token takes its own slot; shapes as in the public op."""
     out = torch.empty(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device)
     run_all(similarity_launches(q, k, lse.contiguous(), index.contiguous(), scale, out), q.device)
     return out

@@ -68,7 +68,7 @@ _KEEPS = {
     "keys": "the tokens whose keys are least like those of the others",
 }
 _REFILLS = {
-    "similarity": "a copy of the kept token that it attends to most",
+    "similarity": "a copy of the kept token that attends to it most",
     "keys": "a copy of the kept token with the most similar keys",
     "zeros": "nothing",
     "bicubic": "what the kept tokens around it give when interpolated",

@@ -133,7 +133,7 @@ def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     yield Check("gather_tokens", _differing(compact, x.cpu()[:, best]), 0.0)
 
     source = kernels.similarity_source(p.q, p.k, exact_lse, index).cpu()
-    similarity = full.mean(dim=1)[:, :, best]
+    similarity = full.mean(dim=1)[:, best].mT  # [B, N, 40]: of each kept token's attention, what each token gets
     # Judged by the similarity picked: rounding may turn a choice between equals.
     lost = 1 - similarity.gather(2, source[..., None])[..., 0] / similarity.amax(dim=-1)
     slot = torch.full((tokens,), -1)

@@ -62,7 +62,7 @@ class _Copy:
 
 
 class SimilarityCopy(_Copy):
-    """The kept token with the largest attention, averaged over the heads (AT-EDM, section 3.3)."""
+    """The kept token that attends to the dropped one most, averaged over the heads (AT-EDM, section 3.3)."""
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
         return kernels.similarity_source(attention.q, attention.k, attention.lse, index, scale=attention.scale)

@@ -171,7 +171,7 @@ def apply(
             on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); or a function
             from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores ``[B, H', N]``
             (float32, not negative).
-        recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that it attends to most (the
+        recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that attends to it most (the
             paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
