@@ -61,7 +61,7 @@ class FeatureMapStruct(ctypes.Structure):
     _fields_ = (
         ("x", _pointer),
         ("residual", _pointer),
-        ("source", _pointer),
+        ("index", _pointer),
         ("out", _pointer),
         ("batch", _int64),
         ("slots", _int64),
@@ -69,7 +69,7 @@ class FeatureMapStruct(ctypes.Structure):
         ("height", _int64),
         ("width", _int64),
         ("x_stride", _int64 * 3),
-        ("source_stride", _int64 * 2),
+        ("index_stride", _int64 * 2),
         ("residual_stride", _int64 * 4),
         ("x_dtype", _int32),
         ("residual_dtype", _int32),
@@ -79,6 +79,7 @@ class FeatureMapStruct(ctypes.Structure):
 
 
 _map = ctypes.POINTER(AttentionMapStruct)
+_feature_map = ctypes.POINTER(FeatureMapStruct)
 _SIGNATURES = {
     "atedm_attention_column_sums": (_map, _pointer, _pointer, _pointer, _int32),
     "atedm_weighted_page_rank": (_map, _int32, _double, _pointer, _pointer, _int32),
@@ -89,7 +90,7 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int64, _int64, _int64, _int32),
         *(_pointer, _pointer, _int64, _pointer, _int32),
     ),
-    "atedm_recover_feature_map": (ctypes.POINTER(FeatureMapStruct), _int32),
+    "atedm_recover_feature_map": (_feature_map, _int32),
     "atedm_set_isa": (_int32,),
 }
 
@@ -260,6 +261,29 @@ def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionM
         strides(lse),
         scale,
         DTYPE_CODES[q.dtype],
+    )
+
+
+def feature_map(x: Tensor, index: Tensor, residual: Tensor, out: Tensor) -> FeatureMapStruct:
+    """``out`` is contiguous or channels-last."""
+    batch, channels, height, width = residual.shape
+    return FeatureMapStruct(
+        x.data_ptr(),
+        residual.data_ptr(),
+        index.data_ptr(),
+        out.data_ptr(),
+        batch,
+        x.shape[1],
+        channels,
+        height,
+        width,
+        strides(x),
+        strides(index),
+        strides(residual),
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[residual.dtype],
+        DTYPE_CODES[out.dtype],
+        not out.is_contiguous(),
     )
 
 

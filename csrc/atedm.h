@@ -82,17 +82,18 @@ ATEDM_API int32_t atedm_gather_rows(const void *x, const int64_t x_stride[3], in
                                     int64_t channels, int32_t element_bytes, const int64_t *index,
                                     const int64_t index_stride[2], int64_t rows, void *out, int32_t threads);
 
-/* residual and out [batch, channels, height, width]; x [batch, slots, channels]; source [batch, height * width],
- * clamped. out is contiguous, in channels-last order if channels_last is not 0. */
+/* residual and out [batch, channels, height, width]; x [batch, slots, channels]; index as each function below needs it.
+ * out is contiguous, in channels-last order if channels_last is not 0. */
 typedef struct atedm_feature_map {
   const void *x, *residual;
-  const int64_t *source;
+  const int64_t *index;
   void *out;
   int64_t batch, slots, channels, height, width;
-  int64_t x_stride[3], source_stride[2], residual_stride[4];
+  int64_t x_stride[3], index_stride[2], residual_stride[4];
   int32_t x_dtype, residual_dtype, out_dtype, channels_last;
 } atedm_feature_map;
 
+/* out: residual + x[b, index[b, n]]; index [batch, height * width], a slot for each position, clamped. */
 ATEDM_API int32_t atedm_recover_feature_map(const atedm_feature_map *map, int32_t threads);
 
 #ifdef __cplusplus

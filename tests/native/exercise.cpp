@@ -149,10 +149,10 @@ void copy(int64_t batch, int64_t length, int64_t channels, int64_t height, int64
           const bool is_wide = dtype == ATEDM_FLOAT32 || residual_dtype == ATEDM_FLOAT32;
           Bytes sum(batch * positions * channels * (is_wide ? 4 : 2), 0);
           atedm_feature_map map{};
-          map.x = x.data, map.residual = residual.data, map.source = index.data(), map.out = sum.data;
+          map.x = x.data, map.residual = residual.data, map.index = index.data(), map.out = sum.data;
           map.batch = batch, map.slots = length, map.channels = channels, map.height = height, map.width = width;
           std::memcpy(map.x_stride, x_stride, sizeof(x_stride));
-          std::memcpy(map.source_stride, index_stride, sizeof(index_stride));
+          std::memcpy(map.index_stride, index_stride, sizeof(index_stride));
           const int64_t wide[4] = {channels * positions, positions, width, 1};
           const int64_t last[4] = {channels * positions, 1, width * channels, channels};
           std::memcpy(map.residual_stride, channels_last ? last : wide, sizeof(wide));
@@ -193,6 +193,7 @@ int main() {
       copy(1, 1, 1, 1, 1, threads);
       copy(2, 5, 70, 5, 13, threads);
       copy(1, 9, 65, 67, 1, threads);
+      copy(1, 40, 70, 13, 11, threads);
       copy(1, 30, 640, 9, 9, threads);
       copy(0, 3, 4, 2, 2, threads);
       copy(1, 3, 0, 2, 2, threads);

@@ -11,24 +11,5 @@ from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map
 def recover_feature_map_native(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
     """``residual[b, :, n // w, n % w] + x[b, source[b, n]]``; shapes as in the public op."""
     out = empty_feature_map(x, residual)
-    batch, channels, height, width = residual.shape
-    feature_map = native.FeatureMapStruct(
-        x.data_ptr(),
-        residual.data_ptr(),
-        source.data_ptr(),
-        out.data_ptr(),
-        batch,
-        x.shape[1],
-        channels,
-        height,
-        width,
-        native.strides(x),
-        native.strides(source),
-        native.strides(residual),
-        native.DTYPE_CODES[x.dtype],
-        native.DTYPE_CODES[residual.dtype],
-        native.DTYPE_CODES[out.dtype],
-        not out.is_contiguous(),
-    )
-    native.call("atedm_recover_feature_map", feature_map)
+    native.call("atedm_recover_feature_map", native.feature_map(x, source, residual, out))
     return out

@@ -1,0 +1,97 @@
+"""Tiles of a feature map ``[B, C, h, w]``, tokens by channels, for the kernels that add tokens to a residual."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atedm_kernels._launch import cdiv
+
+_BLOCK_TOKENS = 64
+_BLOCK_CHANNELS = 64
+
+
+@triton.jit
+def program_tile(tokens, channels, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """This program's image, positions ``[tokens]`` and channels ``[1, channels]``, and which elements there are."""
+    channel_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
+    token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    program = tl.program_id(0)
+    batch = (program // channel_tiles // token_tiles).to(tl.int64)
+    positions = (program // channel_tiles % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = (program % channel_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = (positions < tokens)[:, None] & (columns < channels)[None, :]
+    return batch, positions, columns.to(tl.int64)[None, :], inside
+
+
+@triton.jit
+def load_residual(
+    residual,
+    batch,
+    positions,
+    columns,
+    inside,
+    width,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_n,  # from token to token if rows follow one another, else within a row
+    ROWS_FOLLOW: tl.constexpr,
+):
+    positions = positions.to(tl.int64)
+    place = positions * stride_n
+    if not ROWS_FOLLOW:
+        place = (positions // width) * stride_h + (positions % width) * stride_n
+    residual += batch * stride_b
+    return tl.load(residual + place[:, None] + columns * stride_c, mask=inside)
+
+
+@triton.jit
+def store_sum(out, batch, positions, columns, inside, residual, tokens, stride_b, stride_c, stride_n):
+    """Store ``residual + tokens``, rounded once, as torch's own addition does."""
+    value = (residual.to(tl.float32) + tokens.to(tl.float32)).to(out.dtype.element_ty)
+    out += batch * stride_b
+    tl.store(out + positions.to(tl.int64)[:, None] * stride_n + columns * stride_c, value, mask=inside)
+
+
+def _token_stride(x: Tensor) -> int | None:
+    """Elements from one position of ``[B, C, h, w]`` to the next, row after row; None if rows lie apart."""
+    _, _, height, width = x.shape
+    _, _, stride_h, stride_w = x.stride()
+    if width == 1:  # the stride of a dimension of size 1 means nothing
+        return stride_h
+    return stride_w if height == 1 or stride_h == width * stride_w else None
+
+
+def feature_map_grid(residual: Tensor) -> int:
+    batch, channels, height, width = residual.shape
+    return cdiv(channels, _BLOCK_CHANNELS) * cdiv(height * width, _BLOCK_TOKENS) * batch
+
+
+def feature_map_arguments(residual: Tensor, out: Tensor) -> dict[str, object]:
+    """Both tensors, the sizes and the strides; ``out`` must be contiguous or channels-last."""
+    _, channels, height, width = residual.shape
+    token_stride = _token_stride(residual)
+    return {
+        "residual": residual,
+        "out": out,
+        "tokens": height * width,
+        "channels": channels,
+        "width": width,
+        "residual_stride_b": residual.stride(0),
+        "residual_stride_c": residual.stride(1),
+        "residual_stride_h": residual.stride(2),
+        "residual_stride_n": residual.stride(3) if token_stride is None else token_stride,
+        "out_stride_b": out.stride(0),
+        "out_stride_c": out.stride(1),
+        "out_stride_n": _token_stride(out),
+    }
+
+
+def feature_map_constants(residual: Tensor) -> dict[str, object]:
+    return {
+        "ROWS_FOLLOW": _token_stride(residual) is not None,
+        "BLOCK_TOKENS": _BLOCK_TOKENS,
+        "BLOCK_CHANNELS": _BLOCK_CHANNELS,
+    }
