@@ -15,6 +15,7 @@ from atedm_kernels.ops.recover_tokens import recover_tokens
 from atedm_kernels.ops.select_tokens import REDUCTIONS as REDUCTIONS
 from atedm_kernels.ops.select_tokens import select_tokens
 from atedm_kernels.ops.similarity_source import similarity_source
+from atedm_kernels.ops.update_feature_map import update_feature_map
 from atedm_kernels.ops.weighted_page_rank import weighted_page_rank
 from atedm_kernels.ops.weighted_page_rank_cross import weighted_page_rank_cross
 
@@ -32,6 +33,7 @@ __all__ = [
     "recover_tokens",
     "select_tokens",
     "similarity_source",
+    "update_feature_map",
     "weighted_page_rank",
     "weighted_page_rank_cross",
 ]

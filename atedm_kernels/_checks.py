@@ -87,6 +87,42 @@ def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> No
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {upper - 1} ({meaning})")
 
 
+def check_ascending(name: str, index: Tensor) -> None:
+    """Each row in ascending order, no value twice. This reads data, as :func:`check_index_values` does."""
+    if values_are_checked(index):
+        wrong = index[:, 1:] <= index[:, :-1]
+        if wrong.any():
+            row, slot = wrong.nonzero()[0].tolist()
+            before, after = index[row, slot : slot + 2].tolist()
+            raise ValueError(f"{name} holds {after} after {before} in row {row}; expected ascending values, none twice")
+
+
+def check_writable(name: str, written: Tensor) -> None:
+    """Every element has memory of its own, as far as a stride of 0 tells."""
+    if any(stride == 0 and size > 1 for size, stride in zip(written.shape, written.stride(), strict=True)):
+        raise ValueError(
+            f"{name} has strides {tuple(written.stride())}; expected none of 0, as the op writes it in place: "
+            "elements must not share memory"
+        )
+
+
+def check_memory_apart(name: str, read: Tensor, written_name: str, written: Tensor) -> None:
+    """``read`` lies outside the memory from the first to the last element of ``written``. Fake tensors have none."""
+    (read_begin, read_end), (written_begin, written_end) = _span(read), _span(written)
+    if read_begin < written_end and written_begin < read_end:
+        raise ValueError(
+            f"{name} shares memory with {written_name}; expected memory of its own, as the op writes {written_name} in "
+            f"place, or {name}.clone()"
+        )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor that is not empty."""
+    begin = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 

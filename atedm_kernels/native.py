@@ -23,7 +23,7 @@ SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 PATH = Path(__file__).with_name("libatedm" + SUFFIX)
 
 # ATEDM_ABI of csrc/atedm.h, raised with every changed signature: a library from an older build is refused.
-ABI = 2
+ABI = 3
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"rms": 0, "mean": 1}
@@ -91,6 +91,7 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int64, _pointer, _int32),
     ),
     "atedm_recover_feature_map": (_feature_map, _int32),
+    "atedm_update_feature_map": (_feature_map, _pointer, _pointer, _int32),
     "atedm_set_isa": (_int32,),
 }
 

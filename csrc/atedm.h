@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or a structure below changes: the Python side checks it before it calls anything else. */
-#define ATEDM_ABI 2
+#define ATEDM_ABI 3
 
 enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
 enum atedm_dtype { ATEDM_FLOAT32 = 0, ATEDM_BFLOAT16 = 1, ATEDM_FLOAT16 = 2 };
@@ -95,6 +95,12 @@ typedef struct atedm_feature_map {
 
 /* out: residual + x[b, index[b, n]]; index [batch, height * width], a slot for each position, clamped. */
 ATEDM_API int32_t atedm_recover_feature_map(const atedm_feature_map *map, int32_t threads);
+
+/* cache[b, index[b, s]] = x[b, s], then out: residual + cache; index [batch, slots], the token of each slot, ascending.
+ * cache [batch, height * width, channels], of x's dtype; shares no memory with x and residual. Of a token named twice
+ * the last slot counts; one out of range is left out. */
+ATEDM_API int32_t atedm_update_feature_map(const atedm_feature_map *map, void *cache, const int64_t cache_stride[3],
+                                           int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -182,4 +182,9 @@ int32_t atedm_recover_feature_map(const atedm_feature_map *map, int32_t threads)
   return atedm::kernels().recover_feature_map(*map, threads);
 }
 
+int32_t atedm_update_feature_map(const atedm_feature_map *map, void *cache, const int64_t cache_stride[3],
+                                 int32_t threads) {
+  return atedm::kernels().update_feature_map(*map, cache, cache_stride, threads);
+}
+
 }  // extern "C"

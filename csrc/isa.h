@@ -19,6 +19,7 @@ struct Kernels {
   int32_t (*weighted_page_rank_cross)(const atedm_map &, int32_t, double, float *, int32_t *, int32_t);
   int32_t (*similarity_source)(const atedm_map &, const int64_t *, const int64_t *, int64_t, int64_t *, int32_t);
   int32_t (*recover_feature_map)(const atedm_feature_map &, int32_t);
+  int32_t (*update_feature_map)(const atedm_feature_map &, void *, const int64_t *, int32_t);
 };
 
 // The largest map of one head that is kept, in bytes; see atedm_set_map_limits.

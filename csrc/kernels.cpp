@@ -5,11 +5,12 @@
 #include "weighted_page_rank_cross.cpp"
 #include "similarity_source.cpp"
 #include "recover_feature_map.cpp"
+#include "update_feature_map.cpp"
 
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 extern const Kernels kKernels;
 const Kernels kKernels = {attention_column_sums, weighted_page_rank, weighted_page_rank_cross, similarity_source,
-                          recover_feature_map};
+                          recover_feature_map,   update_feature_map};
 }  // namespace ATEDM_NAMESPACE
 }  // namespace atedm

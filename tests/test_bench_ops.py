@@ -45,6 +45,12 @@ def test_plain_functions_compute_what_the_ops_do(inputs):
             plain.recover_feature_map(i.compact, i.source, residual),
             ops.recover_feature_map(i.compact, i.source, residual),
         )
+        caches = i.cache.clone(), i.cache.clone()
+        close(
+            plain.update_feature_map(i.compact, i.index, caches[0], residual),
+            ops.update_feature_map(i.compact, i.index, caches[1], residual),
+        )
+        assert torch.equal(*caches) and not torch.equal(caches[0], i.cache)
 
 
 def test_inputs_are_spread(inputs):
@@ -77,6 +83,7 @@ def test_work_is_counted(inputs):
     assert case["gather_tokens"].bytes == 2 * (18 * 1280 * 4 + 8 * 9)
     assert case["recover_tokens"].bytes == 2 * (33 * 1280 * 4 + 8 * 24)
     assert case["recover_feature_map, contiguous"].bytes == 2 * (57 * 1280 * 4 + 8 * 24)
+    assert case["update_feature_map, contiguous"].bytes == 2 * ((9 + 15 + 24 + 9 + 24) * 1280 * 4 + 8 * 9)
 
 
 def test_a_floor_is_the_slowest_part():

@@ -20,6 +20,7 @@ PUBLIC = {
         "recover_tokens",
         "select_tokens",
         "similarity_source",
+        "update_feature_map",
         "weighted_page_rank",
         "weighted_page_rank_cross",
     },

@@ -73,6 +73,7 @@ class OpInputs:
         self.source = ops.similarity_source(self.q, self.k, self.lse, self.index)
         self.x = normal(shape.batch, shape.tokens, shape.channels).to(dtype)
         self.compact = ops.gather_tokens(self.x, self.index)
+        self.cache = self.x.flip(1)
         self.residual = normal(shape.batch, shape.channels, shape.height, shape.width).to(dtype)
         self.residual_last = self.residual.to(memory_format=torch.channels_last)
 
@@ -132,8 +133,16 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
             lambda: plain.recover_feature_map(i.compact, i.source, residual),
         )
 
+    def update(residual: torch.Tensor) -> tuple[Call, Call]:
+        return (
+            lambda: ops.update_feature_map(i.compact, i.index, i.cache, residual),
+            lambda: plain.update_feature_map(i.compact, i.index, i.cache, residual),
+        )
+
     # A kept row counts as read once, however often it is copied.
     map_rows = rows_work(shape, dtype, keep + tokens, tokens, tokens)
+    # The kept rows are read from the compact tensor and written to the cache, from which the dropped ones are read.
+    update_rows = rows_work(shape, dtype, keep + dropped + tokens, keep + tokens, keep)
     return [
         OpCase(
             "attention_with_logsumexp",
@@ -214,4 +223,6 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
         ),
         moving("recover_feature_map", ", contiguous", map_rows, *recover(i.residual)),
         moving("recover_feature_map", ", channels last", map_rows, *recover(i.residual_last)),
+        moving("update_feature_map", ", contiguous", update_rows, *update(i.residual)),
+        moving("update_feature_map", ", channels last", update_rows, *update(i.residual_last)),
     ]

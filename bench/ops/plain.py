@@ -54,5 +54,10 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def update_feature_map(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> Tensor:
+    cache.scatter_(1, index[:, :, None].expand_as(x), x)
+    return residual + cache.transpose(1, 2).reshape(residual.shape)
+
+
 def recover_feature_map(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
     return residual + gather(x, source).transpose(1, 2).reshape(residual.shape)

@@ -40,7 +40,10 @@ def results() -> dict[str, torch.Tensor]:
     found["similarity_source"] = source = ak.similarity_source(q, k, lse, index)
     found["gather_tokens"] = compact = ak.gather_tokens(normal(2, 35, 24), index)
     found["recover_tokens"] = ak.recover_tokens(compact, source)
-    found["recover_feature_map"] = ak.recover_feature_map(compact, source, normal(2, 24, 5, 7))
+    residual, cache = normal(2, 24, 5, 7), normal(2, 35, 24)
+    found["recover_feature_map"] = ak.recover_feature_map(compact, source, residual)
+    updated = ak.update_feature_map(compact, index, cache, residual)
+    found["update_feature_map"] = torch.stack([updated.flatten(2).mT, cache])
     return found
 
 

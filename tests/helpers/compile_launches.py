@@ -28,6 +28,7 @@ from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
 from atedm_kernels.ops.select_tokens import triton_kernel as select
 from atedm_kernels.ops.similarity_source import triton_kernel as similarity
+from atedm_kernels.ops.update_feature_map import triton_kernel as update
 from atedm_kernels.ops.weighted_page_rank import triton_kernel as page_rank
 from atedm_kernels.ops.weighted_page_rank_cross import triton_kernel as page_rank_cross
 from atedm_kernels.tiles import tile_for
@@ -107,8 +108,11 @@ def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
         residual.contiguous() if layout == CUT_OUT else residual,
         dtype=torch.promote_types(DTYPES[x_dtype], DTYPES[dtype]),
     )
-    x = meta(2, 1536, 640, dtype=DTYPES[x_dtype])
-    return [feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out)]
+    x, cache = (meta(2, n, 640, dtype=DTYPES[x_dtype]) for n in (1536, 4096))
+    return [
+        feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out),
+        update.update_launch(x, meta(2, 1536, dtype=torch.int64), cache, residual, out),
+    ]
 
 
 def smallest_launches() -> list[Launch]:
@@ -125,6 +129,7 @@ def smallest_launches() -> list[Launch]:
         gather.gather_launch(x, index, x),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),
         feature_map.recover_launch(x, index, residual, residual),
+        update.update_launch(x, index, x, residual, residual),
     ]
 
 

@@ -98,3 +98,61 @@ def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
     dropped = torch.ones_like(source, dtype=torch.bool).scatter_(1, index, False)
     picked = similarity.gather(2, source[..., None])[..., 0]
     assert (picked >= similarity.amax(-1) * (1 - tolerance))[dropped].all()
+
+
+def assert_rounded_sum(out: Tensor, expected: Tensor, backend: str) -> None:
+    assert out.dtype == expected.dtype
+    if backend == "triton" and out.dtype == torch.bfloat16 and out.device.type == "cpu":
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest.
+        assert ((out.double() - expected.double()).abs() <= expected.double().abs() * 2**-7).all()
+    else:
+        assert torch.equal(out, expected)
+
+
+def update_inputs(
+    shape: tuple[int, int, int, int], keep: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x, index, cache, residual`` for a residual of ``shape`` and ``dtype``."""
+    batch, channels, height, width = shape
+    generator = torch.Generator().manual_seed(keep)
+    sizes = (batch, keep, channels), (batch, height * width, channels), shape
+    x, cache, residual = (torch.randn(size, generator=generator) for size in sizes)
+    index = kept_tokens(batch, height * width, keep, device)
+    return x.to(device, x_dtype), index, cache.to(device, x_dtype), residual.to(device, dtype)
+
+
+def updated(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The cache afterwards, and the sum of float64 values, rounded once to the promoted dtype."""
+    cache = cache.clone()
+    for b in range(cache.shape[0]):
+        cache[b, index[b]] = x[b]
+    added = cache.double().transpose(1, 2).reshape(residual.shape)
+    return cache, (residual.double() + added).to(torch.promote_types(x.dtype, residual.dtype))
+
+
+# Kept tokens of six that the op's checks refuse, and the slot that each token takes from them.
+_WILD = {
+    (-1, 2, 2**40): (None, None, 1, None, None, None),
+    (-(2**62), -5, 5, 6): (None, None, None, None, None, 2),
+    (0, 0, 3, 3): (1, None, None, 3, None, None),
+    (6,): (None,) * 6,
+}
+
+
+def assert_wild_updates_stay_inside(update, device: torch.device) -> None:
+    """``update``: a backend's function, below the op and its checks."""
+    x = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    residual = torch.zeros(1, 24, 2, 3, device=device)
+    for kept, slots in [*_WILD.items(), ((5, 0, 2**40, -1), None)]:
+        memory = torch.full((3, 6, 24), 7.0, device=device)
+        cache = memory[1:2]
+        out = update(x[:, : len(kept)], torch.tensor([kept], device=device), cache, residual)
+        assert torch.equal(out.flatten(2).mT, cache)
+        assert (memory[::2] == 7).all()
+        for token, row in enumerate(cache[0]):
+            if slots is None:  # tokens out of order may be missed
+                allowed = [row.new_full((24,), 7.0), *x[0, [slot for slot, other in enumerate(kept) if other == token]]]
+                assert any(torch.equal(row, one) for one in allowed)
+            else:
+                slot = slots[token]
+                assert torch.equal(row, row.new_full((24,), 7.0) if slot is None else x[0, slot])

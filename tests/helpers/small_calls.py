@@ -38,9 +38,10 @@ def call_all(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     source = ops.similarity_source(q, k, lse, index)
     compact = ops.gather_tokens(normal(batch, tokens, heads * head_dim), index)
     ops.recover_tokens(compact, source)
-    residual = normal(batch, heads * head_dim, 1, tokens)
+    residual, cache = normal(batch, heads * head_dim, 1, tokens), normal(batch, tokens, heads * head_dim)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         ops.recover_feature_map(compact, source, residual.to(memory_format=memory_format))
+        ops.update_feature_map(compact, index, cache, residual.to(memory_format=memory_format))
 
 
 if __name__ == "__main__":

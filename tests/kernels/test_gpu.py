@@ -61,7 +61,7 @@ def test_fused_logsumexp():
         assert (mass - 1).abs().max() < 1e-3
 
 
-def prune_and_recover(q, k, lse, x, residual):
+def prune_and_recover(q, k, lse, x, residual, cache):
     scores, iterations = atedm_kernels.weighted_page_rank(q, k, lse)
     cross, _ = atedm_kernels.weighted_page_rank_cross(q, k[:, :, :77], lse, max_iterations=2)
     index = atedm_kernels.select_tokens(scores, 384)
@@ -76,6 +76,8 @@ def prune_and_recover(q, k, lse, x, residual):
         source,
         tokens,
         atedm_kernels.recover_feature_map(compact, source, residual),
+        atedm_kernels.update_feature_map(compact, index, cache, residual),
+        cache,
     )
 
 
@@ -83,7 +85,7 @@ def block_inputs():
     q, k, lse = problem((2, 20, 1024, 64), torch.bfloat16)
     x = torch.randn(2, 1024, 1280, device="cuda", dtype=torch.bfloat16)
     residual = torch.randn(2, 1280, 32, 32, device="cuda", dtype=torch.bfloat16)
-    return q, k, lse, x, residual
+    return q, k, lse, x, residual, torch.randn_like(x)
 
 
 def test_cuda_graph():
@@ -117,9 +119,11 @@ def test_repeats_bit_for_bit(dtype):
     q, k, lse = problem((2, 10, 4096, 64), dtype)
     x = torch.randn(2, 4096, 640, device="cuda", dtype=dtype)
     residual = torch.randn(2, 640, 64, 64, device="cuda", dtype=dtype)
-    first = prune_and_recover(q, k, lse, x, residual)
-    for _ in range(20):
-        for a, b in zip(first, prune_and_recover(q, k, lse, x, residual), strict=True):
+    caches = [torch.randn_like(x)]
+    caches += [caches[0].clone() for _ in range(20)]
+    first, *others = (prune_and_recover(q, k, lse, x, residual, cache) for cache in caches)
+    for again in others:
+        for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
 
 

@@ -26,6 +26,7 @@ def calls(q, k, v, lse, x, compact, residual, index, source, scores):
         ops.similarity_source: (q, k, lse, index),
         ops.recover_tokens: (compact, source),
         ops.recover_feature_map: (compact, source, residual),
+        ops.update_feature_map: (compact, index, x.detach().clone(), residual),
     }
 
 
@@ -62,6 +63,7 @@ def test_wrong_python_types_are_named(problem):
         "index is a list": lambda: ak.gather_tokens(x, [[1]]),
         "source is a list": lambda: ak.recover_tokens(x, [[1]]),
         "residual is a str": lambda: ak.recover_feature_map(x, index, "r"),
+        "cache is a list": lambda: ak.update_feature_map(x, index, [1.0], torch.zeros(2, 8, 1, 17)),
         "scale is 'a'": lambda: ak.attention_with_logsumexp(q, k, v, scale="a"),
         "max_iterations is 2.5": lambda: ak.weighted_page_rank(q, k, lse, max_iterations=2.5),
         "tolerance is 'x'": lambda: ak.weighted_page_rank_cross(q, k, lse, tolerance="x"),

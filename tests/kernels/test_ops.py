@@ -36,6 +36,7 @@ def inputs(device: torch.device, dtype: torch.dtype = torch.float16) -> dict[str
         "scores": torch.rand(2, 2, 9).to(device),
         "x": torch.randn(2, 9, 5).to(device, dtype),
         "compact": torch.randn(2, 3, 5).to(device, dtype),
+        "cache": torch.randn(2, 9, 5).to(device, dtype),
         "residual": torch.randn(2, 5, 3, 3).to(device, dtype),
         "index": index,
         "source": source,
@@ -52,6 +53,7 @@ CALLS = {
     "similarity_source": lambda t: (t["q"], t["k"], t["lse"], t["index"]),
     "recover_tokens": lambda t: (t["compact"], t["source"]),
     "recover_feature_map": lambda t: (t["compact"], t["source"], t["residual"]),
+    "update_feature_map": lambda t: (t["compact"], t["index"], t["cache"], t["residual"]),
 }
 
 
@@ -68,6 +70,9 @@ def test_opcheck_channels_last(backend, device):
     residual = t["residual"].to(memory_format=torch.channels_last)
     with atedm_kernels.backend(backend):
         torch.library.opcheck(ops.recover_feature_map.default, (t["compact"], t["source"], residual))
+        torch.library.opcheck(
+            ops.update_feature_map.default, (t["compact"], t["index"], t["cache"].mT.contiguous().mT, residual)
+        )
 
 
 def prune_and_recover(q, k, v, x, residual):
@@ -80,7 +85,9 @@ def prune_and_recover(q, k, v, x, residual):
     source = atedm_kernels.similarity_source(q, k, lse, index)
     compact = atedm_kernels.gather_tokens(x, index) * 2
     tokens = atedm_kernels.recover_tokens(compact, source)
-    return out, tokens, atedm_kernels.recover_feature_map(compact, source, residual)
+    cache = x * 0.5
+    updated = atedm_kernels.update_feature_map(compact, index, cache, residual)
+    return out, tokens, atedm_kernels.recover_feature_map(compact, source, residual), cache, updated
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
@@ -146,6 +153,20 @@ WRONG = [
     ("recover_feature_map", {"source": lambda t: t["source"][:, :8]}, ValueError, "source has shape"),
     ("recover_feature_map", {"residual": lambda t: t["residual"][0]}, ValueError, "residual has shape"),
     ("recover_feature_map", {"x": lambda t: t["compact"][..., :4]}, ValueError, "x has shape"),
+    ("update_feature_map", {"x": lambda t: t["compact"][..., :4]}, ValueError, "x has shape"),
+    ("update_feature_map", {"x": lambda t: t["compact"][:, :2]}, ValueError, "index has shape"),
+    ("update_feature_map", {"index": lambda t: t["index"].int()}, TypeError, "index has dtype"),
+    (
+        "update_feature_map",
+        {"index": lambda t: t["index"].repeat(1, 4), "x": lambda t: t["compact"].repeat(1, 4, 1)},
+        ValueError,
+        "index names 12",
+    ),
+    ("update_feature_map", {"cache": lambda t: t["cache"][:, :8]}, ValueError, "cache has shape"),
+    ("update_feature_map", {"cache": lambda t: t["cache"].float()}, TypeError, "cache has dtype"),
+    ("update_feature_map", {"cache": lambda t: t["cache"][:1].expand(2, -1, -1)}, ValueError, "cache has strides"),
+    ("update_feature_map", {"residual": lambda t: t["residual"][:, :4]}, ValueError, "x has shape"),
+    ("update_feature_map", {"residual": lambda t: t["residual"].long()}, TypeError, "residual has dtype"),
 ]
 WRONG_VALUES = [
     ("select_tokens", {"scores": lambda t: t["scores"].log() * float("nan")}, ValueError, "scores holds"),
@@ -154,6 +175,17 @@ WRONG_VALUES = [
     ("similarity_source", {"index": lambda t: t["index"] + 1}, ValueError, "index holds"),
     ("recover_tokens", {"source": lambda t: t["source"] + 3}, ValueError, "source holds"),
     ("recover_feature_map", {"source": lambda t: t["source"] - 3}, ValueError, "source holds"),
+    ("update_feature_map", {"index": lambda t: t["index"] + 1}, ValueError, "index holds values from 1 to 9"),
+    ("update_feature_map", {"index": lambda t: t["index"] - 1}, ValueError, "index holds values from -1 to 7"),
+    ("update_feature_map", {"index": lambda t: t["index"].flip(1)}, ValueError, "index holds 3 after 8 in row 0"),
+    ("update_feature_map", {"index": lambda t: t["index"].clamp(min=2)}, ValueError, "index holds 2 after 2 in row 1"),
+    ("update_feature_map", {"x": lambda t: t["cache"][:, 3:6]}, ValueError, "x shares memory with cache"),
+    (
+        "update_feature_map",
+        {"residual": lambda t: t["cache"].mT.unflatten(2, (3, 3))},
+        ValueError,
+        "residual shares memory with cache",
+    ),
 ]
 
 
@@ -168,9 +200,10 @@ def good_arguments(name: str, t: dict[str, torch.Tensor]) -> dict[str, object]:
         "similarity_source": ("q", "k", "lse", "index"),
         "recover_tokens": ("source",),
         "recover_feature_map": ("source", "residual"),
+        "update_feature_map": ("index", "cache", "residual"),
     }
     arguments: dict[str, object] = {key: t[key] for key in names[name]}
-    if name.startswith("recover"):
+    if name.startswith(("recover", "update")):
         arguments["x"] = t["compact"]
     if name == "select_tokens":
         arguments["keep"] = 4
@@ -207,6 +240,8 @@ def test_wrong_arguments_of_meta_tensors(name, changes, error, message):
         ("gather_tokens", "index"),
         ("similarity_source", "index"),
         ("recover_feature_map", "residual"),
+        ("update_feature_map", "index"),
+        ("update_feature_map", "cache"),
     ],
 )
 def test_wrong_device(device, name, moved):

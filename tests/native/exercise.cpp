@@ -130,6 +130,29 @@ void rank_and_prune(const Problem &p, int32_t threads) {
   }
 }
 
+// Writes some rows of x into a cache whose elements are `step` apart: ascending tokens, of which the first and the last
+// may be out of range, then wild ones.
+void update(atedm_feature_map map, int64_t step, int32_t threads) {
+  const int64_t positions = map.height * map.width, bytes = size_of(map.x_dtype), x_step = map.x_stride[2];
+  map.slots = map.slots < positions ? map.slots : positions;
+  const int64_t elements = map.batch * positions * map.channels, row = map.channels * step;
+  Bytes cache(elements == 0 ? 0 : ((elements - 1) * step + 1) * bytes, 1);
+  const int64_t cache_stride[3] = {positions * row, row, step};
+  std::vector<int64_t> index(map.batch * map.slots);
+  map.index = index.data(), map.index_stride[0] = map.slots, map.index_stride[1] = 1;
+  for (int64_t i = 0; i < map.batch * map.slots; ++i) index[i] = (i % map.slots + 1) * (positions + 1) / map.slots - 1;
+  must(atedm_update_feature_map(&map, cache.data, cache_stride, threads));
+  for (int64_t i = 0; map.channels > 0 && i < map.batch * map.slots; ++i) {
+    if (index[i] < 0 || index[i] >= positions) continue;
+    const int64_t b = i / map.slots, c = map.channels - 1;
+    const int64_t from = b * map.x_stride[0] + i % map.slots * map.x_stride[1] + c * x_step;
+    const int64_t to = b * cache_stride[0] + index[i] * row + c * step;
+    CHECK(std::memcmp(static_cast<const char *>(map.x) + from * bytes, cache.data + to * bytes, bytes) == 0);
+  }
+  for (auto &i : index) i = static_cast<int64_t>(random_number() * 1e3f * static_cast<float>(positions));
+  must(atedm_update_feature_map(&map, cache.data, cache_stride, threads));
+}
+
 void copy(int64_t batch, int64_t length, int64_t channels, int64_t height, int64_t width, int32_t threads) {
   const int64_t positions = height * width;
   std::vector<int64_t> index(batch * positions);
@@ -159,6 +182,7 @@ void copy(int64_t batch, int64_t length, int64_t channels, int64_t height, int64
           map.x_dtype = dtype, map.residual_dtype = residual_dtype, map.out_dtype = is_wide ? ATEDM_FLOAT32 : dtype;
           map.channels_last = channels_last;
           must(atedm_recover_feature_map(&map, threads));
+          update(map, step, threads);
         }
       }
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import atedm_kernels as ak
 from atedm_kernels import native
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SEEDS = range(60)
@@ -189,6 +190,33 @@ def test_copies():
         assert torch.equal(native.nan_to_num(77.0), reference.nan_to_num(77.0))
 
 
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def test_updates():
+    for seed in SEEDS:
+        fuzz = Fuzz(seed)
+        batch, channels, height, width = (fuzz.choice.randint(1, n) for n in (3, 200, 14, 14))
+        tokens, dtype, other = height * width, fuzz.choice.choice(DTYPES), fuzz.choice.choice(DTYPES)
+        keep = fuzz.choice.randint(1, tokens)
+        kept = [torch.randperm(tokens, generator=fuzz.generator)[:keep].sort().values for _ in range(batch)]
+        index = fuzz.laid_out(torch.stack(kept))
+        x, cache = (fuzz.normal(batch, n, channels, dtype=dtype) for n in (keep, tokens))
+        residual = fuzz.normal(batch, channels, height, width, dtype=other)
+        if fuzz.choice.random() < 0.3:
+            residual = residual.to(memory_format=torch.channels_last)
+        for tensor in (x, cache, residual):
+            fuzz.spoil(tensor, [INF, -INF, NAN, 1e-7, -0.0])
+        written = torch.stack([old.index_copy(0, at, new) for old, at, new in zip(cache, index, x, strict=True)])
+        caches = [cache, cache.clone()]  # the second in another layout, where the first has gaps
+        with fuzz.settings():
+            native, reference = both(lambda: ak.update_feature_map(x, index, caches.pop(0), residual))
+        assert torch.equal(bits(cache), bits(written))
+        assert native.dtype == reference.dtype and native.stride() == reference.stride()
+        assert torch.equal(native.nan_to_num(77.0), reference.nan_to_num(77.0))
+
+
 def test_values_beyond_comparison():
     """Logits of 1e30 with an unrelated logsumexp do no harm: indices stay in range."""
     for seed in SEEDS:
@@ -212,6 +240,7 @@ def test_indices_out_of_range_stay_inside():
     from atedm_kernels.ops.gather_tokens.native_kernel import gather_rows_native
     from atedm_kernels.ops.recover_feature_map.native_kernel import recover_feature_map_native
     from atedm_kernels.ops.similarity_source.native_kernel import similarity_source_native
+    from atedm_kernels.ops.update_feature_map.native_kernel import update_feature_map_native
 
     x = torch.randn(1, 4, 24)
     wild = torch.tensor([[-1, 2**40, 3, -(2**62), 4, 0]])
@@ -220,6 +249,7 @@ def test_indices_out_of_range_stay_inside():
     residual = torch.zeros(1, 24, 2, 3)
     out = recover_feature_map_native(x, wild, residual)
     assert torch.equal(out.flatten(2).mT, x[:, clamped[0]])
+    oracle.assert_wild_updates_stay_inside(update_feature_map_native, torch.device("cpu"))
     q = torch.randn(1, 2, 6, 16)
     source = similarity_source_native(q, q, torch.zeros(1, 2, 6), wild, 0.25)
     assert (source >= 0).all() and (source < 6).all()

@@ -186,6 +186,20 @@ def test_recover_feature_map(isa, x_dtype, dtype):
             assert torch.equal(ak.recover_feature_map(x, source, view), expected)
 
 
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_feature_map(isa, x_dtype, dtype):
+    for shape in MAPS:
+        tokens = shape[2] * shape[3]
+        for keep in {1, (tokens + 2) // 3, tokens}:
+            x, index, cache, residual = oracle.update_inputs(shape, keep, x_dtype, dtype, CPU)
+            written, expected = oracle.updated(x, index, cache, residual)
+            for view in (residual, residual.mT.contiguous().mT, residual.to(memory_format=torch.channels_last)):
+                again = cache.clone()
+                assert torch.equal(ak.update_feature_map(x, index, again, view), expected)
+                assert torch.equal(again, written)
+
+
 def test_every_float16(isa):
     """Convert every value, in and out, through a sum with zeros."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)

@@ -35,7 +35,10 @@ def everything(q, k, lse, residual):
     index = ak.select_tokens(out[0], 260)
     source = ak.similarity_source(q, k, lse, index)
     x = ak.gather_tokens(residual.flatten(2).mT, index)
-    return [*out, index, source, x, ak.recover_tokens(x, source), ak.recover_feature_map(x, source, residual)]
+    cache = torch.zeros(2, 700, 300, dtype=x.dtype)
+    updated = ak.update_feature_map(x, index, cache, residual)
+    recovered = ak.recover_tokens(x, source), ak.recover_feature_map(x, source, residual)
+    return [*out, index, source, x, *recovered, cache, updated]
 
 
 def test_results_do_not_depend_on_the_threads(problem, threads):

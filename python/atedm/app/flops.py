@@ -36,7 +36,7 @@ STAGES = {
     "selection": ("select_tokens",),
     "source_map": ("similarity_source",),
     "gather": ("gather_tokens",),
-    "recovery": ("recover_feature_map", "recover_tokens"),
+    "recovery": ("recover_feature_map", "recover_tokens", "update_feature_map"),
 }
 
 # Choosing tokens, and finding what refills them.

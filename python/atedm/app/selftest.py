@@ -152,3 +152,11 @@ def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     feature_map = kernels.recover_feature_map(compact, source, residual)
     exact_map = residual.cpu() + exact_recovered.transpose(1, 2)[:, :, None]
     yield Check("recover_feature_map", _differing(feature_map, exact_map), 0.0)
+
+    cache = x.flip(1)
+    exact_cache = cache.cpu().clone()
+    exact_cache[:, best] = compact.cpu()
+    feature_map = kernels.update_feature_map(compact, index, cache, residual)
+    exact_map = residual.cpu() + exact_cache.transpose(1, 2)[:, :, None]
+    error = max(_differing(feature_map, exact_map), _differing(cache, exact_cache))
+    yield Check("update_feature_map", error, 0.0)

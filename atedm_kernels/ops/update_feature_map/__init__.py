@@ -1,0 +1,1 @@
+from atedm_kernels.ops.update_feature_map.op import update_feature_map as update_feature_map
