@@ -5,7 +5,9 @@ import copy
 import threading
 
 import pytest
+import tomesd
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -42,6 +44,18 @@ def skip(unet, **parts):
     apply_layer_skip(unet, LayerSkipConfig(indices=[0], fqn=name, **parts))
 
 
+def replace_hooked_forward(module):
+    """Over a hook of accelerate's, which alone would be harmless."""
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    replace_forward(module)
+
+
+def merge(unet):
+    tomesd.apply_patch(unet, ratio=0.5, max_downsample=4)
+    unet._tome_info["hooks"].pop().remove()  # it wants the sample by place, and tells the size of the image alone
+    unet._tome_info["size"] = (16, 24)
+
+
 CHANGES = {
     "forward of the first layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[0]),
     "forward of the first self-attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[0].attn1),
@@ -61,6 +75,10 @@ CHANGES = {
         block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
     ),
     "class of a layer": exchange_layer,
+    "forward over a hook of accelerate's": lambda unet: replace_hooked_forward(
+        block_of(unet).transformer_blocks[1].attn1
+    ),
+    "tomesd": merge,
 }
 
 
@@ -76,7 +94,7 @@ def test_a_change_is_refused_in_either_order(unet, inputs, change):
         atedm.apply(unet, schedule=None)
 
 
-@pytest.mark.parametrize("change", ["forward of a later attention", "processor of a cross-attention"])
+@pytest.mark.parametrize("change", ["forward of a later attention", "processor of a cross-attention", "tomesd"])
 def test_a_compiled_unet_refuses_it_too(make_unet, inputs, change):
     torch._dynamo.reset()
     unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
@@ -86,6 +104,18 @@ def test_a_compiled_unet_refuses_it_too(make_unet, inputs, change):
     CHANGES[change](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
         unet(**inputs)
+
+
+def test_hooks_of_accelerate_are_no_change(unet, inputs):
+    atedm.apply(unet, schedule=None)
+    expected = unet(**inputs).sample
+    for name, module in unet.named_modules():
+        if name.endswith(("attn1", "attn2", "ff")):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert torch.equal(unet(**inputs).sample, expected)
+    atedm.remove(unet)
+    atedm.apply(unet, schedule=None)
+    assert torch.equal(unet(**inputs).sample, expected)
 
 
 def test_a_block_exchanged_for_a_copy_of_itself_is_restored(unet, inputs):

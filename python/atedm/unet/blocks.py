@@ -100,6 +100,16 @@ def runs_its_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
     return forward is None or own
 
 
+def _runs_its_own_forward_or_accelerates(module: nn.Module) -> bool:
+    """As :func:`runs_its_own_forward`, also under accelerate's hooks, which move weights and inputs to a device."""
+    attributes = module.__dict__
+    if "_hf_hook" not in attributes:
+        return runs_its_own_forward(module)
+    # Its forward is a partial; one of another tool may have come on top.
+    outer = getattr(attributes.get("forward"), "func", None)
+    return getattr(outer, "__module__", None) == "accelerate.hooks" and runs_its_own_forward(module, "_old_forward")
+
+
 def parts_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A layer and its parts that a tool may replace, each with its name."""
     yield "", layer
@@ -115,16 +125,16 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
     Cheap enough for every call: other tools change modules after :func:`atedm.apply`.
     """
     for i, layer in enumerate(module.transformer_blocks):
-        if not isinstance(layer, BasicTransformerBlock):
-            return f"its layer {i} is a {type(layer).__name__}; expected a BasicTransformerBlock"
+        # tomesd exchanges the class for one of its own, which takes the tokens for a whole grid.
+        if getattr(type(layer), "forward", None) is not BasicTransformerBlock.forward:
+            return f"its layer {i} is a {type(layer).__name__}; expected the forward of a BasicTransformerBlock"
         for name, part in parts_of(layer):
             attributes = part.__dict__
             if "_diffusers_hook" in attributes:  # which replaces the forward too
                 hooks = set(attributes["_diffusers_hook"].hooks) - _HARMLESS_HOOKS
                 if hooks:
                     return f"its layer {i}{name} has diffusers' hook {min(hooks)!r}, which may count on all tokens"
-            # accelerate's hooks move weights and inputs to a device.
-            elif not runs_its_own_forward(part, "_old_forward" if "_hf_hook" in attributes else "forward"):
+            elif not _runs_its_own_forward_or_accelerates(part):
                 if i == 0 and name in ("", ".attn1"):
                     replaced = "the forward of its first layer or of the self-attention there"
                     return f"{replaced} has been replaced by another tool"
