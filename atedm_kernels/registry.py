@@ -47,6 +47,7 @@ class Op:
 
     Attributes:
         name: the name in ``torch.ops.atedm``. overload: what torch dispatches. backends: those that implement it.
+        fake: returns uninitialised outputs for the arguments of the schema.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Op:
         overload: torch._ops.OpOverload,
         backends: tuple[str, ...],
         check: Callable[..., None],
+        fake: Callable[..., Any],
         flops: Callable[..., int] | None,
     ) -> None:
         self.overload = overload
         self.name = overload._schema.name.split("::")[1]
         self.backends = backends
+        self.fake = fake
         self._check = check
         self._flops = flops
         self._declared = overload._schema.arguments
@@ -140,7 +143,7 @@ def define_op(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     packet = getattr(getattr(torch.ops, library.ns), name)
-    op = Op(packet.default, tuple(implementations), check, flops)
+    op = Op(packet.default, tuple(implementations), check, fake, flops)
     written = [n for n, argument in enumerate(declared) if _is_written(argument)]
 
     # A reference may use differentiable operations, and autograd would keep every block of the map alive.

@@ -21,6 +21,7 @@ import atedm
 from atedm.app.flops import STAGES, Flops, UNetFlops
 from atedm.app.models import unet_inputs
 from atedm.unet.recording import Recording
+from atedm_bench import host
 from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.peers import tomesd_flops
 from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
@@ -28,6 +29,8 @@ from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count
 from atedm_kernels.registry import OPS
 
 AVERAGE = "ours DSAP average"
+# What the plug-in costs the host, every kernel left out; see `atedm_bench.host`.
+HOST = "ours host"
 
 # Name suffixes of variants that run compiled, or as a CUDA graph, which excludes the host's work.
 COMPILED, GRAPH = " compiled", " graph"
@@ -97,6 +100,7 @@ class UNetBench:
         self._unet: nn.Module | None = None
         self._flops: dict[str, Flops] = {}
         self._graphs = Graphs(settings.device) if settings.device.type == "cuda" else None
+        self._host: dict[str, Any] | None = None
 
     def run(self, notify: Notify = lambda what: None) -> None:
         """Measure everything. Calls ``notify`` with what comes next, :meth:`work` times.
@@ -111,6 +115,10 @@ class UNetBench:
             self._measure(list(self.variants), start + (seconds / 2 if self.settings.compiled else seconds), notify)
             if self.settings.compiled:
                 self._measure(self._compiled(), start + seconds, notify)
+        if OURS in self._wanted():
+            notify(f"{HOST}: without kernels")
+            rounds = max(self.settings.repeats, host.MIN_ROUNDS)
+            self._host = host.host_seconds(self.config, self.settings.ratio, rounds)
 
     def work(self) -> int:
         """How often :meth:`run` calls ``notify`` if nothing fails and time allows every round."""
@@ -120,6 +128,7 @@ class UNetBench:
             3
             + (2 * kinds if self.settings.compiled else kinds) * (2 + self.settings.repeats)
             + graphs * (self.settings.repeats)
+            + (OURS in self._wanted())
         )
 
     def _measure(self, variants: list[UNetVariant], end: float, notify: Notify) -> None:
@@ -277,7 +286,7 @@ class UNetBench:
             variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object per variant, then DSAP's average over a run, then what failed."""
+        """One flat object per variant, then DSAP's average over a run, the host's work, and what failed."""
         rows = [
             {
                 "name": variant.name,
@@ -298,6 +307,8 @@ class UNetBench:
             for suffix, key in (("", ""), (COMPILED, "_over_full_compiled"), (GRAPH, "_over_full_graph")):
                 reference, key = FULL + suffix, "speedup" + key
                 row[key] = by_name[reference]["seconds"] / row["seconds"] if reference in by_name else None
+        if self._host is not None:
+            rows.append({"name": HOST, **self._host})
         return rows + [{"name": name, "error": error} for name, error in self._failed.items()]
 
     def _average_row(self, rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import atedm
+import atedm_kernels as kernels
 from atedm.app.models import SDXL_UNET, unet_inputs
-from atedm_bench import peers
+from atedm.unet.block import PrunedBlock
+from atedm_bench import host, peers
 from atedm_bench import unet as bench
 from atedm_bench import unet_variants as variants
 from atedm_bench.measure import op_seconds_of, peak_memory_of, seconds_of
@@ -63,9 +66,10 @@ def unet():
 def test_every_variant_has_a_row(measured):
     run, notified = measured
     rows = {row["name"]: row for row in run.rows()}
-    assert list(rows) == [*variants.VARIANTS, bench.AVERAGE]
+    assert list(rows) == [*variants.VARIANTS, bench.AVERAGE, bench.HOST]
     assert rows[variants.FULL]["speedup"] == 1
     assert len(notified) == run.work()
+    del rows[bench.HOST]
     for name, row in rows.items():
         assert not any(isinstance(value, (list, dict)) for value in row.values())
         assert row["seconds"] > 0
@@ -113,6 +117,51 @@ def test_flops_and_phases(measured):
     assert average["run_seconds"] == pytest.approx(50 * expected)
 
 
+def test_the_hosts_work_is_a_part_of_a_call(measured):
+    row = measured[0].rows()[-1]
+    assert row["seconds_low"] <= row["seconds_high"] and row["repeats"] == host.MIN_ROUNDS
+    assert row["full_host_seconds"] > 0
+    assert not any(isinstance(value, (list, dict)) for value in row.values())
+
+
+def test_what_the_plugin_does_on_the_host_is_measured(monkeypatch):
+    """Work that is put into each pruned block shows in full."""
+    before, delay = PrunedBlock.__call__, 0.002
+
+    def slower(block, *args, **kwargs):
+        end = time.thread_time() + delay
+        while time.thread_time() < end:
+            pass
+        return before(block, *args, **kwargs)
+
+    monkeypatch.setattr(PrunedBlock, "__call__", slower)
+    found = host.host_seconds(SMALL, 0.63, 2)
+    blocks = 7
+    assert found["seconds"] == pytest.approx(blocks * delay, rel=0.5)
+
+
+def test_without_kernels_nothing_is_computed():
+    x = torch.full((1, 4, 8), float("nan"))
+    q = torch.zeros(1, 2, 16, 8)
+    with host.without_kernels():
+        assert torch.nn.functional.linear(x, torch.zeros(5, 8)).shape == (1, 4, 5)
+        scores = torch.full((1, 2, 16), float("nan"))
+        assert kernels.select_tokens(scores, 3).shape == (1, 3)  # which refuses NaN, if it looks
+        out, lse = kernels.attention_with_logsumexp(q, q, q)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+    with pytest.raises(ValueError, match="NaN"):
+        kernels.select_tokens(scores, 3)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_an_empty_convolution_has_the_right_shape(kernel, stride, padding):
+    layer = torch.nn.Conv2d(4, 6, kernel, stride, padding)
+    x = torch.zeros(2, 4, 9, 16)
+    expected = layer(x).shape
+    with host.without_kernels():
+        assert layer(x).shape == expected
+
+
 def test_interrupted_run_keeps_what_it_has():
     run = bench.UNetBench(SMALL, _settings(width=64, height=64))
 
@@ -136,7 +185,7 @@ def test_only_the_variants_asked_for():
     run = bench.UNetBench(SMALL, _settings(width=64, height=64, only=(variants.FULL, variants.OURS)))
     notified: list[str] = []
     run.run(notified.append)
-    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS]
+    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS, bench.HOST]
     assert len(notified) == run.work()
     assert run.settings_for_report()["attention_level_3"] == "flash_attention"
     assert run.rows()[1]["stages_part_of_seconds"] > 0
@@ -211,8 +260,8 @@ def test_command_writes_its_report(tmp_path):
     assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
     assert document["settings"]["logit_std"] == pytest.approx(LOGIT_STD, rel=0.05)
     assert document["settings"]["finished"]
-    assert len(document["rows"]) == len(variants.VARIANTS) + 1  # and the average
-    for name in ("full", "ours", "tomesd", "G-WPR"):
+    assert len(document["rows"]) == len(variants.VARIANTS) + 2  # the average, and the host's work
+    for name in ("full", "ours", "tomesd", "G-WPR", "every kernel left out"):
         assert name in run.output
 
 

@@ -102,7 +102,7 @@ def _print(document: dict[str, Any], console: Any) -> None:
     what = "{model}, {size}, batch {batch}, {dtype}, {memory_format}".format(**settings)
     title = f"{what}: one UNet call, median of {settings['rounds']} rounds, on {document['device']}"
     print_table(
-        [_shown(row) for row in rows if "error" not in row],
+        [_shown(row) for row in rows if "speedup" in row],
         {
             **{"name": "", "seconds": "seconds", "range": "range", "speedup": "speed-up", "tflops": "TFLOPs"},
             "memory": "peak GB",
@@ -121,6 +121,12 @@ def _print(document: dict[str, Any], console: Any) -> None:
     for row in rows:
         if "error" in row:
             console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow")
+        elif "full_host_seconds" in row:
+            console.print(
+                f"{row['name']}: {1e3 * row['seconds']:.2f} ms a call of CPU time for Python and dispatch, beside "
+                f"{1e3 * row['full_host_seconds']:.1f} ms for the full UNet's (every kernel left out)",
+                style="dim",
+            )
         elif row["derived"]:
             console.print(
                 f"{row['name']}: {row['light_steps']} of {row['steps']} steps light; a run of {row['steps']} calls "

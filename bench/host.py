@@ -1,0 +1,115 @@
+"""What a pruned call costs the host: the plug-in's own work, every kernel left out.
+
+A GPU hides the work of the host behind its own as long as that takes longer; with small pictures or a fast GPU it does
+not. Both the pruned and the whole UNet run on the CPU with few channels, and what computes returns empty tensors: the
+ops of atedm, and the functions of torch that take most of the time. What is left is Python and torch's dispatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor, nn
+
+import atedm
+from atedm.app.models import meta_unet, unet_inputs
+from atedm_kernels.registry import Op
+
+# Fewer channels than a group norm has groups are refused.
+_CHANNELS, _PIXELS, _TOKENS = 32, 128, 8
+
+# Of a run, a tenth of the usual number: the default schedule prunes lightly in the first three.
+STEPS = 10
+MIN_ROUNDS = 10
+
+
+def host_seconds(config: Mapping[str, Any], ratio: float, rounds: int) -> dict[str, Any]:
+    """Fields of a row: CPU seconds of the calling thread in a pruned call, less those in a call of the whole UNet.
+
+    The mean over the steps of a run with the default schedule, each the median over ``rounds``.
+
+    Args:
+        config: of the UNet, whose blocks and layers count; channels do not.
+    """
+    whole, pruned = (_small(config) for _ in range(2))
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    atedm.apply(pruned, ratio=ratio, scheduler=scheduler)
+    (sample, _, text), kwargs = unet_inputs(whole, width=_PIXELS, height=_PIXELS, tokens=_TOKENS)
+
+    def seconds(unet: nn.Module, timestep: Tensor) -> float:
+        start = time.thread_time()
+        unet(sample, timestep, text, **kwargs)
+        return time.thread_time() - start
+
+    taken: list[list[tuple[float, float]]] = []
+    with torch.inference_mode(), without_kernels():
+        for n in range(rounds + 1):
+            taken.append([])
+            for timestep in scheduler.timesteps:
+                # In turn the first: neither finds the caches as the other left them.
+                order = (whole, pruned) if (n + len(taken[-1])) % 2 else (pruned, whole)
+                found = {unet is pruned: seconds(unet, timestep) for unet in order}
+                taken[-1].append((found[False], found[True]))
+    del taken[0]  # which warmed up
+    by_step = [statistics.median(there - here for here, there in calls) for calls in zip(*taken, strict=True)]
+    by_round = [statistics.fmean(there - here for here, there in calls) for calls in taken]
+    return {
+        "seconds": statistics.fmean(by_step),
+        "seconds_low": min(by_round),
+        "seconds_high": max(by_round),
+        "repeats": rounds,
+        "steps": STEPS,
+        "full_host_seconds": statistics.median(here for calls in taken for here, _ in calls),
+        "derived": False,
+    }
+
+
+def _small(config: Mapping[str, Any]) -> nn.Module:
+    """A UNet of as many blocks and layers, whose weights nobody reads."""
+    channels = (_CHANNELS,) * len(config["block_out_channels"])
+    small = {**config, "block_out_channels": channels, "attention_head_dim": 1, "num_attention_heads": None}
+    return meta_unet(small).to_empty(device="cpu")
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let atedm's ops, and torch's functions for layers, return empty tensors of the right shape."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Op, "__call__", lambda op, *arguments: op.fake(*arguments)))
+        for name, function in _EMPTY.items():
+            stack.enter_context(mock.patch.object(F, name, function))
+        yield
+
+
+def _empty_like(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _empty_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _empty_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], *_: Any
+) -> Tensor:
+    height, width = (
+        (side + 2 * around - kernel) // step + 1
+        for side, kernel, step, around in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    )
+    return x.new_empty((x.shape[0], weight.shape[0], height, width))
+
+
+_EMPTY = {
+    "linear": _empty_linear,
+    "conv2d": _empty_conv2d,
+    **dict.fromkeys(("scaled_dot_product_attention", "layer_norm", "group_norm", "silu", "gelu"), _empty_like),
+}
