@@ -75,7 +75,7 @@ def write_overview(output: Path, images: int) -> None:
     with atedm.applied(pipe, PRESET), atedm.record(pipe) as recording:
         pruned = draw(pipe, cases)
     sides = full.shape[2:0:-1]
-    tflops = tflops_of(pipe, *sides, STEPS, atedm.PRESETS[PRESET])
+    tflops = tflops_of(pipe, *sides, atedm.PRESETS[PRESET], recording.kinds)
     rows = [("full", full), (f'pruned ("{PRESET}"):\n{tflops["pruned"] / tflops["full"]:.0%} of the FLOPs', pruned)]
     for block, level in zip(BLOCKS, (2, 3), strict=True):
         rows.append((f"what a block of\nlevel {level} computed,\nlast step", kept_only(pruned, recording, block)))

@@ -10,7 +10,7 @@ from atedm_extras import hint, missing
 if TYPE_CHECKING:
     from atedm.app.pictures import plot
     from atedm.policy.options import PRESETS, Options
-    from atedm.policy.schedule import DSAP
+    from atedm.policy.schedule import DSAP, KINDS, Adaptive, Every, Schedule
     from atedm.unet.attach import applied, apply, pruned_blocks, record, remove
     from atedm_kernels import __version__
 
@@ -19,9 +19,13 @@ if missing("diffusers"):
 
 # Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
 _HOMES = {
+    "Adaptive": "atedm.policy.schedule",
     "DSAP": "atedm.policy.schedule",
+    "Every": "atedm.policy.schedule",
+    "KINDS": "atedm.policy.schedule",
     "Options": "atedm.policy.options",
     "PRESETS": "atedm.policy.options",
+    "Schedule": "atedm.policy.schedule",
     "__version__": "atedm_kernels",
     "applied": "atedm.unet.attach",
     "apply": "atedm.unet.attach",
@@ -33,8 +37,12 @@ _HOMES = {
 
 __all__ = [
     "DSAP",
+    "KINDS",
     "PRESETS",
+    "Adaptive",
+    "Every",
     "Options",
+    "Schedule",
     "__version__",
     "applied",
     "apply",

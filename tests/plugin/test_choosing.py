@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
-from atedm.unet.memory import RankingPeriod
+from atedm.unet.memory import Picture
 from atedm.unet.steps import step_of
 
 RANKINGS = ["self", "cross", "keys", lambda q, k, lse: q.float().norm(dim=-1)]
@@ -32,6 +32,15 @@ def recorded(target, unet, inputs, timesteps):
     return {(ranked.call, ranked.block): ranked for ranked in recording.ranked}
 
 
+def chooses(picture, place, kind="pruned", every=3):
+    """Whether a call at ``place`` of seven chooses tokens."""
+    picture.begin(place, 7)
+    if picture.is_shared:
+        return True
+    picture.begin_kind(place, kind)
+    return picture.is_choice_due(place, kind, every)
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
@@ -40,18 +49,18 @@ def recorded(target, unet, inputs, timesteps):
         ([0, 1, 2, 2, 3, 4], "x..xxx"),  # from the step on that shows it
         ([5, 6, 0, 1, 2, 3], "x.x..x"),  # the same timesteps over again
         ([0, 1, 0, 1, 2, 2], "x.xxxx"),  # another picture with the same timesteps, in turn
-        ([4, 6], "xx"),  # a step left out
+        ([1, 3, 4], "x.x"),  # a step left out counts
     ],
 )
 def test_every_third_step_and_the_first_of_a_picture(places, expected):
-    period = RankingPeriod(3)
-    assert "".join(".x"[period.is_due(place, 7, False)] for place in places) == expected
+    picture = Picture()
+    assert "".join(".x"[chooses(picture, place)] for place in places) == expected
 
 
 def test_a_phase_begins_with_a_choice():
-    period = RankingPeriod(2)
-    places = [(0, True), (1, True), (2, False), (3, False), (4, False)]
-    assert [period.is_due(place, 7, light) for place, light in places] == [True, False, True, False, True]
+    picture = Picture()
+    kinds = ["light", "light", "pruned", "pruned", "pruned"]
+    assert [chooses(picture, n, kind, every=2) for n, kind in enumerate(kinds)] == [True, False, True, False, True]
 
 
 @rankings
@@ -79,7 +88,7 @@ def memory_of(unet):
 
 def choices(unet, scheduler):
     """The kept tokens that are remembered of the picture with the timesteps of ``scheduler``, by block."""
-    kept = memory_of(unet).picture(scheduler.timesteps.untyped_storage()).kept
+    kept = memory_of(unet).picture(scheduler.timesteps.untyped_storage()).slot.blocks
     return {name: one.index.clone() for name, one in kept.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +229,6 @@ def compare(
     request = sized(request, pipe)
     with atedm.applied(pipe, options):
         pass  # what it refuses it refuses before anything is computed
-    flops = tflops_of(pipe, request.width, request.height, request.steps, options)
     result = Comparison()
     full = None
 
@@ -253,6 +252,7 @@ def compare(
     result.recording = recording
     keep("tokens.png", lambda path: pictures.plot(recording, pruned.images[-1], path=path))
 
+    flops = tflops_of(pipe, request.width, request.height, options, recording.kinds)
     row = _row("pruned", pruned, pipe, request, flops["pruned"], options)
     if full is not None:
         result.rows.append({**_row("full", full, pipe, request, flops["full"]), "speedup": 1.0})
@@ -288,20 +288,16 @@ def _recorded(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: 
 
 
 def tflops_of(
-    pipe: StableDiffusionXLPipeline, width: int, height: int, steps: int, options: Options
+    pipe: StableDiffusionXLPipeline, width: int, height: int, options: Options, kinds: Sequence[str]
 ) -> dict[str, float]:
-    """Mean TFLOPs of a UNet call for one image, over the steps: ``full`` and ``pruned``."""
+    """Mean TFLOPs of a UNet call for one image, over steps of these ``kinds``: ``full`` and ``pruned``."""
     from atedm.app.flops import UNetFlops
 
     # The counter takes pixels of an autoencoder with SDXL's scale.
     width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height))
     tokens = pipe.tokenizer_2.model_max_length
     counter = UNetFlops(dict(pipe.unet.config), width=width, height=height, tokens=tokens)
-    schedule = atedm.DSAP(0) if options.schedule is None else options.schedule
-    settings = {"levels": options.levels, "placement": options.placement}
-    settings |= {"ranking": options.ranking, "recovery": options.recovery}
-    mean = counter.average(options.ratio, steps=steps, schedule=schedule, **settings)
-    return {"full": counter.full().tflops, "pruned": mean.tflops}
+    return {"full": counter.full().tflops, "pruned": counter.mean(options, kinds).tflops}
 
 
 def _row(
@@ -338,8 +334,7 @@ def _row(
 
 def describe(request: ImageRequest, options: Options, **more: Any) -> dict[str, Any]:
     """The ``settings`` of the JSON report: the request, the pruning as applied, and ``more``."""
-    light = 0.0 if options.schedule is None else options.schedule.fraction
-    return {**more, **asdict(request), **options.to_dict(), "light_fraction": light, "warm_up_steps": WARM_UP_STEPS}
+    return {**more, **asdict(request), **options.to_dict(), "warm_up_steps": WARM_UP_STEPS}
 
 
 def _is_disturbed(row: dict[str, Any]) -> bool:

@@ -66,8 +66,15 @@ _KEEPS = {
     "self": "the tokens that the others attend to most, by a PageRank over its attention map",
     "cross": "the tokens that matter most to the text, by its cross-attention",
     "keys": "the tokens whose keys are least like those of the others",
+    None: "the tokens that are most out of date",
+}
+_STALENESS = {
+    "drift": ", weighed by how far their input has moved since they were last computed",
+    "steps": ", weighed by how long they have not been computed",
+    None: "",
 }
 _REFILLS = {
+    "cached": "what the block added to it when it was last computed",
     "similarity": "a copy of the kept token that attends to it most",
     "keys": "a copy of the kept token with the most similar keys",
     "zeros": "nothing",
@@ -79,7 +86,8 @@ def _method(settings: dict[str, Any]) -> str:
     grid = settings["grid"]
     first = "" if grid is None else f", after one in each square of {grid}×{grid} (wider where fewer are kept)"
     keeps, refills = _KEEPS[settings["ranking"]], _REFILLS[settings["recovery"]]
-    return f"Each attention block keeps {keeps}{first}. A dropped token gets {refills}."
+    stale = _STALENESS[settings["staleness"]]
+    return f"Each attention block keeps {keeps}{stale}{first}. A dropped token gets {refills}."
 
 
 def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.device, title: str, path: Path) -> Path:

@@ -7,8 +7,8 @@ ranking and the source map) is counted apart from the UNet's own work. Each op o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import atedm
 from atedm.app.models import meta_unet, unet_inputs
 from atedm.policy.options import Options
-from atedm.policy.ranking import RankingFunction
+from atedm.policy.schedule import DSAP, Schedule
 from atedm.policy.selection import kept_tokens
+from atedm.unet.attach import calls_of
 from atedm.unet.blocks import AttentionBlock, attention_blocks
+from atedm.unet.reuse import stages_of
 from atedm_kernels.registry import OPS
+
+_DSAP = DSAP()
 
 # What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
 MAX_RATIO = 0.999
@@ -136,43 +140,56 @@ class UNetFlops:
             for handle in handles:
                 handle.remove()
 
-    def pruned(
-        self,
-        ratio: float | Mapping[int, float],
-        *,
-        levels: tuple[int, ...] | None = None,
-        placement: str = "early",
-        light: bool = False,
-        ranking: str | RankingFunction = "self",
-        recovery: str = "similarity",
-    ) -> Flops:
-        """FLOPs of a call pruned by :func:`atedm.apply` with these settings.
+    def pruned(self, ratio: float | Mapping[int, float], *, light: bool = False, **settings: Any) -> Flops:
+        """FLOPs of a call pruned by :func:`atedm.apply` with ``ratio`` and ``settings``.
 
         Args:
             light: count the light phase of DSAP instead of the one that prunes every block.
-            ranking, recovery: what another one than the defaults adds to the call, or saves, is counted as scoring.
 
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
         """
-        if ratio == 0:  # Nothing is pruned, which apply would warn of.
+        return self.of_kind(Options(ratio=ratio, **settings), "light" if light else "pruned")
+
+    def of_kind(self, options: Options, kind: str) -> Flops:
+        """FLOPs of a call with ``options`` in a step of ``kind``, see :mod:`atedm.policy.schedule`.
+
+        What another ranking or recovery than the paper's adds to the call, or saves, is counted as scoring.
+        """
+        if kind == "whole" or (options.ratio == 0 and kind != "reused"):  # nothing is pruned, which apply warns of
             return self.full()
-        settings = {"levels": levels, "placement": placement, "ranking": ranking, "recovery": recovery}
-        settings["schedule"] = atedm.DSAP(fraction=1.0) if light else None
-        with atedm.applied(self.unet, ratio=ratio, **settings):
+        if kind == "reused":
+            return self._count_once(("reused",), self._count_reused)
+        options = replace(options, schedule=DSAP(1.0 if kind == "light" else 0.0))
+        with atedm.applied(self.unet, options):
             pruned = set(atedm.pruned_blocks(self.unet))
         blocks = [block for block in attention_blocks(self.unet) if block.name in pruned]
         found = self.full()
         for block in blocks:
             found -= self._block(block)
-        options = Options(ratio=ratio)
-        with atedm.applied(self.unet, ratio=ratio, **settings):
+        sample = self._inputs[0][0]
+        with atedm.applied(self.unet, options), calls_of(self.unet).all_of_kind(kind, sample):
             for block in blocks:
-                found += self._block(block, options, light, placement, ranking, recovery)
-        if (ranking, recovery) == ("self", "similarity"):
+                found += self._block(block, options)
+        plain = replace(options, ranking="self", recovery="cached" if options.recovery == "cached" else "similarity")
+        if options.ranking is None or plain == options:
             return found
-        unet = self.pruned(ratio, levels=levels, placement=placement, light=light).unet
+        unet = self.of_kind(plain, kind).unet
         return Flops(unet, found.unet + found.scoring - unet)
+
+    def _count_reused(self) -> Flops:
+        """Of a whole call, what no stage computes, and the last layer of the last one."""
+        with torch.no_grad(), FlopCounterMode(display=False) as mode:
+            self.call(self.unet)
+        by_module = {name: sum(counts.values()) for name, counts in mode.get_flop_counts().items()}
+        name = type(self.unet).__name__
+        last = self.unet.up_blocks[-1]
+        path = f"up_blocks.{len(self.unet.up_blocks) - 1}"
+        layer = [f"{path}.resnets.{len(last.resnets) - 1}"]
+        if hasattr(last, "attentions"):
+            layer.append(f"{path}.attentions.{len(last.attentions) - 1}")
+        skipped = sum(by_module.get(f"{name}.{stage}", 0) for stage, _ in stages_of(self.unet))
+        return Flops(by_module["Global"] - skipped + sum(by_module[f"{name}.{part}"] for part in layer))
 
     def blocks(self) -> list[tuple[AttentionBlock, tuple, tuple, dict[str, Any], Flops]]:
         """Every attention block of ``unet``: its kind, its arguments in a call, and its FLOPs there, whole."""
@@ -188,25 +205,45 @@ class UNetFlops:
         args, _ = self._block_inputs[block.name]
         return tuple(args[0].shape), str(block.module.config)
 
-    def _block(self, block: AttentionBlock, options: Options | None = None, *how: object) -> Flops:
-        """FLOPs of ``block`` in a call: pruned by ``options`` and ``how``, which are in force, or whole."""
+    def _block(self, block: AttentionBlock, options: Options | None = None) -> Flops:
+        """FLOPs of ``block`` in a call: pruned by ``options``, which are in force, or whole."""
         args, kwargs = self._block_inputs[block.name]
-        kept = None if options is None else kept_tokens(math.prod(args[0].shape[-2:]), options.ratio_at(block.level))
+        kept, how = None, ()
+        if options is not None:
+            kept = kept_tokens(math.prod(args[0].shape[-2:]), options.ratio_at(block.level), options.keep_multiple)
+            is_whole = options.steps.constant == "light" and block.whole_when_light
+            how = (is_whole, options.placement, options.ranking, options.recovery, options.staleness)
         key = (*self._kind(block), kept, *how)
         return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 
     def average(
-        self, ratio: float | Mapping[int, float], *, steps: int, schedule: atedm.DSAP | None = None, **settings: Any
+        self,
+        ratio: float | Mapping[int, float],
+        *,
+        steps: int,
+        kinds: Sequence[str] | None = None,
+        schedule: Schedule | None = _DSAP,
+        **settings: Any,
     ) -> Flops:
-        """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP)."""
-        light_steps = (schedule or atedm.DSAP()).light_steps(steps)
-        light = self.pruned(ratio, light=True, **settings) if light_steps else Flops(0)
-        rest = self.pruned(ratio, **settings) if light_steps < steps else Flops(0)
-        mean = [
-            round((light_steps * a + (steps - light_steps) * b) / steps)
-            for a, b in ((light.unet, rest.unet), (light.scoring, rest.scoring))
-        ]
-        return Flops(*mean)
+        """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP).
+
+        Args:
+            kinds: of the steps, where the schedule chose them as it ran.
+
+        Raises:
+            ValueError: ``schedule`` chooses as it runs, and ``kinds`` are not given.
+        """
+        options = Options(ratio=ratio, schedule=schedule, **settings)
+        return self.mean(options, options.kinds_of(steps) if kinds is None else kinds)
+
+    def mean(self, options: Options, kinds: Sequence[str]) -> Flops:
+        """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``."""
+        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+        total = [(self.of_kind(options, kind), count) for kind, count in counts.items()]
+        return Flops(
+            round(sum(flops.unet * count for flops, count in total) / len(kinds)),
+            round(sum(flops.scoring * count for flops, count in total) / len(kinds)),
+        )
 
 
 def solve_decreasing(

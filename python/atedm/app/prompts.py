@@ -185,6 +185,7 @@ class PromptRun:
     root: Path
     with_full: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict, init=False)
+    kinds: list[str] = field(default_factory=list, init=False)
 
     @property
     def names(self) -> list[str]:
@@ -211,8 +212,11 @@ class PromptRun:
 
     def _make(self, name: str, on_picture: Callable[[int], None]) -> None:
         state, times = PartialState(), self.seconds.setdefault(name, [])
-        wanted = contextlib.nullcontext() if name == "full" else atedm.applied(self.pipe, self.options)
-        with wanted, UNetTimer(self.pipe.unet) as timer:
+        with contextlib.ExitStack() as stack:
+            if name != "full":
+                stack.enter_context(atedm.applied(self.pipe, self.options))
+                self.kinds = stack.enter_context(atedm.record(self.pipe, tokens=False)).kinds
+            timer = stack.enter_context(UNetTimer(self.pipe.unet))
 
             def note(count: int) -> None:
                 if timer.seconds:
@@ -234,7 +238,9 @@ class PromptRun:
         """Print a table and write the JSON: UNet seconds are the median over the batches made in this run."""
         if not PartialState().is_main_process:
             return
-        tflops = tflops_of(self.pipe, self.sampling.width, self.sampling.height, self.sampling.steps, self.options)
+        # Where every picture was there already, no step was run.
+        kinds = self.kinds or self.options.steps.planned(self.sampling.steps) or ["whole"]
+        tflops = tflops_of(self.pipe, self.sampling.width, self.sampling.height, self.options, kinds)
         rows = [
             {
                 "name": name,

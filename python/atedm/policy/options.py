@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from atedm.files import whole_file
 from atedm.policy.ranking import RANKINGS, RankingFunction
 from atedm.policy.recovery import RECOVERIES
-from atedm.policy.schedule import DSAP
+from atedm.policy.schedule import DSAP, Listed, Schedule, as_schedule, schedule_from_json, schedule_to_json
+from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
 
 PLACEMENTS = ("early", "paper")
@@ -47,9 +48,9 @@ class Options:
 
     ratio: float | Mapping[int, float] = DEFAULT_RATIO
     levels: tuple[int, ...] | None = None
-    schedule: DSAP | None = field(default_factory=DSAP)
+    schedule: Schedule | Sequence[str] | None = field(default_factory=DSAP)
     placement: str = "early"
-    ranking: str | RankingFunction = "self"
+    ranking: str | RankingFunction | None = "self"
     recovery: str = "similarity"
     reduction: str = "rms"
     keep_multiple: int = 1
@@ -57,6 +58,7 @@ class Options:
     tolerance: float = DEFAULT_TOLERANCE
     grid: int | None = None
     rank_every: int = 1
+    staleness: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
@@ -72,12 +74,13 @@ class Options:
             if not is_list or not all(isinstance(n, int) and not isinstance(n, bool) for n in self.levels):
                 raise TypeError(f"levels is {self.levels!r}; expected level numbers, such as (3,)")
             object.__setattr__(self, "levels", tuple(self.levels))
-        if self.schedule is not None and not isinstance(self.schedule, DSAP):
-            raise TypeError(f"schedule is {self.schedule!r}; expected an atedm.DSAP, or None to prune at every step")
+        object.__setattr__(self, "schedule", as_schedule(self.schedule))
         _one_of("placement", self.placement, PLACEMENTS)
         if not callable(self.ranking):
-            _one_of("ranking", self.ranking, RANKINGS)
+            _one_of("ranking", self.ranking, (*RANKINGS, None))
         _one_of("recovery", self.recovery, RECOVERIES)
+        _one_of("staleness", self.staleness, (*STALENESS, None))
+        self._check_together()
         if self.grid is not None and (isinstance(self.grid, bool) or not isinstance(self.grid, int) or self.grid < 2):
             raise ValueError(f"grid is {self.grid!r}; expected None or an integer of at least 2")
         _one_of("reduction", self.reduction, REDUCTIONS)
@@ -90,11 +93,65 @@ class Options:
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance!r}; expected a finite number of at least 0")
 
+    def _check_together(self) -> None:
+        if self.ranking is None and self.staleness is None:
+            raise ValueError("ranking is None and staleness is None; expected one of them to choose tokens by")
+        if self.ranking is None and RECOVERIES[self.recovery].reads_attention:
+            raise ValueError(
+                f"recovery is {self.recovery!r} with ranking=None, where no query of a dropped token is computed; "
+                "expected 'cached', 'keys', 'zeros' or 'bicubic'"
+            )
+        for name, needs_early in (("ranking", self.ranking is None), ("recovery", self.recovery == "cached")):
+            if needs_early and self.placement != "early":
+                raise ValueError(
+                    f"placement is {self.placement!r} with {name}={getattr(self, name)!r}; expected 'early'"
+                )
+
+    @property
+    def steps(self) -> Schedule:
+        """The schedule; without one, every step is pruned."""
+        return Listed(("pruned",)) if self.schedule is None else self.schedule
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any step drops tokens."""
+        return bool(self.steps.kinds & {"light", "pruned"})
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step needs what an earlier one computed, so that the first step of a picture has to be whole."""
+        by_blocks = self.prunes and (RECOVERIES[self.recovery].remembers or self.staleness is not None)
+        return by_blocks or "reused" in self.steps.kinds
+
+    def kinds_of(self, steps: int) -> list[str]:
+        """The kinds of a run of ``steps`` steps.
+
+        Raises:
+            ValueError: the schedule chooses them as it runs.
+        """
+        kinds = self.steps.planned(steps)
+        if kinds is None:
+            raise ValueError(f"schedule is {self.schedule!r}, which chooses as it runs; expected a fixed one")
+        return ["whole", *kinds[1:]] if self.remembers else kinds
+
+    @property
+    def constant_kind(self) -> str | None:
+        """The kind of every step, where each call of a UNet is alike, whatever its step and pipeline; else None."""
+        return None if self.remembers or self.rank_every > 1 else self.steps.constant
+
     @property
     def is_constant(self) -> bool:
-        """Whether every call of a UNet is pruned in the same way, whatever its denoising step and pipeline."""
-        has_phases = self.schedule is not None and self.schedule.constant_phase is None
-        return not (has_phases or self.rank_every > 1)
+        return self.constant_kind is not None
+
+    def why_not_constant(self) -> str:
+        """The options by which calls differ."""
+        differ = {
+            "schedule": self.steps.constant is None,
+            "recovery": RECOVERIES[self.recovery].remembers,
+            "staleness": self.staleness is not None,
+            "rank_every": self.rank_every > 1,
+        }
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name, does in differ.items() if does)
 
     def ratio_at(self, level: int) -> float:
         """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
@@ -104,16 +161,17 @@ class Options:
         """As JSON has it: what :meth:`from_dict` takes.
 
         Raises:
-            TypeError: ``ranking`` is a function, which has no text.
+            TypeError: ``ranking`` is a function, or ``schedule`` the user's own: they have no text.
         """
         if callable(self.ranking):
             raise TypeError(
-                f"ranking is {self.ranking!r}; expected {' or '.join(map(repr, RANKINGS))} to write as JSON"
+                f"ranking is {self.ranking!r}; expected {', '.join(map(repr, RANKINGS))} or None to write as JSON"
             )
-        values = asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.ratio, Mapping):
             values["ratio"] = {str(level): ratio for level, ratio in self.ratio.items()}
         values["levels"] = None if self.levels is None else list(self.levels)
+        values["schedule"] = schedule_to_json(self.schedule)
         return values
 
     @classmethod
@@ -129,11 +187,8 @@ class Options:
         values = dict(values)
         if isinstance(values.get("ratio"), Mapping):
             values["ratio"] = {_level(name): ratio for name, ratio in values["ratio"].items()}
-        if isinstance(values.get("schedule"), Mapping):
-            schedule = dict(values["schedule"])
-            if set(schedule) != {"fraction"}:
-                raise ValueError(f"schedule is {schedule!r}; expected {{'fraction': number}} or null")
-            values["schedule"] = DSAP(**schedule)
+        if "schedule" in values:
+            values["schedule"] = schedule_from_json(values["schedule"])
         return cls(**values)
 
     def save(self, path: str | Path) -> None:

@@ -100,8 +100,10 @@ RANKINGS: dict[str, Callable[[int, float], Ranking]] = {
 }
 
 
-def make_ranking(ranking: str | RankingFunction, max_iterations: int, tolerance: float) -> Ranking:
-    """The policy that ``ranking`` names, or one around a function."""
+def make_ranking(ranking: str | RankingFunction | None, max_iterations: int, tolerance: float) -> Ranking | None:
+    """The policy that ``ranking`` names, or one around a function; None for None."""
+    if ranking is None:
+        return None
     if isinstance(ranking, str):
         return RANKINGS[ranking](max_iterations, tolerance)
     return CustomRanking(ranking)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +19,27 @@ class Refill:
 
     Attributes:
         index: int64 ``[B, K]``, the kept tokens. source: int64 ``[B, N]``, a slot for each position, or None where
-            a recovery copies no token.
+            a recovery copies no token. update: ``[B, N, C]``, what the block last added to each token; None where that
+            is not remembered.
     """
 
     index: Tensor
     height: int
     width: int
     source: Tensor | None = None
+    update: Tensor | None = None
 
 
 class Recovery(Protocol):
-    """From the kept tokens back to all of them."""
+    """From the kept tokens back to all of them.
+
+    Attributes:
+        reads_attention: whether ``source`` reads the attention of tokens, not their keys alone.
+        remembers: whether it needs what the block added to the tokens when they were computed.
+    """
+
+    reads_attention: ClassVar[bool]
+    remembers: ClassVar[bool]
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor | None:
         """Slots ``[B, N]`` of the compact tensor, one for each position; None where no token is copied."""
@@ -51,6 +61,9 @@ class Recovery(Protocol):
 class _Copy:
     """Recovers by copying kept tokens, in one pass with the residual."""
 
+    reads_attention: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+
     def before_projection(self, x: Tensor) -> Tensor:
         return x
 
@@ -63,6 +76,8 @@ class _Copy:
 
 class SimilarityCopy(_Copy):
     """The kept token that attends to the dropped one most, averaged over the heads (AT-EDM, section 3.3)."""
+
+    reads_attention: ClassVar[bool] = True
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
         return kernels.similarity_source(attention.q, attention.k, attention.lse, index, scale=attention.scale)
@@ -80,7 +95,7 @@ class Zeros(_Copy):
     """Zeros: a copy of one more token, slot ``K``, that holds nothing else (AT-EDM, ablation)."""
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
-        return sources_or_zero(index, attention.q.shape[2])
+        return sources_or_zero(index, attention.k.shape[2])
 
     def before_projection(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, 1))
@@ -88,6 +103,9 @@ class Zeros(_Copy):
 
 class Bicubic:
     """Interpolation between the kept tokens around a dropped one (AT-EDM, ablation)."""
+
+    reads_attention: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
 
     def source(self, attention: AttentionMap, index: Tensor) -> None:
         return None
@@ -103,9 +121,32 @@ class Bicubic:
         return residual + recovered.transpose(1, 2).unflatten(2, (refill.height, refill.width))
 
 
+class Cached:
+    """A token's own last update (ours): what the block added to it in the call that last computed it.
+
+    Kept tokens replace theirs. Nothing is copied between tokens.
+    """
+
+    reads_attention: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
+
+    def source(self, attention: AttentionMap, index: Tensor) -> None:
+        return None
+
+    def before_projection(self, x: Tensor) -> Tensor:
+        return x
+
+    def tokens(self, x: Tensor, refill: Refill) -> Tensor:
+        raise NotImplementedError("an update is known after the output projection only")
+
+    def feature_map(self, x: Tensor, refill: Refill, residual: Tensor) -> Tensor:
+        return kernels.update_feature_map(x.to(refill.update.dtype), refill.index, refill.update, residual)
+
+
 # By the name that atedm.apply takes.
 RECOVERIES: dict[str, Recovery] = {
     "similarity": SimilarityCopy(),
+    "cached": Cached(),
     "keys": KeyCopy(),
     "zeros": Zeros(),
     "bicubic": Bicubic(),

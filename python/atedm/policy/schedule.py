@@ -1,19 +1,110 @@
-"""Denoising-steps-aware pruning (AT-EDM, section 3.4): prune less while the layout of the image is decided."""
+"""Which kind each denoising step is: DSAP (AT-EDM, section 3.4), and schedules that reuse deep features (ours).
+
+Features change fast in the first steps and slowly later, so a step costs as much as it changes:
+
+- ``whole``: every block computes every token.
+- ``light``: DSAP's first phase. The first attention block of each down stage and the last of each up stage are whole.
+- ``pruned``: every block that was chosen drops tokens.
+- ``reused``: no block below the highest resolution runs. What enters the last layer of the last up block is that of
+  the last step that was computed, whatever its kind.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KINDS = ("whole", "light", "pruned", "reused")
 
 # Timesteps that a diffusion model is trained with; used where no scheduler is at hand to count steps.
 TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class DSAP:
+class Progress:
+    """Where a picture stands when the kind of its next step is chosen.
+
+    Attributes:
+        step: the denoising step, from 0, of ``total``.
+        kinds: those of the steps that this picture has run, by step.
+        rate: how much the feature that ``reused`` steps take changed per step between the last two steps that were
+            computed, as a part of its norm; None before there were two. Reading it may synchronise with a GPU.
+    """
+
+    step: int
+    total: int
+    kinds: Mapping[int, str]
+    rate: Callable[[], float | None]
+
+
+class Schedule:
+    """Names the kind of each step. Override :meth:`kind`; the rest tells what is known beforehand."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All kinds that it may name."""
+        return frozenset(KINDS)
+
+    @property
+    def constant(self) -> str | None:
+        """The kind of every step, where that depends on nothing; else None."""
+        return None
+
+    def kind(self, progress: Progress) -> str:
+        """The kind of the step that ``progress`` has come to."""
+        raise NotImplementedError
+
+    def kind_at(self, timestep: float) -> str:
+        """The kind judged by the timestep's value alone, from ``TRAIN_TIMESTEPS`` (noise) down to 0.
+
+        It is exact for evenly spaced timesteps, up to a step. Schedulers that space them by noise level (Karras,
+        exponential) can be several steps off.
+        """
+        step = min(max(math.floor(TRAIN_TIMESTEPS - timestep), 0), TRAIN_TIMESTEPS - 1)
+        return self.kind(Progress(step, TRAIN_TIMESTEPS, {}, lambda: None))
+
+    def planned(self, total: int) -> list[str] | None:
+        """The kinds of a run of ``total`` steps; None where they depend on what the run computes."""
+        kinds: dict[int, str] = {}
+
+        def rate() -> None:
+            raise _DependsOnRun
+
+        try:
+            for step in range(total):
+                kinds[step] = self.kind(Progress(step, total, kinds, rate))
+        except _DependsOnRun:
+            return None
+        return list(kinds.values())
+
+
+class _DependsOnRun(Exception):
+    """A schedule has asked for a rate of change."""
+
+
+def _check_number(name: str, value: object, lowest: float, highest: float, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number from {lowest:g} to {highest:g}")
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name} is {value}; expected {lowest:g} to {highest:g}, {meaning}")
+
+
+def _check_count(name: str, value: object, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least {lowest}")
+
+
+def _check_kind(name: str, kind: object, allowed: Sequence[str] = KINDS) -> None:
+    if kind not in allowed:
+        raise ValueError(f"{name} is {kind!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class DSAP(Schedule):
     """Prune lightly during the first ``fraction`` of the denoising steps, everywhere after that.
 
-    In the light phase the first attention block of each down stage and the last one of each up stage stay whole.
     Of ``n`` steps the first ``ceil(fraction · n)`` are light: 15 of 50 at the paper's 0.3.
 
     Args:
@@ -26,28 +117,184 @@ class DSAP:
     fraction: float = 0.3
 
     def __post_init__(self) -> None:
-        if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)):
-            raise TypeError(f"fraction is {self.fraction!r}; expected a number from 0 to 1")
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}; expected 0 to 1, the part of the steps pruned lightly")
+        _check_number("fraction", self.fraction, 0, 1, "the part of the steps pruned lightly")
 
     @property
-    def constant_phase(self) -> bool | None:
-        """Whether every step is light (True) or none is (False); None where it depends on the step."""
-        return {0: False, 1: True}.get(self.fraction)
+    def kinds(self) -> frozenset[str]:
+        return frozenset({"light", "pruned"} if self.constant is None else {self.constant})
+
+    @property
+    def constant(self) -> str | None:
+        return {0: "pruned", 1: "light"}.get(self.fraction)
 
     def light_steps(self, total: int) -> int:
         """How many of ``total`` steps are light. The small term absorbs the rounding of, say, 0.1 · 30."""
         return math.ceil(self.fraction * total - 1e-9)
 
-    def is_light(self, step: int, total: int) -> bool:
-        """Whether denoising step ``step`` (from 0) of ``total`` is light."""
-        return step < self.light_steps(total)
+    def kind(self, progress: Progress) -> str:
+        return "light" if progress.step < self.light_steps(progress.total) else "pruned"
 
-    def is_light_at(self, timestep: float) -> bool:
-        """The same by the timestep's value, from ``TRAIN_TIMESTEPS`` (noise) down to 0, without a scheduler.
 
-        Exact for evenly spaced timesteps up to the scheduler's offset (a step more or less); schedules that space
-        them by noise level (Karras, exponential) can be several steps off.
-        """
-        return 1.0 - timestep / TRAIN_TIMESTEPS < self.fraction
+@dataclass(frozen=True)
+class Every(Schedule):
+    """Compute every ``n``-th step, from the first on; the steps between reuse its features.
+
+    With ``computed="whole"`` that is what DeepCache (Ma et al., CVPR 2024) does at its interval ``n``.
+
+    Args:
+        n: at least 1. computed: the kind of the steps that are not reused, ``"whole"``, ``"light"`` or ``"pruned"``.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+
+    n: int = 2
+    computed: str = "whole"
+
+    def __post_init__(self) -> None:
+        _check_count("n", self.n, 1)
+        _check_kind("computed", self.computed, KINDS[:3])
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset({self.computed} if self.n == 1 else {self.computed, "reused"})
+
+    @property
+    def constant(self) -> str | None:
+        return self.computed if self.n == 1 else None
+
+    def kind(self, progress: Progress) -> str:
+        return self.computed if progress.step % self.n == 0 else "reused"
+
+
+@dataclass(frozen=True)
+class Listed(Schedule):
+    """One kind for each step; a run of another number of steps takes them at the same fractions of the run.
+
+    Args:
+        steps: some of ``KINDS``, at least one.
+
+    Raises:
+        ValueError: no kind, or an unknown one.
+    """
+
+    steps: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if not self.steps:
+            raise ValueError("schedule is empty; expected one kind for each step")
+        for number, kind in enumerate(self.steps):
+            _check_kind(f"schedule[{number}]", kind)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(self.steps)
+
+    @property
+    def constant(self) -> str | None:
+        kind = self.steps[0]
+        return kind if len(self.kinds) == 1 and kind != "reused" else None
+
+    def kind(self, progress: Progress) -> str:
+        return self.steps[progress.step * len(self.steps) // progress.total]
+
+
+@dataclass(frozen=True)
+class Adaptive(Schedule):
+    """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
+
+    Between two computed steps the feature changes at some rate per step. At that rate it takes
+    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: so far away is the next computed step. That
+    follows any scheduler, where a fixed list that is right for one ruins the pictures of another.
+
+    Args:
+        tolerance: the relative change of the feature, above 0. More reuses more.
+        max_gap: the largest distance of two computed steps.
+        pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none.
+        whole_every: from there on, every such computed step is whole and those between are pruned.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit.
+    """
+
+    tolerance: float = 0.3
+    max_gap: int = 4
+    pruned_from: float = 1.0
+    whole_every: int = 2
+
+    def __post_init__(self) -> None:
+        _check_number("tolerance", self.tolerance, 0, math.inf, "the relative change of the feature")
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance is {self.tolerance}; expected a finite number above 0")
+        _check_count("max_gap", self.max_gap, 1)
+        _check_number("pruned_from", self.pruned_from, 0, 1, "a fraction of the run")
+        _check_count("whole_every", self.whole_every, 1)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        prunes = self.pruned_from < 1 and self.whole_every > 1
+        return frozenset({"whole", "reused", "pruned"} if prunes else {"whole", "reused"})
+
+    def kind(self, progress: Progress) -> str:
+        computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
+        if len(computed) < 2:
+            return "whole"
+        rate = progress.rate()
+        gap = self.max_gap if not rate else min(max(int(self.tolerance / rate), 1), self.max_gap)
+        if progress.step < computed[-1] + gap:
+            return "reused"
+        if progress.step < self.pruned_from * progress.total:
+            return "whole"
+        since_whole = 1
+        for step in reversed(computed):
+            if progress.kinds[step] == "whole":
+                break
+            since_whole += 1
+        return "whole" if since_whole >= self.whole_every else "pruned"
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive": Adaptive}
+
+
+def as_schedule(value: object) -> Schedule | None:
+    """What :func:`atedm.apply` takes: a schedule, None to prune at every step, or a list of kinds.
+
+    Raises:
+        TypeError, ValueError: something else.
+    """
+    if isinstance(value, (list, tuple)):
+        return Listed(tuple(value))
+    if value is None or isinstance(value, Schedule):
+        return value
+    raise TypeError(
+        f"schedule is {value!r}; expected an atedm.DSAP, atedm.Every or atedm.Adaptive, a list of kinds, or None to "
+        "prune at every step"
+    )
+
+
+def schedule_to_json(schedule: Schedule | None) -> Any:
+    """None, a list of kinds, or the arguments of a schedule beside its name.
+
+    Raises:
+        TypeError: a schedule of the user's own, which has no text.
+    """
+    if schedule is None or isinstance(schedule, Listed):
+        return None if schedule is None else list(schedule.steps)
+    if type(schedule) not in SCHEDULES.values():
+        raise TypeError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)} or a list to write as JSON")
+    return {"name": type(schedule).__name__, **asdict(schedule)}
+
+
+def schedule_from_json(value: Any) -> Any:
+    """What :func:`schedule_to_json` wrote; a mapping without a name is that of a :class:`DSAP`."""
+    if not isinstance(value, Mapping):
+        return value
+    arguments = dict(value)
+    name = arguments.pop("name", "DSAP")
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule is named {name!r}; expected one of {', '.join(SCHEDULES)}")
+    known = [f.name for f in fields(SCHEDULES[name])]
+    if not set(arguments) <= set(known):
+        raise ValueError(f"schedule is {value!r}; expected {', '.join(known)} of {name}")
+    return SCHEDULES[name](**arguments)

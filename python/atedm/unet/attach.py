@@ -19,6 +19,7 @@ from atedm.unet.block import PrunedBlock
 from atedm.unet.blocks import AttentionBlock, attention_blocks, why_not_prunable
 from atedm.unet.calls import UNetCalls
 from atedm.unet.recording import Recording
+from atedm.unet.reuse import UNetStage, make_stages, why_not_reusable
 
 logger = logging.getLogger("atedm")
 
@@ -46,22 +47,23 @@ def _unet_of(target: object) -> UNet2DConditionModel:
     return unet
 
 
-def _calls_of(unet: nn.Module) -> UNetCalls | None:
+def calls_of(unet: nn.Module) -> UNetCalls | None:
     """The hook that holds all there is to know about what is applied; None where nothing is."""
     return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, UNetCalls)), None)
 
 
 def _uninstall(unet: nn.Module) -> UNetCalls | None:
     """Take out what is applied, and return it. Raises before anything is changed, where a forward is not atedm's."""
-    calls = _calls_of(unet)
+    calls = calls_of(unet)
     if calls is None:
         return None
-    for block in calls.blocks:
+    parts = (*calls.blocks, *calls.stages)
+    for block in parts:
         if block not in (block.module.__dict__.get("forward"), block.module.__dict__.get("_old_forward")):
             raise RuntimeError(
                 f"the forward of {block.name} has been replaced since atedm.apply; expected atedm's: undo that first"
             )
-    for block in calls.blocks:
+    for block in parts:
         module = block.module
         if module.__dict__.get("forward") is not block:
             # An accelerate hook came after us and keeps what it wraps under this name.
@@ -72,7 +74,7 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
             module.forward = block.previous
     for module in unet.modules():  # a copy of a pruned block may have taken its place
         stray = module.__dict__.get("forward")
-        if isinstance(stray, PrunedBlock):
+        if isinstance(stray, (PrunedBlock, UNetStage)):
             del module.forward
     calls.stop_following()
     _EARLIER.setdefault(unet, []).append(calls)
@@ -84,8 +86,8 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
     if calls in _EARLIER.get(unet, []):
         _EARLIER[unet].remove(calls)
-    for block in calls.blocks:
-        block.install()
+    for part in (*calls.blocks, *calls.stages):
+        part.install()
     calls.follow(target, unet)
 
 
@@ -99,10 +101,18 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
     calls.blocks = [
         PrunedBlock(block.name, block.module, block.level, block.whole_when_light, calls) for block in blocks
     ]
+    if "reused" in options.steps.kinds:
+        calls.stages = make_stages(unet, calls)
     return calls
 
 
 def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
+    if "reused" in options.steps.kinds:
+        reason = why_not_reusable(unet)
+        if reason is not None:
+            raise ValueError(f"the UNet's features cannot be reused: {reason}")
+    if not options.prunes:
+        return []
     blocks = attention_blocks(unet)
     available = sorted({block.level for block in blocks})
     if not blocks:
@@ -128,7 +138,7 @@ def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[Atten
     if options.placement == "paper":
         # Pruned after their only layer, such blocks would have nothing left to save.
         chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
-    if options.schedule is not None and options.schedule.constant_phase:
+    if options.steps.constant == "light":
         chosen = [block for block in chosen if not block.whole_when_light]
     if not chosen:
         raise ValueError(
@@ -162,17 +172,22 @@ def apply(
             pictures are the same bit for bit, and it works on UNets that cannot be pruned too.
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
             Default: all. ``(3,)`` is the paper's AT-EDM†.
-        schedule: an :class:`atedm.DSAP` (default: the paper's, light for the first 0.3 of the steps), or None to
-            prune everywhere at every step.
+        schedule: the kind of each denoising step, see :mod:`atedm.policy.schedule`: an :class:`atedm.DSAP` (default:
+            the paper's, light for the first 0.3 of the steps), :class:`atedm.Every`, :class:`atedm.Adaptive`, another
+            :class:`atedm.Schedule`, a list of kinds, one for each step, or None to prune everywhere at every step.
+            Where a step needs what an earlier one computed, the first step of a picture is whole.
         placement: ``"early"`` prunes right after the first layer's self-attention and recovers after the output
             projection; ``"paper"`` prunes after that layer and recovers before the projection. The result is the same
             up to rounding; early does less work.
         ranking: what the kept tokens are chosen by. ``"self"``: PageRank on self-attention (the paper's), ``"cross"``:
-            on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); or a function
+            on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); a function
             from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores ``[B, H', N]``
-            (float32, not negative).
+            (float32, not negative); or None, to choose by ``staleness`` alone, before self-attention.
+        staleness: what the ranking's scores are multiplied with (ours). ``"drift"``: how far the input of a token has
+            moved since it was last computed; ``"steps"``: in how many calls it was not; None for nothing.
         recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that attends to it most (the
-            paper's); ``"keys"``: of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
+            paper's); ``"cached"``: what the block added to it when it was last computed (ours); ``"keys"``: a copy of
+            the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
@@ -197,7 +212,7 @@ def apply(
     if scheduler is not None and hasattr(pipe, "scheduler"):
         raise ValueError("scheduler is given with a pipeline; expected None: atedm follows the pipeline's own")
     blocks = _blocks_to_prune(unet, settings)
-    earlier = _calls_of(unet)
+    earlier = calls_of(unet)
     recordings = [] if earlier is None else earlier.recordings  # an open recording continues
     _uninstall(unet)
     calls = _calls_for(unet, blocks, settings)
@@ -216,7 +231,7 @@ def remove(pipe: Pipeline) -> Pipeline:
         RuntimeError: another tool has wrapped a pruned block since; nothing is changed.
     """
     unet = _unet_of(pipe)
-    calls = _calls_of(unet)
+    calls = calls_of(unet)
     if calls is not None and calls.recordings:
         logger.warning("removed while it is recorded: nothing more is recorded here")
     _uninstall(unet)
@@ -279,13 +294,13 @@ _entered: ContextVar[tuple[_Scope, ...]] = ContextVar("atedm_scopes", default=()
 
 def _set_aside(unet: nn.Module) -> tuple[UNetCalls, dict[str, Any]] | None:
     """What is in force, with the state that taking it out clears."""
-    calls = _calls_of(unet)
+    calls = calls_of(unet)
     return None if calls is None else (calls, {**vars(calls), "_hooks": [], "_undo": []})
 
 
 def pruned_blocks(pipe: object) -> list[str]:
     """Module paths of the attention blocks that :func:`apply` prunes, in the order in which they run."""
-    calls = _calls_of(_unet_of(pipe))
+    calls = calls_of(_unet_of(pipe))
     return [] if calls is None else [block.name for block in calls.blocks]
 
 
@@ -310,26 +325,28 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record(pipe: object) -> Iterator[Recording]:
-    """Collect scores, kept tokens and iterations of every block and step while the ``with`` block runs.
+def record(pipe: object, *, tokens: bool = True) -> Iterator[Recording]:
+    """Collect the kind of each step, and scores, kept tokens and iterations of every block, in a ``with`` block.
 
-    Copies each kept set to the CPU, so it slows a GPU down, and runs a compiled UNet uncompiled: for looking, not for
-    timing.
+    Args:
+        tokens: copy each kept set to the CPU, which slows a GPU down, and run a compiled UNet uncompiled: for looking,
+            not for timing. False notes steps, kinds and memory alone, at no cost.
 
     Raises:
         ValueError: nothing is applied to ``pipe``.
     """
     unet = _unet_of(pipe)
-    calls = _calls_of(unet)
+    calls = calls_of(unet)
     if calls is None:
         raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
     pruned = set(pruned_blocks(pipe))
-    recording = Recording([(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)])
+    blocks = [(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)]
+    recording = Recording(blocks, tokens)
     recordings = calls.recordings
     recordings.append(recording)
     try:
         # In a graph, what happens once is all that would be noted.
-        with _uncompiled():
+        with _uncompiled() if tokens else contextlib.nullcontext():
             yield recording
     finally:
         # In place: applying again inside the block has handed the list on.

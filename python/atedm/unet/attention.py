@@ -8,6 +8,8 @@ import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 
+from atedm_kernels import gather_tokens
+
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """``[B, N, H·D]`` → a view ``[B, H, N, D]``."""
@@ -22,12 +24,14 @@ def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]
     return q, k
 
 
-def project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, H, N, D]`` of a self-attention."""
+def project(attention: nn.Module, hidden_states: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, H, N, D]`` of a self-attention; queries of ``index`` ``[B, K]`` alone."""
     if attention.fused_projections:
         q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
+        q = q if index is None else gather_tokens(q, index)
     else:
-        q, k, v = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
+        asking = hidden_states if index is None else gather_tokens(hidden_states, index)
+        q, k, v = attention.to_q(asking), attention.to_k(hidden_states), attention.to_v(hidden_states)
     q, k, v = (_split_heads(x, attention.heads) for x in (q, k, v))
     return *_normed(attention, q, k), v
 

@@ -4,78 +4,136 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Kept:
-    """The tokens that a block keeps.
-
-    Attributes:
-        index: int64 ``[B, K]``. scores: ``[B, H, N]``. size: height and width of the feature map.
-        choice: which of the picture's choices it is; a block that was skipped when one was due has an older one.
-    """
-
-    index: Tensor
-    scores: Tensor
-    size: tuple[int, int]
-    choice: int = 0
-
-
-class RankingPeriod:
-    """Tells in which calls of one picture tokens are chosen, where a choice serves ``every`` denoising steps.
-
-    The first call chooses, and so does the first of each phase: a block that the light phase left whole has no choice.
-
-    Attributes:
-        is_shared: whether several contents have the timesteps of the picture: tiles, halves of guidance one by one,
-            pictures in turn, threads. Then every call chooses, as a choice may be another's.
-        choice: the number of the last choice.
-    """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.is_shared = False
-        self.choice = -1
-        self._last: tuple[int, bool] | None = None
-        self._age = 0
-        self._thread = threading.get_ident()
-
-    def is_due(self, index: int, total: int, light: bool) -> bool:
-        """Whether the call at step ``index`` of ``total`` chooses."""
-        before = self._last
-        self._last = (index, light)
-        # A step that comes again, or an earlier one before the last: another content, or a run that was broken off.
-        goes_back = before is not None and index <= before[0] != total - 1
-        self.is_shared |= goes_back or threading.get_ident() != self._thread
-        follows = before is not None and index == before[0] + 1 and light == before[1]
-        self._age = self._age + 1 if follows else 0
-        due = self.is_shared or self._age % self.every == 0
-        self.choice += due
-        return due
+from atedm.policy.staleness import State
 
 
 @dataclass
-class Picture:
-    """What belongs to one picture: when tokens are chosen, and each block's choice by its name."""
+class BlockMemory:
+    """What a block remembers of one picture, in tensors that keep their addresses. None where it needs no such.
 
-    period: RankingPeriod
-    kept: dict[str, Kept] = field(default_factory=dict)
+    Attributes:
+        size: batch, height and width of the block's feature map.
+        index: int64 ``[B, K]``, the tokens of the last choice. update: ``[B, N, C]``, what the block last added to its
+            input, token by token. staleness: what tells how out of date that is.
+        choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by. A graph leaves both.
+    """
+
+    size: tuple[int, int, int]
+    index: Tensor | None = None
+    update: Tensor | None = None
+    staleness: State = field(default_factory=dict)
+    choice: int | None = None
+    scores: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (x for x in (self.index, self.update, *self.staleness.values()) if x is not None)
+
+
+@dataclass
+class Slot:
+    """Room for what is remembered of one picture of one shape.
+
+    Attributes:
+        key: shape, dtype and device of the UNet's sample. blocks: by name.
+        feature: ``[B, C, h, w]``, what entered the last layer in the last computed step. change: float32 scalar, its
+            change there since the computed step before, as a part of its norm. None without ``reused`` steps.
+        owner: the picture that has the slot, where pictures take turns.
+    """
+
+    key: tuple[Any, ...]
+    blocks: dict[str, BlockMemory] = field(default_factory=dict)
+    feature: Tensor | None = None
+    change: Tensor | None = None
+    owner: weakref.ref[Picture] | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        for block in self.blocks.values():
+            yield from block.tensors()
+        yield from (x for x in (self.feature, self.change) if x is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors())
+
+
+class Picture:
+    """What belongs to one picture.
+
+    Attributes:
+        kinds: those of the steps that it has run, by step. slot: what is remembered of it. is_filled: whether a whole
+            call has written ``slot``.
+        is_shared: whether several contents have its timesteps: tiles, halves of guidance one by one, pictures in turn,
+            threads. Then what is remembered may be another's.
+        chosen: the step of the last choice of tokens.
+    """
+
+    def __init__(self) -> None:
+        self.is_shared = False
+        self.is_over = False
+        self._last: int | None = None
+        self._thread = threading.get_ident()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has been computed."""
+        self.kinds: dict[int, str] = {}
+        self.slot: Slot | None = None
+        self.is_filled = False
+        self.chosen: int | None = None
+        self._rate: float | None = None
+
+    def begin(self, step: int, total: int) -> None:
+        """Note that a call at ``step`` of ``total`` begins."""
+        if self._last is not None and step <= self._last:
+            if self.is_over:
+                self.restart()  # the same timesteps serve another run
+            else:
+                # A step that comes again, or an earlier one before the last: another content, or a run broken off.
+                self.is_shared = True
+        self.is_shared |= threading.get_ident() != self._thread
+        self._last, self.is_over = step, step == total - 1
+        if self.is_shared:
+            self.restart()
+
+    def begin_kind(self, step: int, kind: str) -> None:
+        self.kinds[step] = kind
+        if kind != "reused":
+            self._rate = None
+
+    def is_choice_due(self, step: int, kind: str, every: int) -> bool:
+        """Whether tokens are chosen at ``step``, where a choice serves ``every`` steps of one kind."""
+        due = self.chosen is None or step - self.chosen >= every or self.kinds.get(self.chosen) != kind
+        if due:
+            self.chosen = step
+        return due
+
+    def rate(self) -> float | None:
+        """The change of the feature per step between the last two computed steps; None before there were two."""
+        computed = [step for step, kind in self.kinds.items() if kind != "reused"]
+        if self._rate is None and len(computed) > 1 and self.slot is not None and self.slot.change is not None:
+            self._rate = float(self.slot.change) / (computed[-1] - computed[-2])
+        return self._rate
 
 
 class Memory:
-    """The pictures that are being made, each by the storage of its timesteps; a picture goes when that goes."""
+    """The pictures that are being made, each by the storage of its timesteps; a picture goes when that goes.
 
-    def __init__(self, rank_every: int) -> None:
-        self._rank_every = rank_every
+    Graphs of a whole UNet read fixed addresses, so all pictures of one shape share a slot there, one after the other.
+    """
+
+    def __init__(self) -> None:
         self._pictures: dict[int, tuple[weakref.ref[torch.UntypedStorage], Picture]] = {}
+        self._of_graphs: dict[tuple[Any, ...], Slot] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_rank_every": self._rank_every, "_pictures": {}}  # a copy has made no picture yet
+        return {"_pictures": {}, "_of_graphs": {}}  # a copy has made no picture yet
 
     def picture(self, storage: torch.UntypedStorage) -> Picture:
         """The picture with these timesteps; a new one where they are new."""
@@ -84,12 +142,42 @@ class Memory:
         if known is not None and known[0]() is storage:
             return known[1]
         ref = weakref.ref(storage, lambda _: self._pictures.pop(address, None))
-        picture = Picture(RankingPeriod(self._rank_every))
+        picture = Picture()
         self._pictures[address] = (ref, picture)
         return picture
 
-    def forget(self) -> None:
-        self._pictures.clear()
+    def slot(self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]) -> Slot:
+        """The slot of ``picture``; a new one, which nothing has filled, where the shape is another than before."""
+        if picture.slot is None or picture.slot.key != key:
+            picture.restart()
+            picture.slot = make(key)
+        return picture.slot
+
+    def slot_of_graphs(
+        self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]
+    ) -> Slot | None:
+        """The slot that graphs of this shape read; None while another picture has it that is still being made."""
+        if key not in self._of_graphs:
+            slot = self._of_graphs[key] = make(key)
+            for tensor in slot.tensors():
+                torch._dynamo.mark_static_address(tensor)
+        slot = self._of_graphs[key]
+        owner = None if slot.owner is None else slot.owner()
+        if picture.slot is slot and owner is picture:
+            return slot
+        if owner is not None and owner is not picture and owner.slot is slot and not owner.is_over:
+            return None
+        picture.restart()
+        picture.slot, slot.owner = slot, weakref.ref(picture)
+        for block in slot.blocks.values():
+            block.choice = block.scores = None
+        return slot
+
+    @property
+    def nbytes(self) -> int:
+        slots = {id(p.slot): p.slot for _, p in [*self._pictures.values()] if p.slot is not None}
+        slots |= {id(slot): slot for slot in self._of_graphs.values()}
+        return sum(slot.nbytes for slot in slots.values())
 
     def __len__(self) -> int:
         return len(self._pictures)

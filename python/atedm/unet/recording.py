@@ -47,12 +47,42 @@ class Recording:
 
     Attributes:
         blocks: name, level and whether it is pruned, of every attention block of the UNet.
+        tokens: whether it holds ``ranked``, what was chosen.
         calls: the denoising step of each UNet call, None where no scheduler tells it.
+        kinds: the kind of each UNet call, see :mod:`atedm.policy.schedule`.
+        memory_bytes: the most that was remembered between two calls, of all pictures.
     """
 
     blocks: list[tuple[str, int, bool]] = field(default_factory=list)
+    tokens: bool = True
     ranked: list[Ranked] = field(default_factory=list)
     calls: list[int | None] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    memory_bytes: int = 0
+    _total: int | None = None
+
+    def note(self, step: int | None, total: int | None, kind: str, memory_bytes: int) -> None:
+        """Add a UNet call at ``step`` of ``total``."""
+        self.calls.append(step)
+        self.kinds.append(kind)
+        self._total = total
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
+
+    def schedule(self) -> list[str]:
+        """The kinds that were run, one for each step of the last run: a fixed schedule for :func:`atedm.apply`.
+
+        Steps that were not run, as the first ones of image-to-image, are whole.
+
+        Raises:
+            ValueError: no call was recorded whose step is known.
+        """
+        if self._total is None:
+            raise ValueError("no recorded call has a known step; expected calls with a scheduler's timesteps")
+        kinds = ["whole"] * self._total
+        for step, kind in zip(self.calls, self.kinds, strict=True):
+            if step is not None and step < self._total:
+                kinds[step] = kind
+        return kinds
 
     def step_of(self, call: int) -> int:
         """The denoising step of a UNet call; the call itself where that is not known."""

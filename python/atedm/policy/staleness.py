@@ -1,0 +1,92 @@
+"""How out of date a token's cached update is (ours): what it is multiplied with raises the tokens that need it most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Numbers per token that stand for its input.
+DRIFT_WIDTH = 32
+
+# What is remembered of a block's tokens, by name.
+State = dict[str, Tensor]
+
+
+class Staleness(Protocol):
+    """What it reads from a block's input ``[B, C, h, w]`` is ``observed``; what it remembers is its ``state``."""
+
+    def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
+        """A state for ``shape`` = B, N, C: tensors that keep their addresses."""
+        ...
+
+    def observe(self, x: Tensor, state: State) -> Tensor | None: ...
+
+    def scores(self, observed: Tensor | None, state: State) -> Tensor:
+        """float32 ``[B, 1, N]``, not negative: the higher, the more out of date."""
+        ...
+
+    def computed(self, observed: Tensor | None, state: State, index: Tensor | None) -> None:
+        """Note that the tokens ``index`` ``[B, K]`` have been computed now; all of them where it is None."""
+        ...
+
+
+class Drift:
+    """How far a token's input has moved since the token was computed: ``‖(x_i − x̂_i) R‖₂``.
+
+    ``R`` is a fixed random projection to ``DRIFT_WIDTH`` numbers, which keeps distances well enough to rank by
+    (Johnson and Lindenstrauss, 1984).
+    """
+
+    def __init__(self, width: int = DRIFT_WIDTH) -> None:
+        self.width = width
+
+    def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
+        batch, tokens, channels = shape
+        generator = torch.Generator().manual_seed(0)
+        projection = torch.randn(self.width, channels, 1, 1, generator=generator) / self.width**0.5
+        seen = torch.zeros(batch, self.width, tokens, dtype=dtype, device=device)
+        return {"projection": projection.to(device, dtype), "seen": seen}
+
+    def observe(self, x: Tensor, state: State) -> Tensor:
+        """``[B, C, h, w]`` → ``[B, width, N]``."""
+        return F.conv2d(x.to(state["projection"].dtype), state["projection"]).flatten(2)
+
+    def scores(self, observed: Tensor, state: State) -> Tensor:
+        moved = (observed - state["seen"]).float()
+        return moved.square().sum(1, keepdim=True).sqrt()
+
+    def computed(self, observed: Tensor, state: State, index: Tensor | None) -> None:
+        seen = state["seen"]
+        if index is None:
+            seen.copy_(observed)
+        else:
+            index = index[:, None].expand(-1, self.width, -1)
+            seen.scatter_(2, index, observed.gather(2, index))
+
+
+class StepsSince:
+    """In how many calls of the block, with this one, a token has not been computed."""
+
+    def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
+        return {"age": torch.zeros(shape[0], 1, shape[1], device=device)}
+
+    def observe(self, x: Tensor, state: State) -> None:
+        return None
+
+    def scores(self, observed: None, state: State) -> Tensor:
+        return state["age"] + 1
+
+    def computed(self, observed: None, state: State, index: Tensor | None) -> None:
+        age = state["age"]
+        if index is None:
+            age.zero_()
+        else:
+            age.add_(1).scatter_(2, index[:, None], 0.0)
+
+
+# By the name that atedm.apply takes.
+STALENESS: dict[str, Callable[[], Staleness]] = {"drift": Drift, "steps": StepsSince}

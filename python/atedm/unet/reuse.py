@@ -1,0 +1,163 @@
+"""What a step computes that reuses the deep features of an earlier one: the first convolution and the last layer.
+
+As for attention blocks, no forward of diffusers' is copied: each stage of the UNet gets a ``forward`` that either runs
+its own or stands in for it. In a ``reused`` step the stages below the highest resolution return tensors of the right
+shape and no meaning, which nothing reads but additions of adapters and ControlNets; the last stage then begins at its
+last layer, with what entered it in the last computed step (DeepCache, section 3.2, at its shallowest branch).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from atedm.unet.blocks import runs_its_own_forward
+from atedm.unet.calls import UNetCalls
+from atedm.unet.memory import Slot
+
+_DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D)
+
+
+def why_not_reusable(unet: UNet2DConditionModel) -> str | None:
+    """Why no step of ``unet`` can reuse features, or None where one can."""
+    for kinds, stages in ((_DOWN, unet.down_blocks), (_UP, unet.up_blocks)):
+        for stage in stages:
+            if type(stage) not in kinds:
+                return f"it has a {type(stage).__name__}; expected stages of {' or '.join(k.__name__ for k in kinds)}"
+    if len(unet.up_blocks) < 2:
+        return "it has one up stage; expected at least two"
+    if unet.up_blocks[-1].upsamplers is not None:
+        return "its last up stage has an upsampler; expected none"
+    for name, stage in stages_of(unet):
+        if not isinstance(stage.__dict__.get("forward"), UNetStage) and not runs_its_own_forward(stage):
+            return f"the forward of {name} has been replaced by another tool"
+    for n, layer in enumerate(unet.up_blocks[-1].resnets):
+        if not runs_its_own_forward(layer):
+            return f"the forward of layer {n} of the last up stage has been replaced by another tool"
+    return None
+
+
+def stages_of(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
+    """The stages that run between the first convolution and the output, each with its name."""
+    down = [(f"down_blocks.{n}", stage) for n, stage in enumerate(unet.down_blocks)]
+    middle = [] if unet.mid_block is None else [("mid_block", unet.mid_block)]
+    return down + middle + [(f"up_blocks.{n}", stage) for n, stage in enumerate(unet.up_blocks)]
+
+
+class UNetStage:
+    """The ``forward`` of a stage: its own, unless the step reuses features."""
+
+    def __init__(self, name: str, module: nn.Module, calls: UNetCalls, skip_channels: int) -> None:
+        self.name = name
+        self.module = module
+        self.calls = calls
+        self.skip_channels = skip_channels  # of the first convolution's output
+        self.forward = type(module).forward  # torch.compile cannot look it up while it traces
+        self.previous: Any = None
+
+    def install(self) -> None:
+        self.previous = self.module.__dict__.get("forward")
+        self.module.forward = self
+
+    def check_unchanged(self) -> None:
+        """Refuse what other tools have done since :func:`atedm.apply`.
+
+        Raises:
+            ValueError: features can no longer be reused.
+        """
+        parts = [(self.name, self.module.__dict__.get("forward") is self)]
+        if isinstance(self, LastStage):
+            parts += [(f"{self.name}.resnets.{n}", runs_its_own_forward(x)) for n, x in enumerate(self.module.resnets)]
+        for name, is_unchanged in parts:
+            if not is_unchanged:
+                raise ValueError(
+                    f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
+                    "undo that, or call atedm.remove first"
+                )
+
+    def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
+        """Make room in ``slot`` for what it remembers of a picture with ``sample`` ``[B, 4, h, w]``."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = self.calls.current()
+        if call.kind == "reused":
+            return self.stand_in(hidden_states)
+        return self.forward(self.module, hidden_states, *args, **kwargs)
+
+    def stand_in(self, hidden_states: Tensor) -> Any:
+        return hidden_states
+
+
+class DownStage(UNetStage):
+    """Returns what an adapter may add to in place, and a residual for each layer."""
+
+    def stand_in(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        batch, _, height, width = hidden_states.shape
+        layers = len(self.module.resnets)
+        if self.module.downsamplers is not None:
+            layers, height, width = layers + 1, -(-height // 2), -(-width // 2)
+        channels = self.module.resnets[-1].out_channels
+        return hidden_states.new_empty(batch, channels, height, width), (hidden_states.new_empty(()),) * layers
+
+
+class LastStage(UNetStage):
+    """Runs in two parts, so that what enters its last layer can be kept and taken, before FreeU changes it."""
+
+    def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
+        channels = self.module.resnets[-1].norm1.num_channels - self.skip_channels
+        shape = (sample.shape[0], channels, *sample.shape[2:])
+        slot.feature = torch.zeros(shape, dtype=dtype, device=sample.device)
+        slot.change = torch.zeros((), device=sample.device)
+
+    def __call__(
+        self, hidden_states: Tensor, res_hidden_states_tuple: tuple[Tensor, ...], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        call = self.calls.current()
+        if call.slot is None:
+            return self.forward(self.module, hidden_states, res_hidden_states_tuple, *args, **kwargs)
+        before, last = slice(None, -1), slice(-1, None)
+        # A stage takes its residuals from the end.
+        if call.kind != "reused":
+            layers, residuals = _Layers(self.module, before), res_hidden_states_tuple[1:]
+            hidden_states = self.forward(layers, hidden_states, residuals, *args, **kwargs)
+            _keep(call.slot, hidden_states.detach())
+        else:
+            hidden_states = call.slot.feature.to(hidden_states.dtype)
+            if getattr(self.module, "s1", None):  # FreeU writes into what it gets
+                hidden_states = hidden_states.clone()
+        layers, residuals = _Layers(self.module, last), res_hidden_states_tuple[:1]
+        return self.forward(layers, hidden_states, residuals, *args, **kwargs)
+
+
+def _keep(slot: Slot, feature: Tensor) -> None:
+    """Keep the feature for the steps that reuse it, and how much it has changed."""
+    now = feature.float()
+    slot.change.copy_((now - slot.feature.float()).norm() / now.norm())
+    slot.feature.copy_(feature)
+
+
+class _Layers:
+    """Stand-in for a stage with some of its layers."""
+
+    def __init__(self, stage: nn.Module, layers: slice) -> None:
+        self._stage = stage
+        self.resnets = list(stage.resnets)[layers]
+        if hasattr(stage, "attentions"):
+            self.attentions = list(stage.attentions)[layers]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stage"], name)
+
+
+def make_stages(unet: UNet2DConditionModel, calls: UNetCalls) -> list[UNetStage]:
+    """One for each stage of ``unet``."""
+    last = unet.up_blocks[-1]
+
+    def kind(module: nn.Module) -> type[UNetStage]:
+        return LastStage if module is last else DownStage if type(module) in _DOWN else UNetStage
+
+    return [kind(module)(name, module, calls, unet.conv_in.out_channels) for name, module in stages_of(unet)]

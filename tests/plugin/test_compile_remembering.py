@@ -1,0 +1,151 @@
+"""Cached updates and reused steps under torch.compile: one graph a kind, buffers that stay where they are."""
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import atedm
+from atedm.unet.attach import calls_of
+
+KINDS = ["whole", "light", "pruned", "reused", "pruned", "reused"]
+OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift", "ratio": 0.6}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def unet(make_unet):
+    return make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+
+
+def in_place(unet, backend):
+    unet.compile(fullgraph=True, backend=backend)
+    return unet
+
+
+def forward_alone(unet, backend):
+    unet.forward = torch.compile(unet.forward, fullgraph=True, backend=backend)
+    return unet
+
+
+WHOLE = {
+    "torch.compile": lambda unet, backend: torch.compile(unet, fullgraph=True, backend=backend),
+    "unet.compile": in_place,
+    "forward": forward_alone,
+}
+whole = pytest.mark.parametrize("compile_whole", WHOLE.values(), ids=WHOLE)
+
+
+def timesteps_of(steps):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+def calls(inputs, timesteps):
+    return [{**inputs, "sample": inputs["sample"] * (1 - 0.05 * n), "timestep": t} for n, t in enumerate(timesteps)]
+
+
+@torch.no_grad()
+def run(unet, inputs, timesteps=None):
+    timesteps = timesteps_of(len(KINDS)) if timesteps is None else timesteps
+    return [unet(**call).sample.clone() for call in calls(inputs, timesteps)]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@whole
+def test_a_kind_is_a_graph_and_the_next_picture_takes_no_more(unet, make_inputs, compile_whole):
+    counter = CompileCounterWithBackend("aot_eager")
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    with torch.no_grad():
+        atedm.apply(unet, **OURS)
+        expected = [run(unet, inputs) for inputs in (first, second)]
+        atedm.remove(unet)
+        compiled = compile_whole(unet, counter)
+        atedm.apply(compiled, **OURS)
+        assert_same(run(compiled, first), expected[0])
+        slot = next(iter(calls_of(unet).memory._of_graphs.values()))
+        places = [x.data_ptr() for x in slot.tensors()]
+        assert counter.frame_count == 4
+        assert_same(run(compiled, second), expected[1])
+        assert counter.frame_count == 4
+        assert places == [x.data_ptr() for x in slot.tensors()]
+
+
+def test_adaptive_steps_are_those_of_the_uncompiled_unet(unet, inputs):
+    schedule = atedm.Adaptive(tolerance=0.5, pruned_from=0.4)
+    options = {**OURS, "schedule": schedule}
+    timesteps = timesteps_of(9)
+    with torch.no_grad():
+        atedm.apply(unet, **options)
+        with atedm.record(unet, tokens=False) as eager:
+            expected = run(unet, inputs, timesteps)
+        unet.compile(fullgraph=True, backend="eager")
+        atedm.apply(unet, **options)
+        with atedm.record(unet, tokens=False) as recording:
+            assert_same(run(unet, inputs, timesteps_of(9)), expected)
+    assert recording.kinds == eager.kinds and len(set(eager.kinds)) == 3
+
+
+def test_a_second_live_picture_is_whole_and_that_is_said_once(unet, make_inputs, caplog):
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    with torch.no_grad():
+        full = run(unet, second)
+        atedm.apply(unet, **OURS)
+        expected = run(unet, first)
+        unet.compile(fullgraph=True, backend="eager")
+        atedm.apply(unet, **OURS)
+        pictures = [(first, timesteps_of(6)), (second, timesteps_of(6))]
+        found = [[], []]
+        for step in range(6):
+            for n, (inputs, timesteps) in enumerate(pictures):
+                found[n].append(unet(**calls(inputs, timesteps)[step]).sample)
+        assert_same(found[0], expected)
+        assert_same(found[1], full)
+        assert len([m for m in caplog.messages if "pictures take turns on a compiled UNet" in m]) == 1
+        # The first has come to its end, so the next one has the buffers.
+        assert_same(run(unet, first), expected)
+
+
+def test_what_is_remembered_outlives_the_memory_of_a_graph(unet, inputs):
+    """As CUDA graphs do, each graph writes over what the one before gave."""
+    given = []
+
+    def overwriting(graph, _):
+        def call(*arguments):
+            for tensor in given:
+                tensor.zero_()
+            outputs = graph(*arguments)
+            given[:] = [x for x in outputs if isinstance(x, torch.Tensor) and all(x is not a for a in arguments)]
+            return outputs
+
+        return call
+
+    with torch.no_grad():
+        atedm.apply(unet, **OURS, rank_every=2)
+        expected = run(unet, inputs)
+        unet.compile(fullgraph=True, backend=overwriting)
+        atedm.apply(unet, **OURS, rank_every=2)
+        assert_same(run(unet, inputs), expected)
+
+
+def test_compiled_layers_leave_the_memory_to_their_blocks(unet, inputs):
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        atedm.apply(unet, **OURS)
+        expected = run(unet, inputs)
+        unet.compile_repeated_blocks(fullgraph=True, backend=counter)
+        assert_same(run(unet, inputs), expected)
+        graphs = counter.frame_count
+        assert_same(run(unet, inputs), expected)
+        assert counter.frame_count == graphs

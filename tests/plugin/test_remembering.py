@@ -1,0 +1,289 @@
+"""Cached updates, staleness and reused steps, against an implementation written here to be slow and obvious."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+
+import atedm
+from atedm.policy.staleness import Drift
+
+WHOLE_WHEN_LIGHT = (
+    *("down_blocks.1.attentions.0", "down_blocks.2.attentions.0"),
+    *("up_blocks.0.attentions.2", "up_blocks.1.attentions.2"),
+)
+RATIO = 0.6
+
+
+def scheduler_of(steps, kind=EulerDiscreteScheduler):
+    scheduler = kind()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def split(x, heads):
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def page_rank(attention, tokens, iterations):
+    """``[N]`` for one picture: the heads' scores by their root mean square."""
+    q, k = split(attention.to_q(tokens), attention.heads), split(attention.to_k(tokens), attention.heads)
+    scores = []
+    for matrix in torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)[0]:
+        s = torch.full((len(matrix),), 1 / len(matrix), dtype=matrix.dtype)
+        for _ in range(iterations):
+            s = matrix.T @ s
+            s = s / s.sum()
+        scores.append(s)
+    return torch.stack(scores).square().mean(0).sqrt()
+
+
+class SlowBlock:
+    """A ``Transformer2DModel`` that keeps what it last added to each token, one row of the batch after the other."""
+
+    def __init__(self, module, ranking, staleness):
+        self.module, self.ranking, self.staleness = module, ranking, staleness
+        self.update = self.seen = self.age = None
+        self.is_whole = True
+        self.projection = Drift().start((1, 1, module.in_channels), torch.float64, "cpu")["projection"][..., 0, 0]
+
+    def whole(self, x, text):
+        return type(self.module).forward(self.module, x, encoder_hidden_states=text, return_dict=False)[0] - x
+
+    def __call__(self, x, encoder_hidden_states, **_):
+        text, batch, tokens = encoder_hidden_states, x.shape[0], x.shape[2] * x.shape[3]
+        flat = x.flatten(2).mT
+        if self.is_whole:
+            self.update, self.seen = self.whole(x, text).flatten(2).mT.clone(), flat.clone()
+            self.age = torch.zeros(batch, tokens)
+            return (x + self.update.mT.view_as(x),)
+        keep = math.floor((1 - RATIO) * tokens + 0.5)
+        for b in range(batch):
+            hidden = self.module.norm(x[b : b + 1])
+            hidden = self.module.proj_in(hidden.flatten(2).mT)
+            first, *rest = self.module.transformer_blocks
+            normed = first.norm1(hidden)
+            stale = {
+                None: lambda: torch.ones(tokens),
+                "steps": lambda: self.age[b] + 1,  # noqa: B023 (called at once)
+                "drift": lambda: ((flat[b] - self.seen[b]) @ self.projection.T).norm(dim=1),  # noqa: B023
+            }[self.staleness]()
+            scores = stale if self.ranking is None else stale * page_rank(first.attn1, normed, 5)
+            kept = sorted(sorted(range(tokens), key=lambda i: (-float(scores[i]), i))[:keep])
+            compact = (hidden + first.attn1(normed))[:, kept]
+            compact = compact + first.attn2(first.norm2(compact), encoder_hidden_states=text[b : b + 1])
+            compact = compact + first.ff(first.norm3(compact))
+            for layer in rest:
+                compact = layer(compact, encoder_hidden_states=text[b : b + 1])
+            added = self.module.proj_out(compact)
+            for slot, token in enumerate(kept):
+                self.update[b, token] = added[0, slot]
+                self.seen[b, token] = flat[b, token]
+            self.age[b] += 1
+            self.age[b, kept] = 0
+        return (x + self.update.mT.reshape(x.shape),)
+
+
+class SlowUNet:
+    """Steps of four kinds, each by hand."""
+
+    def __init__(self, unet, ranking="self", staleness="drift"):
+        self.unet, self.blocks = unet, {}
+        for name, module in unet.named_modules():
+            if type(module).__name__ == "Transformer2DModel":
+                self.blocks[name] = module.forward = SlowBlock(module, ranking, staleness)
+        self.feature = None
+
+    def remove(self):
+        for module in self.unet.modules():
+            module.__dict__.pop("forward", None)
+
+    def __call__(self, kind, inputs):
+        if kind == "reused":
+            return self.reused(**inputs)
+        for name, block in self.blocks.items():
+            block.is_whole = kind == "whole" or (kind == "light" and name in WHOLE_WHEN_LIGHT)
+        unet = self.unet
+        last, skip = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
+        hook = last.register_forward_pre_hook(lambda _, args: setattr(self, "feature", args[0][:, :-skip].clone()))
+        out = unet(**inputs).sample
+        hook.remove()
+        return out
+
+    def reused(self, sample, timestep, encoder_hidden_states, added_cond_kwargs):
+        unet = self.unet
+        embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
+        embedding = embedding + unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
+        hidden = torch.cat([self.feature, unet.conv_in(sample)], 1)
+        hidden = unet.up_blocks[-1].resnets[-1](hidden, embedding)
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
+
+
+def calls_of(inputs, timesteps):
+    """The inputs of a picture's calls, which drift from step to step, as far as the UNet's answers matter."""
+    generator = torch.Generator().manual_seed(3)
+    sample = inputs["sample"]
+    for timestep in timesteps:
+        sample = sample + 0.3 * torch.randn(sample.shape, generator=generator, dtype=torch.float64).to(sample)
+        yield {**inputs, "sample": sample, "timestep": timestep}
+
+
+def run(unet, inputs, scheduler=None):
+    scheduler = scheduler or scheduler_of(7)
+    return [unet(**call).sample for call in calls_of(inputs, scheduler.timesteps)]
+
+
+KINDS = ["whole", "pruned", "reused", "light", "pruned", "reused", "pruned"]
+POLICIES = [("self", None), ("self", "drift"), ("self", "steps"), (None, "drift"), (None, "steps")]
+CACHED = {"recovery": "cached", "ratio": RATIO, "tolerance": 0, "max_iterations": 5}
+
+
+@pytest.mark.parametrize(("ranking", "staleness"), POLICIES)
+def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, ranking, staleness):
+    unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
+    slow = SlowUNet(unet, ranking, staleness)
+    timesteps = scheduler_of(len(KINDS)).timesteps
+    expected = [slow(kind, call) for kind, call in zip(KINDS, calls_of(inputs, timesteps), strict=True)]
+    slow.remove()
+    atedm.apply(unet, schedule=KINDS, ranking=ranking, staleness=staleness, **CACHED)
+    with atedm.record(unet) as recording:
+        found = run(unet, inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert recording.kinds == KINDS == recording.schedule()
+    assert recording.memory_bytes > 0
+
+
+def test_the_first_call_is_whole_and_equals_the_full_unet_bit_for_bit(unet, inputs):
+    full = run(unet, inputs)
+    for schedule in (None, atedm.DSAP(1.0), atedm.Every(3), ["reused"]):
+        atedm.apply(unet, schedule=schedule, recovery="cached", staleness="drift")
+        found = run(unet, inputs)
+        assert torch.equal(found[0], full[0])
+        assert not torch.allclose(found[1], full[1], rtol=1e-3, atol=1e-3)
+
+
+def test_every_step_whole_is_the_full_unet(unet, inputs):
+    full = run(unet, inputs)
+    atedm.apply(unet, schedule=atedm.Adaptive(tolerance=1e-6))
+    assert atedm.pruned_blocks(unet) == []
+    assert all(torch.equal(a, b) for a, b in zip(run(unet, inputs), full, strict=True))
+
+
+def test_unpruned_tokens_are_not_remembered(unet, inputs):
+    atedm.apply(unet, schedule=atedm.Every(2), recovery="cached", staleness="drift")
+    with atedm.record(unet, tokens=False) as recording:
+        run(unet, inputs)
+    feature = 2 * 4 * inputs["sample"][0, 0].numel() * 16  # of float32: 16 channels enter the last layer
+    assert recording.memory_bytes == feature + 4
+    assert recording.kinds == ["whole", "reused"] * 3 + ["whole"]
+
+
+OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift"}
+
+
+def test_pictures_in_turn_and_second_order_steps_have_their_own_memory(unet, make_inputs):
+    inputs = [make_inputs(seed=seed) for seed in (1, 2)]
+    kinds = [EulerDiscreteScheduler, HeunDiscreteScheduler]
+    atedm.apply(unet, **OURS)
+    alone = [run(unet, inputs[n], scheduler_of(7, kinds[n])) for n in range(2)]
+    schedulers = [scheduler_of(7, kind) for kind in kinds]
+    calls = [list(calls_of(inputs[n], schedulers[n].timesteps)) for n in range(2)]
+    for step in range(13):
+        for n in range(2):
+            if step < len(calls[n]):
+                assert torch.equal(unet(**calls[n][step]).sample, alone[n][step])
+
+
+def test_tiles_and_halves_of_guidance_are_whole_and_say_so_once(unet, make_inputs, caplog):
+    inputs = [make_inputs(seed=seed, batch=1) for seed in (1, 2)]
+    full = [unet(**{**inputs[n], "timestep": t}).sample for t in scheduler_of(7).timesteps for n in range(2)]
+    atedm.apply(unet, **OURS)
+    timesteps = scheduler_of(7).timesteps
+    found = [unet(**{**inputs[n], "timestep": t}).sample for t in timesteps for n in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(found, full, strict=True))
+    assert len([m for m in caplog.messages if "every step is whole" in m]) == 1
+
+
+def test_where_the_picture_is_unknown_every_step_is_whole(unet, inputs, caplog):
+    full = unet(**{**inputs, "timestep": 500}).sample
+    atedm.apply(unet, **OURS)
+    assert all(torch.equal(unet(**{**inputs, "timestep": 500}).sample, full) for _ in range(3))
+    assert len([m for m in caplog.messages if "may belong to any picture" in m]) == 1
+
+
+def test_image_to_image_and_a_batch_that_shrinks_begin_whole(unet, make_inputs):
+    inputs = make_inputs()
+    half = {name: x[:1] if torch.is_tensor(x) else x for name, x in inputs.items()}
+    half["added_cond_kwargs"] = {name: x[:1] for name, x in inputs["added_cond_kwargs"].items()}
+    timesteps = scheduler_of(7).timesteps
+    atedm.apply(unet, **OURS)
+    with atedm.record(unet, tokens=False) as recording:
+        for n, timestep in enumerate(timesteps[2:]):
+            last = unet(**{**(inputs if n < 2 else half), "timestep": timestep}).sample
+    assert recording.kinds == ["whole", "light", "whole", "reused", "pruned"]
+    assert recording.schedule() == ["whole", "whole", *recording.kinds]
+    assert last.isfinite().all() and last.shape[0] == 1
+
+
+def test_an_interrupted_picture_leaves_nothing_to_the_next(unet, make_inputs):
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    atedm.apply(unet, **OURS)
+    expected = run(unet, second)
+    for call in list(calls_of(first, scheduler_of(7).timesteps))[:3]:
+        unet(**call)
+    hook = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unet(**{**first, "timestep": scheduler_of(7).timesteps[0]})
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(run(unet, second), expected, strict=True))
+
+
+def tensors():
+    return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
+
+
+def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet, inputs):
+    atedm.apply(unet, **OURS)
+    memory = atedm.unet.attach.calls_of(unet).memory
+    run(unet, inputs)
+    gc.collect()
+    before = tensors()
+    for _ in range(30):
+        scheduler = scheduler_of(7)
+        for call in list(calls_of(inputs, scheduler.timesteps))[:3]:  # broken off
+            unet(**call)
+        assert memory.nbytes > 0 and len(memory) <= 2
+        del call
+    unfinished = weakref.ref(memory.picture(scheduler.timesteps.untyped_storage()).slot.feature)
+    atedm.remove(unet)
+    del memory
+    gc.collect()
+    assert unfinished() is None and tensors() <= before
+
+
+def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
+    before = set(unet.state_dict())
+    atedm.apply(unet, **OURS)
+    scheduler = scheduler_of(7)
+    for call in list(calls_of(inputs, scheduler.timesteps))[:2]:
+        unet(**call)
+    assert set(unet.state_dict()) == before
+    assert len(atedm.unet.attach.calls_of(copy.deepcopy(unet)).memory) == 0
+
+
+def test_training_modes_do_not_reach_the_memory(unet, inputs):
+    unet.requires_grad_(True)
+    atedm.apply(unet, **OURS)
+    with torch.enable_grad():
+        run(unet, inputs)
+    scheduler = scheduler_of(7)
+    calls = list(calls_of(inputs, scheduler.timesteps))
+    with torch.inference_mode():
+        first = unet(**calls[0]).sample
+    with torch.no_grad():
+        assert unet(**calls[1]).sample.isfinite().all() and first.isfinite().all()
