@@ -52,8 +52,10 @@ def test_before_and_after_apply_are_the_same(pipe, base, weights):
 
 def test_fused(pipe, weights):
     pipe.load_lora_weights(weights)
-    full, pruned, _ = check(pipe)
-    with atedm.applied(pipe, ratio=0.25):
+    full, _, _ = check(pipe)
+    # Fused weights are rounded otherwise, and rounding may decide which of two tokens is copied: so nothing is.
+    with atedm.applied(pipe, ratio=0.25, recovery="zeros"):
+        pruned = latents(pipe)
         pipe.fuse_lora()
         torch.testing.assert_close(latents(pipe), pruned, rtol=1e-3, atol=1e-3)
         pipe.unfuse_lora()

@@ -341,7 +341,7 @@ def record(pipe: object, *, tokens: bool = True) -> Iterator[Recording]:
         raise ValueError("pipe is not pruned; expected one that atedm.apply has been called on")
     pruned = set(pruned_blocks(pipe))
     blocks = [(block.name, block.level, block.name in pruned) for block in attention_blocks(unet)]
-    recording = Recording(blocks, tokens)
+    recording = Recording(blocks, tokens=tokens)
     recordings = calls.recordings
     recordings.append(recording)
     try:

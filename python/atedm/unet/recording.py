@@ -54,11 +54,11 @@ class Recording:
     """
 
     blocks: list[tuple[str, int, bool]] = field(default_factory=list)
-    tokens: bool = True
     ranked: list[Ranked] = field(default_factory=list)
     calls: list[int | None] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     memory_bytes: int = 0
+    tokens: bool = True
     _total: int | None = None
 
     def note(self, step: int | None, total: int | None, kind: str, memory_bytes: int) -> None:
