@@ -221,3 +221,19 @@ def test_errors_name_the_option(arguments, option):
     run = _run(*arguments)
     assert run.exit_code == 2
     assert option in run.output
+
+
+def test_steps_of_four_kinds(sdxl, small):
+    options = atedm.Options(recovery="cached", staleness="drift", ranking=None, schedule=atedm.Every(2, "pruned"))
+    assert sdxl.of_kind(options, "reused").unet / sdxl.full().unet == pytest.approx(0.014, abs=1e-3)
+    assert small.of_kind(options, "whole") == small.full()
+    by_rank = atedm.Options(recovery="cached", staleness="drift")
+    alone, ranked = (small.of_kind(each, "pruned") for each in (options, by_rank))
+    assert alone.unet < ranked.unet < small.full().unet and alone.scoring == 0 < ranked.scoring
+    assert small.of_kind(options, "light").unet > alone.unet
+    kinds = options.kinds_of(5)
+    assert kinds == ["whole", "reused", "pruned", "reused", "pruned"]
+    total = sum(small.of_kind(options, kind).unet for kind in kinds)
+    assert small.mean(options, kinds).unet == round(total / 5)
+    with pytest.raises(ValueError, match="which chooses as it runs; expected a fixed one"):
+        small.average(0.5, steps=5, schedule=atedm.Adaptive())

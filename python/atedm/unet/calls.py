@@ -252,7 +252,7 @@ class UNetCalls:
 
     def _make_slot(self, key: tuple[Any, ...], sample: Tensor) -> Slot:
         slot, device = Slot(key), sample.device
-        is_cast = torch.is_autocast_enabled(device.type)
+        is_cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_cast else sample.dtype
         # Ordinary tensors, which may be written in any mode.
         with torch.inference_mode(False):
