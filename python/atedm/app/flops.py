@@ -18,14 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import atedm
 from atedm.app.models import meta_unet, unet_inputs
 from atedm.policy.options import Options
-from atedm.policy.schedule import DSAP, Schedule
+from atedm.policy.schedule import DSAP
 from atedm.policy.selection import kept_tokens
 from atedm.unet.attach import calls_of
 from atedm.unet.blocks import AttentionBlock, attention_blocks
 from atedm.unet.reuse import stages_of
 from atedm_kernels.registry import OPS
-
-_DSAP = DSAP()
 
 # What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
 MAX_RATIO = 0.999
@@ -216,25 +214,14 @@ class UNetFlops:
         key = (*self._kind(block), kept, *how)
         return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 
-    def average(
-        self,
-        ratio: float | Mapping[int, float],
-        *,
-        steps: int,
-        kinds: Sequence[str] | None = None,
-        schedule: Schedule | None = _DSAP,
-        **settings: Any,
-    ) -> Flops:
-        """Mean FLOPs of a call over a run of ``steps`` steps with ``schedule`` (default: the paper's DSAP).
-
-        Args:
-            kinds: of the steps, where the schedule chose them as it ran.
+    def average(self, ratio: float | Mapping[int, float], *, steps: int, **settings: Any) -> Flops:
+        """Mean FLOPs of a call over a run of ``steps`` steps pruned with ``ratio`` and ``settings``.
 
         Raises:
-            ValueError: ``schedule`` chooses as it runs, and ``kinds`` are not given.
+            ValueError: the schedule chooses as it runs; see :meth:`mean`.
         """
-        options = Options(ratio=ratio, schedule=schedule, **settings)
-        return self.mean(options, options.kinds_of(steps) if kinds is None else kinds)
+        options = Options(ratio=ratio, **settings)
+        return self.mean(options, options.kinds_of(steps))
 
     def mean(self, options: Options, kinds: Sequence[str]) -> Flops:
         """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``."""

@@ -104,8 +104,9 @@ class PrunedBlock:
         call = self.calls.current()
         memory = self.memory_of(call, hidden_states)
         is_whole = call.kind in ("whole", "reused") or (call.kind == "light" and self.whole_when_light)
-        if keep == height * width or (is_whole or memory is None if self.remembers else is_whole):
-            if not self.remembers or memory is None:
+        has_no_memory = self.remembers and memory is None
+        if keep == height * width or is_whole or has_no_memory:
+            if has_no_memory or not self.remembers:
                 return self.forward(self.module, hidden_states, *args, **kwargs)
             stand_in = RememberingTransformer(self, memory)
         else:

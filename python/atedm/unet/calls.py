@@ -73,6 +73,8 @@ class UNetCalls:
         # Decided once: an attribute is what a compiled graph can be guarded by.
         self.is_constant = options.is_constant
         self._differ = options.why_not_constant()
+        # What a call does of which nothing can be remembered.
+        self._instead = "every step is whole" if options.remembers else "tokens are chosen in every call"
         self._forced: Call | None = None
         self.begin(scheduler)
         # What `follow` did: hooks of the UNet itself, which a copy of it has too, and how to undo the rest.
@@ -83,16 +85,20 @@ class UNetCalls:
     def begin(self, scheduler: object | None) -> None:
         """As it is before the first call."""
         self.scheduler = scheduler
-        self.graph = Call(kind=self.options.constant_kind or "pruned")
+        self.graph = self._untold()
         self.is_told = False
         self._outside = Call()  # the call that was told from outside
         self.memory = Memory()
         self.recordings: list[Recording] = []
         self._said: set[str] = set()
 
+    def _untold(self) -> Call:
+        """What a graph reads before any call was told to it."""
+        return Call(kind=self.options.constant_kind or "pruned")
+
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""
-        own = {"graph": Call(kind=self.options.constant_kind or "pruned"), "_outside": Call(), "is_told": False}
+        own = {"graph": self._untold(), "_outside": Call(), "is_told": False}
         return {**self.__dict__, "_undo": [], "target": None, "recordings": [], **own}
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
@@ -147,7 +153,7 @@ class UNetCalls:
         # A compiled UNet that runs uncompiled, to be recorded, has been followed outside already.
         call = self._outside if self.is_told else self._call(args, kwargs, in_graph=False)
         self.is_told = False
-        self.check_unchanged(args, kwargs)
+        self.check_unchanged()
         self._note(call)
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
         # For parts of the UNet that are compiled. A choice that is not their own they cannot see, so they choose.
@@ -213,13 +219,12 @@ class UNetCalls:
 
     def _picture(self, step: Step) -> Picture | None:
         """The picture of a call; None, said once, where it cannot be told."""
-        instead = "every step is whole" if self.options.remembers else "tokens are chosen in every call"
         if step.picture is None:
             self.say_once(
                 "picture",
                 "%s: the timestep is no element of a scheduler's timesteps, so a call may belong to any picture; %s",
                 self._differ,
-                instead,
+                self._instead,
             )
             return None
         picture = self.memory.picture(step.picture)
@@ -229,7 +234,7 @@ class UNetCalls:
                 "shared",
                 "%s: several contents have the same timesteps, so what is remembered may be another's; %s",
                 self._differ,
-                instead,
+                self._instead,
             )
             return None
         return picture
@@ -246,7 +251,7 @@ class UNetCalls:
                 "turns",
                 "%s: pictures take turns on a compiled UNet, which remembers one; %s of the others",
                 self._differ,
-                "every step is whole" if self.options.remembers else "tokens are chosen in every call",
+                self._instead,
             )
         return slot
 
@@ -272,7 +277,7 @@ class UNetCalls:
             raise ValueError(f"timestep has no value (a meta tensor?); expected one with schedule={steps!r}")
         return steps.kind_at(value)
 
-    def check_unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_unchanged(self) -> None:
         """Refuse what other tools have done to the stages since :func:`atedm.apply`, which refuses it too."""
         for stage in self.stages:
             stage.check_unchanged()
@@ -326,7 +331,7 @@ class UNetCalls:
             self.is_told = not self.is_constant
             if not any(each.tokens for each in self.recordings):  # else the UNet runs uncompiled, and notes it there
                 self._note(call)
-        self.check_unchanged(args, kwargs)
+        self.check_unchanged()
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         for block in self.blocks:  # a graph warns of nothing, and looks at no module
             size = feature_map_size(block.level, height, width)
