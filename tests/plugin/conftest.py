@@ -1,4 +1,4 @@
-"""A UNet with SDXL's structure in small, and inputs for it."""
+"""A UNet with SDXL's structure in small, and inputs for it; ways to compile it whole."""
 
 import pytest
 import torch
@@ -31,6 +31,22 @@ def build_unet(dtype=torch.float32, seed=0, **overrides):
     return unet.to(dtype).requires_grad_(False)
 
 
+@pytest.fixture(params=["torch.compile", "unet.compile", "unet.forward"])
+def compile_whole(request):
+    """Each way to compile a UNet whole: ``compile_whole(unet, backend)`` returns what is called."""
+
+    def compile_(unet, backend):
+        if request.param == "torch.compile":
+            return torch.compile(unet, fullgraph=True, backend=backend)
+        if request.param == "unet.compile":
+            unet.compile(fullgraph=True, backend=backend)
+        else:
+            unet.forward = torch.compile(unet.forward, fullgraph=True, backend=backend)
+        return unet
+
+    return compile_
+
+
 def build_inputs(dtype=torch.float32, batch=2, height=16, width=24, timestep=500, seed=1):
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,6 +74,26 @@ def make_inputs():
 @pytest.fixture
 def unet():
     return build_unet()
+
+
+@pytest.fixture
+def unet_to_compile():
+    """Two levels: every kind of block, layer and stage that there is, compiled in half the time."""
+    return build_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(1, 2),
+        layers_per_block=1,
+    )
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -94,16 +94,53 @@ def test_a_change_is_refused_in_either_order(unet, inputs, change):
         atedm.apply(unet, schedule=None)
 
 
-@pytest.mark.parametrize("change", ["forward of a later attention", "processor of a cross-attention", "tomesd"])
-def test_a_compiled_unet_refuses_it_too(make_unet, inputs, change):
-    torch._dynamo.reset()
-    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
-    unet.compile(backend="eager")
+def compile_forward(unet):
+    unet.forward = torch.compile(unet.forward, backend="eager")
+
+
+COMPILED = {
+    "UNet": lambda unet: unet.compile(backend="eager"),
+    "forward": compile_forward,
+    "stages": lambda unet: [stage.compile(backend="eager") for stage in (*unet.down_blocks, unet.mid_block)],
+    "blocks": lambda unet: [unet.get_submodule(name).compile(backend="eager") for name in atedm.pruned_blocks(unet)],
+    "layers": lambda unet: unet.compile_repeated_blocks(backend="eager"),
+}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "change"),
+    [
+        *[("UNet", name) for name in ("forward of a later attention", "processor of a cross-attention", "tomesd")],
+        *[(part, "processor of a cross-attention") for part in COMPILED if part != "UNet"],
+    ],
+)
+def test_a_compiled_unet_refuses_it_too(unet_to_compile, fresh_compiler, inputs, compiled, change):
+    unet = unet_to_compile
+    if compiled == "UNet":
+        COMPILED[compiled](unet)
     atedm.apply(unet, schedule=None)
+    if compiled != "UNet":
+        COMPILED[compiled](unet)
     unet(**inputs)
     CHANGES[change](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
         unet(**inputs)
+
+
+def test_cleared_hooks_are_said_and_apply_and_remove_still_work(unet, inputs):
+    full = unet(**inputs).sample
+    for options in ({}, {"schedule": None}, {"schedule": ["whole", "reused"], "ratio": 0}):
+        atedm.apply(unet, **options)
+        unet._forward_pre_hooks.clear()
+        with pytest.raises(RuntimeError, match=r"the forward hooks that atedm\.apply put on the UNet are gone"):
+            unet(**inputs)
+    atedm.apply(unet)
+    assert not torch.equal(unet(**inputs).sample, full)
+    unet._forward_pre_hooks.clear()
+    unet._forward_hooks.clear()
+    atedm.remove(unet)
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+    assert torch.equal(unet(**inputs).sample, full)
 
 
 def test_hooks_of_accelerate_are_no_change(unet, inputs):
@@ -153,8 +190,8 @@ class Traced(nn.Module):
         return self.unet(sample, timestep, text, added_cond_kwargs=self.conditions, return_dict=False)[0]
 
 
-def test_exporting_keeps_one_call_too(make_unet, inputs):
-    unet = make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+def test_exporting_keeps_one_call_too(unet_to_compile, inputs):
+    unet = unet_to_compile
     arguments = ({**inputs, "timestep": torch.tensor(500.0)},)
     atedm.apply(unet)
     with pytest.raises(Exception, match=r"torch\.export keeps what one call does"):

@@ -9,15 +9,11 @@ from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
+from atedm.unet.graphs import graphs_per_size
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 NOISE, ALMOST_DONE = 999, 1  # timesteps in DSAP's light phase and after it
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -26,21 +22,12 @@ def counter():
 
 
 @pytest.fixture
-def unet(make_unet):
-    """One block per stage, and two layers at level 3: every kind of block and layer that there is, compiled quickly."""
-    return make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
+def unet(unet_to_compile):
+    return unet_to_compile
 
 
-def in_place(unet, backend):
-    unet.compile(fullgraph=True, backend=backend)
-    return unet
-
-
-WHOLE = {
-    "torch.compile": lambda unet, backend: torch.compile(unet, fullgraph=True, backend=backend),
-    "unet.compile": in_place,
-}
-whole = pytest.mark.parametrize("compile_whole", WHOLE.values(), ids=WHOLE)
+# Where it matters to atedm which of them it is; "unet.forward" is tested with what is remembered.
+ways = pytest.mark.parametrize("compile_whole", ["torch.compile", "unet.compile"], indirect=True)
 
 
 def at(inputs, timestep):
@@ -55,15 +42,14 @@ BY_KEYS = {"ranking": "keys", "recovery": "keys", "grid": 2}
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "paper"}, BY_KEYS], ids=["early", "paper", "keys"])
-@whole
-def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options, compile_whole):
+def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options):
     counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
     atedm.apply(unet, schedule=None, **options)
     expected = unet(**inputs).sample
-    compiled = compile_whole(unet, counter)
+    unet.compile(fullgraph=True, backend=counter)
     for timestep in (NOISE, 600, ALMOST_DONE):
-        compiled(**at(inputs, timestep))
-    assert_same(compiled(**at(inputs, inputs["timestep"])).sample, expected)
+        unet(**at(inputs, timestep))
+    assert_same(unet(**at(inputs, inputs["timestep"])).sample, expected)
     assert counter.frame_count == 1
 
 
@@ -73,7 +59,7 @@ def test_a_constant_light_phase_is_compiled_as_such(unet, inputs, counter):
     assert_same(compiled, unet(**inputs).sample)
 
 
-@whole
+@ways
 def test_a_schedule_takes_two_graphs_a_size(unet, inputs, make_inputs, counter, compile_whole):
     atedm.apply(unet)
     sizes = [inputs, make_inputs(height=24, width=16)]
@@ -113,7 +99,7 @@ def test_regions_through_inductor(unet, inputs):
         assert_same(unet(**inputs).sample, expected)
 
 
-@whole
+@ways
 def test_a_unet_compiled_after_apply_says_what_to_do(unet, inputs, counter, compile_whole):
     atedm.apply(unet)
     compiled = compile_whole(unet, counter)
@@ -135,7 +121,7 @@ def test_compiling_again_in_place_is_noticed(unet, inputs, counter):
         unet(**at(inputs, NOISE))
 
 
-@whole
+@ways
 def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, compile_whole):
     full = unet(**inputs).sample
     compiled = compile_whole(unet, counter)
@@ -149,11 +135,11 @@ def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, co
     assert_same(compiled(**inputs).sample, full)
 
 
-@whole
+@ways
 def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, compile_whole):
     full = unet(**inputs).sample
     compiled = compile_whole(unet, counter)
-    twice = [{"ratio": 0.5}, {"ratio": {3: 0.5}, "schedule": None}]
+    twice = [{"ratio": 0.5}, {"ratio": {2: 0.6}, "schedule": None}]
     expected = []
     for cycle in range(10):  # more than torch makes graphs of one function before it gives up
         assert_same(compiled(**inputs).sample, full)
@@ -169,18 +155,48 @@ def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, comp
     assert counter.frame_count == graphs == 4
 
 
-@whole
-def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, compile_whole, caplog):
-    compiled = compile_whole(unet, counter)
-    atedm.apply(compiled, keep_multiple=4096)
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"schedule": None}, 1),
+        ({"schedule": atedm.DSAP(1.0)}, 1),
+        ({}, 2),
+        ({"rank_every": 2}, 4),
+        ({"schedule": ["whole", "light", "pruned", "reused"]}, 4),
+        ({"schedule": None, "recovery": "cached"}, 2),
+    ],
+)
+def test_graphs_are_counted_as_torch_makes_them(unet, inputs, counter, options, graphs):
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, **options)
+    for t in steps_of(NOISE, 990, 400, 300, 200, 100):
+        unet(**{**inputs, "timestep": t})
+    assert graphs_per_size(atedm.Options(**options)) == counter.frame_count == graphs
+
+
+def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet, counter, caplog):
+    atedm.apply(unet, ratio=0.1)
+    for n in range(10):
+        atedm.apply(unet, ratio=0.05 * n)  # not compiled: there are no graphs
+    unet.compile(fullgraph=True, backend=counter)
+    for n in (1, 2, 3, 1, 2, 3):
+        atedm.apply(unet, ratio=0.1 * n)
+    assert not caplog.messages
+    atedm.apply(unet, ratio=0.5)
+    assert len(caplog.messages) == 1 and "takes up to 9 graphs" in caplog.messages[0]
+    assert "recompile_limit to at least 9" in caplog.messages[0]
+
+
+def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, caplog):
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, keep_multiple=4096)
     for timestep in (NOISE, ALMOST_DONE):
-        compiled(**at(inputs, timestep))
+        unet(**at(inputs, timestep))
     assert len([message for message in caplog.messages if "nothing is pruned there" in message]) == 1
 
 
-@whole
-def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, compile_whole):
-    compiled = compile_whole(unet, counter)
+def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter):
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
     atedm.apply(compiled)
     compiled(**at(inputs, NOISE))
     with atedm.record(compiled) as recording:
@@ -191,15 +207,14 @@ def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, c
     assert [ranked.block for ranked in recording.ranked if ranked.call == 1] == blocks
 
 
-@whole
-def test_a_recording_of_a_compiled_unet_chooses_as_often(unet, inputs, counter, compile_whole):
-    compiled = compile_whole(unet, counter)
+def test_a_recording_of_a_compiled_unet_chooses_as_often(unet, inputs, counter):
+    unet.compile(fullgraph=True, backend=counter)
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(6)
-    atedm.apply(compiled, scheduler=scheduler, schedule=None, rank_every=3)
-    with atedm.record(compiled) as recording:
+    atedm.apply(unet, scheduler=scheduler, schedule=None, rank_every=3)
+    with atedm.record(unet) as recording:
         for timestep in scheduler.timesteps:
-            compiled(**{**inputs, "timestep": timestep})
+            unet(**{**inputs, "timestep": timestep})
     assert recording.calls == list(range(6))
     assert {ranked.step for ranked in recording.ranked if ranked.iterations is not None} == {0, 3}
 
@@ -265,22 +280,19 @@ def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inp
     assert any(torch.allclose(got, right, rtol=1e-4, atol=1e-4) for right in (expected, fresh))
 
 
-@whole
-def test_of_two_pictures_in_turn_on_a_compiled_unet_the_second_chooses_in_every_call(
-    unet, inputs, counter, compile_whole
-):
+def test_of_two_pictures_in_turn_on_a_compiled_unet_the_second_chooses_in_every_call(unet, inputs, counter):
     values = (NOISE, 950, 900, 850)
     mirrored = {**inputs, "sample": -inputs["sample"]}
     atedm.apply(unet, schedule=None)
     always = [unet(**at(mirrored, value)).sample for value in values]
     atedm.apply(unet, schedule=None, rank_every=4)
     once = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
-    compiled = compile_whole(unet, counter)
-    atedm.apply(compiled, schedule=None, rank_every=4)
+    unet.compile(fullgraph=True, backend=counter)
+    atedm.apply(unet, schedule=None, rank_every=4)
     first, second = steps_of(*values), steps_of(*values)
     for step in range(len(values)):
-        assert_same(compiled(**{**inputs, "timestep": first[step]}).sample, once[step])
-        assert_same(compiled(**{**mirrored, "timestep": second[step]}).sample, always[step])
+        assert_same(unet(**{**inputs, "timestep": first[step]}).sample, once[step])
+        assert_same(unet(**{**mirrored, "timestep": second[step]}).sample, always[step])
 
 
 @pytest.fixture
@@ -301,12 +313,11 @@ def overwriting():
     return backend
 
 
-@whole
-def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, inputs, overwriting, compile_whole):
+def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, inputs, overwriting):
     atedm.apply(unet, schedule=None, rank_every=3)
     values = (NOISE, 950, 900, 850, 400)
     expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
-    compiled = compile_whole(unet, overwriting)
+    compiled = torch.compile(unet, fullgraph=True, backend=overwriting)
     atedm.apply(compiled, schedule=None, rank_every=3)
     for t, sample in zip(steps_of(*values), expected, strict=True):
         assert_same(compiled(**{**inputs, "timestep": t}).sample, sample)

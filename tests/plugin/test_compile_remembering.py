@@ -12,34 +12,12 @@ KINDS = ["whole", "light", "pruned", "reused", "pruned", "reused"]
 OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift", "ratio": 0.6}
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture
-def unet(make_unet):
-    return make_unet(layers_per_block=1, transformer_layers_per_block=(1, 1, 2))
-
-
-def in_place(unet, backend):
-    unet.compile(fullgraph=True, backend=backend)
-    return unet
-
-
-def forward_alone(unet, backend):
-    unet.forward = torch.compile(unet.forward, fullgraph=True, backend=backend)
-    return unet
-
-
-WHOLE = {
-    "torch.compile": lambda unet, backend: torch.compile(unet, fullgraph=True, backend=backend),
-    "unet.compile": in_place,
-    "forward": forward_alone,
-}
-whole = pytest.mark.parametrize("compile_whole", WHOLE.values(), ids=WHOLE)
+def unet(unet_to_compile):
+    return unet_to_compile
 
 
 def timesteps_of(steps):
@@ -63,7 +41,6 @@ def assert_same(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@whole
 def test_a_kind_is_a_graph_and_the_next_picture_takes_no_more(unet, make_inputs, compile_whole):
     counter = CompileCounterWithBackend("aot_eager")
     first, second = make_inputs(seed=1), make_inputs(seed=2)

@@ -166,7 +166,7 @@ class UNetFlops:
         for block in blocks:
             found -= self._block(block)
         sample = self._inputs[0][0]
-        with atedm.applied(self.unet, options), calls_of(self.unet).all_of_kind(kind, sample):
+        with atedm.applied(self.unet, options), calls_of(self.unet).planner.all_of_kind(kind, sample):
             for block in blocks:
                 found += self._block(block, options)
         plain = replace(options, ranking="self", recovery="cached" if options.recovery == "cached" else "similarity")

@@ -18,6 +18,7 @@ from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
 from atedm.unet.blocks import AttentionBlock, attention_blocks, why_not_prunable
 from atedm.unet.calls import UNetCalls
+from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
 from atedm.unet.reuse import UNetStage, make_stages, why_not_reusable
 
@@ -49,7 +50,14 @@ def _unet_of(target: object) -> UNet2DConditionModel:
 
 def calls_of(unet: nn.Module) -> UNetCalls | None:
     """The hook that holds all there is to know about what is applied; None where nothing is."""
-    return next((hook for hook in unet._forward_pre_hooks.values() if isinstance(hook, UNetCalls)), None)
+    for hook in unet._forward_pre_hooks.values():
+        if isinstance(hook, UNetCalls):
+            return hook
+    for module in unet.modules():  # its hooks may have been cleared
+        part = module.__dict__.get("forward")
+        if isinstance(part, (PrunedBlock, UNetStage)) and not part.calls.is_followed:
+            return part.calls
+    return None
 
 
 def _uninstall(unet: nn.Module) -> UNetCalls | None:
@@ -89,6 +97,8 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     for part in (*calls.blocks, *calls.stages):
         part.install()
     calls.follow(target, unet)
+    if is_compiled(target, unet):
+        count_graphs(unet, calls)
 
 
 def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:

@@ -15,9 +15,11 @@ from atedm.policy.ranking import make_ranking
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.selection import kept_tokens
 from atedm.policy.staleness import STALENESS
-from atedm.unet.blocks import feature_map_size, why_hooked, why_not_plain, why_not_tokenwise
-from atedm.unet.calls import Call, UNetCalls
+from atedm.unet.blocks import feature_map_size
+from atedm.unet.calls import UNetCalls
+from atedm.unet.choosing import TokenChoice
 from atedm.unet.memory import BlockMemory, Slot
+from atedm.unet.planner import Call
 from atedm.unet.stand_ins import CompactTransformer, RememberingTransformer
 
 
@@ -50,17 +52,6 @@ class PrunedBlock:
     def install(self) -> None:
         self.previous = self.module.__dict__.get("forward")
         self.module.forward = self
-
-    def check_unchanged(self) -> None:
-        """Refuse what other tools have done to the module since :func:`atedm.apply`, which refuses it too.
-
-        Raises:
-            ValueError: the block can no longer be pruned.
-        """
-        first = self.module.transformer_blocks[0]
-        reason = why_not_tokenwise(self.module) or why_hooked(first) or why_not_plain(first.attn1)
-        if reason is not None:
-            raise ValueError(f"{self.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
     def count_kept(self, height: int, width: int) -> int:
         """How many tokens of a feature map are kept; a warning, once, where all are."""
@@ -105,6 +96,7 @@ class PrunedBlock:
         memory = self.memory_of(call, hidden_states)
         is_whole = call.kind in ("whole", "reused") or (call.kind == "light" and self.whole_when_light)
         has_no_memory = self.remembers and memory is None
+        choice = None
         if keep == height * width or is_whole or has_no_memory:
             if has_no_memory or not self.remembers:
                 return self.forward(self.module, hidden_states, *args, **kwargs)
@@ -117,11 +109,15 @@ class PrunedBlock:
                     "or torch.inference_mode(), or atedm.remove before training",
                     self.name,
                 )
-            stand_in = CompactTransformer(self, call, memory, keep, hidden_states)
+            # Masks for all tokens would not fit the kept ones. diffusers passes them by name.
+            has_masks = bool(args) or "ip_adapter_masks" in (kwargs.get("cross_attention_kwargs") or ())
+            choice = TokenChoice(self, call, memory, keep, hidden_states)
+            stand_in = CompactTransformer(self, choice, memory, has_masks)
         output = self.forward(stand_in, hidden_states, *args, **kwargs)
         if self.staleness is not None:
-            observed = stand_in.observed
-            if observed is None:
-                observed = self.staleness.observe(hidden_states.detach(), memory.staleness)
-            self.staleness.computed(observed, memory.staleness, stand_in.index)
+            if choice is None:
+                observed, index = self.staleness.observe(hidden_states.detach(), memory.staleness), None
+            else:
+                observed, index = choice.observed, choice.index
+            self.staleness.computed(observed, memory.staleness, index)
         return output

@@ -110,20 +110,21 @@ def _runs_its_own_forward_or_accelerates(module: nn.Module) -> bool:
     return getattr(outer, "__module__", None) == "accelerate.hooks" and runs_its_own_forward(module, "_old_forward")
 
 
+# The parts of a layer that a tool may replace.
+PARTS = ("attn1", "attn2", "ff")
+
+
 def parts_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A layer and its parts that a tool may replace, each with its name."""
     yield "", layer
-    for name in ("attn1", "attn2", "ff"):
+    for name in PARTS:
         part = getattr(layer, name, None)
         if part is not None:
             yield f".{name}", part
 
 
 def why_not_tokenwise(module: nn.Module) -> str | None:
-    """Why the layers of an attention block must not run on some of the tokens, or None where they may.
-
-    Cheap enough for every call: other tools change modules after :func:`atedm.apply`.
-    """
+    """Why the layers of an attention block must not run on some of the tokens, or None where they may."""
     for i, layer in enumerate(module.transformer_blocks):
         # tomesd exchanges the class for one of its own, which takes the tokens for a whole grid.
         if getattr(type(layer), "forward", None) is not BasicTransformerBlock.forward:

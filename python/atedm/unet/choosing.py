@@ -1,0 +1,105 @@
+"""Which tokens a block keeps in one call: scores by its ranking and staleness, and the choice of the highest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import atedm_kernels as kernels
+from atedm.policy.attention_map import AttentionMap
+from atedm.policy.selection import grid_first
+from atedm.unet.memory import BlockMemory
+from atedm.unet.planner import Call
+from atedm.unet.recording import Ranked
+from atedm_kernels.ops.select_tokens import join_heads
+
+if TYPE_CHECKING:
+    from atedm.unet.block import PrunedBlock
+
+
+class TokenChoice:
+    """The tokens that ``block`` keeps of the feature map ``hidden_states`` ``[B, C, h, w]`` in one call.
+
+    Attributes:
+        size: ``(h, w)``. keep: how many tokens are kept, K.
+        index: int64 ``[B, K]``, ascending, once they are chosen.
+        observed: what the block's staleness has seen of the feature map; None without one.
+    """
+
+    def __init__(
+        self, block: PrunedBlock, call: Call, memory: BlockMemory | None, keep: int, hidden_states: Tensor
+    ) -> None:
+        self._block = block
+        self._call = call
+        self._memory = memory
+        self.keep = keep
+        self.size = tuple(hidden_states.shape[-2:])
+        self.index: Tensor | None = None
+        self.observed: Tensor | None = None
+        if block.staleness is not None:
+            self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
+
+    def choose(self, attention: Callable[[], AttentionMap] | None) -> None:
+        """Choose the kept tokens, or keep an earlier choice.
+
+        Args:
+            attention: makes the map that the ranking reads; None without a ranking.
+        """
+        memory, iterations = self._memory, None
+        if self._is_chosen_before():
+            self.index, scores = memory.index, memory.scores
+        else:
+            scores, iterations = self._scores(attention)
+            self.index = self._select(scores)
+            if memory is not None and memory.index is not None:
+                memory.index.copy_(self.index)
+                picture = self._call.picture
+                if not torch.compiler.is_compiling() and picture is not None:
+                    memory.scores, memory.choice = scores, picture.chosen
+        if self._call.recordings:
+            self._record(scores, iterations)
+
+    def _is_chosen_before(self) -> bool:
+        memory, call = self._memory, self._call
+        if call.ranks or memory is None or memory.index is None:
+            return False
+        # A block may have been skipped when the choice was due. In a graph none is.
+        return torch.compiler.is_compiling() or memory.choice == call.picture.chosen
+
+    def _scores(self, attention: Callable[[], AttentionMap] | None) -> tuple[Tensor, Tensor | None]:
+        """Scores ``[B, H, N]``, and the iterations of a ranking that iterates."""
+        block, scores, iterations = self._block, None, None
+        if attention is not None:
+            scores, iterations = block.ranking.scores(attention())
+        if block.staleness is not None:
+            stale = block.staleness.scores(self.observed, self._memory.staleness)
+            scores = stale if scores is None else scores * stale
+        return scores, iterations
+
+    def _select(self, scores: Tensor) -> Tensor:
+        options = self._block.calls.options
+        if options.grid is not None:
+            scores = grid_first(scores, *self.size, options.grid, self.keep)
+        if torch.compiler.is_compiling():
+            return kernels.select_tokens(scores, self.keep, reduction=options.reduction)
+        try:
+            return kernels.select_tokens(scores, self.keep, reduction=options.reduction)
+        except ValueError as error:
+            pictures = scores.isnan().any(dim=2).any(dim=1).nonzero().flatten().tolist()
+            if not pictures:
+                raise
+            step = "an unknown step" if self._call.step is None else f"step {self._call.step}"
+            raise ValueError(
+                f"{self._block.name} ranks NaN in row {', '.join(map(str, pictures))} of the batch, at {step}; "
+                "expected numbers: look at the latent and the prompt of that picture, and at the dtype"
+            ) from error
+
+    def _record(self, scores: Tensor, iterations: Tensor | None) -> None:
+        scores = join_heads(scores.cpu(), self._block.calls.options.reduction).float()
+        index, iterations = self.index.cpu().clone(), None if iterations is None else iterations.cpu()
+        for recording, number in self._call.recordings:
+            place = (number, self._call.step, self._block.name, self._block.level, *self.size)
+            recording.ranked.append(Ranked(*place, scores, index, iterations))

@@ -1,0 +1,92 @@
+"""UNets that ``torch.compile`` has made graphs of: following their calls from outside, and torch's limit of graphs."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from atedm.policy.options import Options
+
+if TYPE_CHECKING:
+    from atedm.unet.calls import UNetCalls
+
+logger = logging.getLogger("atedm")
+
+# The settings whose graphs were counted for each UNet, and their sum.
+_counted: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakSet[UNetCalls], int]] = weakref.WeakKeyDictionary()
+
+
+def graphs_per_size(options: Options) -> int:
+    """How many graphs of a whole UNet ``options`` take for one image size: one for each kind of call."""
+    if options.is_constant:
+        return 1
+    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
+    chosen = len(kinds & {"light", "pruned"}) if options.rank_every > 1 else 0  # with a choice, and with an earlier one
+    return len(kinds) + chosen
+
+
+def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
+    """Whether ``target`` runs ``unet`` as a graph: by ``torch.compile`` or ``unet.compile()``, or its forward."""
+    own = unet.__dict__.get("forward")
+    return target is not unet or unet._compiled_call_impl is not None or hasattr(own, "_torchdynamo_orig_callable")
+
+
+def around_graph(
+    target: nn.Module,
+    unet: nn.Module,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[], None],
+) -> list[Callable[[], None]]:
+    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
+
+    Args:
+        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
+    """
+    undo: list[Callable[[], None]] = []
+    if target is not unet:
+        hooks = (
+            target.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True),
+            target.register_forward_hook(lambda module, args, output: after()),
+        )
+        undo += [hook.remove for hook in hooks]
+    compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
+    if compiled is not None:
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            before(args, kwargs)
+            output = compiled(*args, **kwargs)
+            after()
+            return output
+
+        def restore() -> None:
+            if unet._compiled_call_impl is followed:
+                unet._compiled_call_impl = compiled
+
+        unet._compiled_call_impl = followed
+        undo.append(restore)
+    return undo
+
+
+def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:
+    """Count those of ``calls``, applied to a compiled ``unet``; a warning where torch will not keep them all."""
+    known, graphs = _counted.get(unet, (weakref.WeakSet(), 1))  # one without pruning
+    if calls in known:
+        return
+    known.add(calls)
+    graphs += graphs_per_size(calls.options)
+    _counted[unet] = known, graphs
+    limit = torch._dynamo.config.recompile_limit
+    if graphs > limit:
+        logger.warning(
+            "what was applied to this compiled UNet so far takes up to %d graphs for one image size; torch makes %d "
+            "and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each size, or "
+            "call torch.compiler.reset()",
+            graphs,
+            limit,
+            graphs,
+        )
