@@ -1,18 +1,22 @@
 """``atedm generate`` beyond one image: a file of prompts, presets, the page that explains; ``atedm.plot``."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionXLPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 import atedm
 from atedm import embedded
-from atedm.app import comparison, explain
+from atedm.app import comparison, explain, prompts
 from atedm.cli import app
 from atedm.policy.options import RANKINGS, RECOVERIES
 
@@ -83,6 +87,121 @@ def test_pictures_of_another_run_are_refused(many):
     result = run(*arguments[:-1], 0.6, "--batch", 2, "--output", out)
     assert result.exit_code == 2
     assert "holds pictures of another run (pruned differ)" in result.stderr
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes NaN of what the text encoders give for a prompt."""
+    encode = StableDiffusionXLPipeline.encode_prompt
+
+    def spoil(spoiled):
+        def encode_prompt(self, prompt, **arguments):
+            embeddings, *others = encode(self, prompt=prompt, **arguments)
+            for n, text in enumerate([prompt] if isinstance(prompt, str) else prompt):
+                if text == spoiled:
+                    embeddings[n] = math.nan
+            return embeddings, *others
+
+        monkeypatch.setattr(StableDiffusionXLPipeline, "encode_prompt", encode_prompt)
+
+    return spoil
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The kinds whose FLOPs the reports ask for; to count them takes seconds. A call of the UNet takes one here."""
+    asked, ticks = [], itertools.count()
+    monkeypatch.setattr(comparison.UNetTimer, "_now", lambda _: next(ticks))
+    monkeypatch.setattr(prompts, "tflops_of", lambda *given: asked.append([*given[-1]]) or {"full": 2.0, "pruned": 1.0})
+    return asked
+
+
+def test_a_picture_that_ranks_nan_costs_no_other_and_is_tried_again(many, spoil, counted, tmp_path):
+    arguments, expected = many
+    spoil(PROMPTS[1])
+    result = run(*arguments, "--batch", 2, "--output", tmp_path)
+    assert result.exit_code == 1, result.output
+    message = "picture 00001: down_blocks.1.attentions.1 ranks NaN at step 0"
+    assert f"and were not made; all others were:\n  pruned, {message}: '{PROMPTS[1]}'\n" in result.stderr
+    assert [path.name for path in sorted((tmp_path / "pruned").iterdir())] == ["00000.png", "00002.png"]
+    first, last = ((tmp_path / "pruned" / name, expected / "pruned" / name) for name in ("00000.png", "00002.png"))
+    assert np.abs(np.subtract(*map(pixels, first), dtype=float)).max() <= 1  # made in a batch of two
+    assert last[0].read_bytes() == last[1].read_bytes()
+    document = json.loads((tmp_path / "comparison.json").read_text())
+    assert document["failed"] == [{"name": "pruned", "number": 1, "prompt": PROMPTS[1], "message": message}]
+    # The calls before a failure are no part of a picture.
+    assert (document["rows"][0]["images"], document["rows"][0]["unet_seconds_per_image"]) == (2, STEPS)
+    assert counted == [["light", "pruned", "pruned"] * 2]
+
+    spoil(None)
+    result = run(*arguments, "--batch", 2, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    for path in sorted((expected / "pruned").iterdir()):
+        assert (tmp_path / "pruned" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "comparison.json").read_text())["failed"] == []
+
+
+def test_where_every_picture_ranks_nan_nothing_is_left_to_make(many, spoil, counted, monkeypatch, tmp_path):
+    arguments, _ = many
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n")
+    arguments = [tmp_path / "prompts.txt" if str(each).endswith("prompts.txt") else each for each in arguments]
+    spoil(PROMPTS[1])
+    # Several processes gather what failed, each its own in a row.
+    other = prompts.Failure(1, "another's", "picture 00001: of another process")
+    monkeypatch.setattr(prompts, "gather_object", lambda failed: [("pruned", other), *failed])
+    result = run(*arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert 'picture 00001: of another process: "another\'s"' in result.stderr
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [failure["prompt"] for failure in document["failed"]] == [PROMPTS[1], "another's"]
+    assert document["rows"][0]["unet_seconds_per_image"] is None and len(counted) == 1
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_single_image_that_ranks_nan_is_an_error_without_a_traceback(common, spoil, tmp_path):
+    spoil(PROMPTS[0])
+    result = run("generate", PROMPTS[0], *common, "--no-compare", "--output", tmp_path)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: down_blocks.1.attentions.1 ranks NaN in row 1 of")
+
+
+class Failing:
+    """A pipeline whose UNet has ``rows`` rows a picture, and ranks NaN in those of ``bad``."""
+
+    def __init__(self, rows, bad):
+        self.rows, self.bad, self.tried = rows, bad, []
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, prompt, **_):
+        self.tried.append(prompt)
+        own = len(prompt) * (self.rows - 1)  # after those of the negative prompts
+        rows = [own + n for n, text in enumerate(prompt) if text in self.bad]
+        if rows:
+            raise atedm.RankedNaN("mid_block.attentions.0", None, rows, len(prompt) * self.rows)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompt])
+
+
+@pytest.mark.parametrize("guidance", [1, 5])
+def test_rows_of_the_unet_are_pictures_of_the_batch(tmp_path, guidance):
+    pipe, counts, failed, begun = Failing(1 if guidance == 1 else 2, {"b", "c"}), [], [], []
+    cases = [prompts.PromptCase(text, n) for n, text in enumerate("abcdbe")]
+    watched = {"on_picture": counts.append, "on_failure": failed.append, "before_batch": begun.append}
+    prompts.make_pictures(pipe, cases, prompts.Sampling(1, guidance, 8, 8, batch=4), tmp_path, **watched)
+    assert pipe.tried == [["a", "b", "c", "d"], ["a", "d"], ["b", "e"], ["e"]]
+    assert begun == [0, 0, 4, 4] and counts == [0, 2, 1]
+    assert [(failure.number, failure.prompt) for failure in failed] == [(1, "b"), (2, "c"), (4, "b")]
+    assert failed[2].message == "picture 00004: mid_block.attentions.0 ranks NaN at an unknown step"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00003.png", "00005.png"]
+
+
+def test_rows_that_are_no_pictures_are_not_guessed(tmp_path):
+    cases, sampling = [prompts.PromptCase(text, 0) for text in "ab"], prompts.Sampling(1, 5, 8, 8, batch=2)
+    with pytest.raises(RuntimeError, match="has 6 rows for 2 pictures, so it cannot be told which one fails"):
+        prompts.make_pictures(Failing(3, {"b"}), cases, sampling, tmp_path, on_failure=print)
+    with pytest.raises(atedm.RankedNaN, match="mid_block"):  # where nobody asks for failures
+        prompts.make_pictures(Failing(2, {"b"}), cases, sampling, tmp_path)
 
 
 def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):

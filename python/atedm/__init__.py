@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from atedm.policy.options import PRESETS, Options
     from atedm.policy.schedule import DSAP, KINDS, Adaptive, Every, Schedule
     from atedm.unet.attach import applied, apply, pruned_blocks, record, remove
+    from atedm.unet.errors import RankedNaN
     from atedm_kernels import __version__
 
 if missing("diffusers"):
@@ -25,6 +26,7 @@ _HOMES = {
     "KINDS": "atedm.policy.schedule",
     "Options": "atedm.policy.options",
     "PRESETS": "atedm.policy.options",
+    "RankedNaN": "atedm.unet.errors",
     "Schedule": "atedm.policy.schedule",
     "__version__": "atedm_kernels",
     "applied": "atedm.unet.attach",
@@ -42,6 +44,7 @@ __all__ = [
     "Adaptive",
     "Every",
     "Options",
+    "RankedNaN",
     "Schedule",
     "__version__",
     "applied",

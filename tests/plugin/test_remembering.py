@@ -216,6 +216,48 @@ def test_where_the_picture_is_unknown_every_step_is_whole(unet, inputs, caplog):
     assert len([m for m in caplog.messages if "may belong to any picture" in m]) == 1
 
 
+def spoiled(calls, row, since):
+    """``calls`` with NaN in a row of the batch, from one step on."""
+    for step, call in enumerate(calls):
+        sample = call["sample"].clone()
+        if step >= since:
+            sample[row, 0, 0, 0] = math.nan
+        yield {**call, "sample": sample}
+
+
+@pytest.mark.parametrize("ranking", ["self", None])
+@pytest.mark.parametrize("since", [0, 3])  # a whole step, which is remembered, or the first that prunes
+def test_drift_names_nan(unet, inputs, ranking, since):
+    atedm.apply(unet, **{**OURS, "schedule": ["whole", "reused", "reused", "pruned"]}, ranking=ranking)
+    calls = spoiled(calls_of(inputs, scheduler_of(4).timesteps), 1, since)
+    for _ in range(3):
+        unet(**next(calls))
+    with pytest.raises(atedm.RankedNaN, match=r"blocks\.1\.attentions\.0 ranks NaN .* at step 3") as raised:
+        unet(**next(calls))
+    assert raised.value.rows == [1]
+
+
+def test_features_that_are_not_finite_are_computed_and_a_warning_says_so_once(unet, inputs, caplog):
+    atedm.apply(unet, schedule=atedm.Adaptive(1e9))
+    with atedm.record(unet, tokens=False) as recording:
+        for call in spoiled(calls_of(inputs, scheduler_of(9).timesteps), 1, 5):
+            unet(**call)
+    assert recording.kinds == ["whole"] * 2 + ["reused"] * 3 + ["whole"] * 4
+    assert [m for m in caplog.messages if "expected finite numbers" in m] == [
+        f"{atedm.Adaptive(1e9)!r}: before step 6 the features of the batch change by nan; expected finite numbers: "
+        "look at the latents and the prompts, and at the dtype"
+    ]
+
+
+def test_an_adaptive_schedule_that_prunes_names_nan(unet, inputs):
+    atedm.apply(unet, schedule=atedm.Adaptive(1e9, pruned_from=0))
+    calls = spoiled(calls_of(inputs, scheduler_of(9).timesteps), 0, 1)
+    for _ in range(2):
+        unet(**next(calls))
+    with pytest.raises(atedm.RankedNaN, match="ranks NaN in row 0 of the batch, at step 2"):
+        unet(**next(calls))
+
+
 def test_image_to_image_and_a_batch_that_shrinks_begin_whole(unet, make_inputs):
     inputs = make_inputs()
     half = {name: x[:1] if torch.is_tensor(x) else x for name, x in inputs.items()}

@@ -1,5 +1,7 @@
 """Steps that reuse deep features: beside ControlNets, adapters, FreeU and DeepCache, and on UNets of other shapes."""
 
+import math
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -217,6 +219,16 @@ def test_an_adaptive_schedule_follows_the_rate_of_change():
     pruned = kinds_of(Adaptive(0.3, pruned_from=0.5), 25, CHANGES)
     assert pruned.replace("p", "w") == found and [pruned[n] for n in (12, 16, 20, 24)] == ["w", "p", "w", "p"]
     assert kinds_of(Adaptive(1e9), 9, [0.0] * 9) == "wwrrrwrrr"  # a feature that stands still
+    assert kinds_of(Adaptive(1e9), 9, [5e-324] * 9) == "wwrrrwrrr"
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_not_reused(rate):
+    changes = [*CHANGES[:15], rate, *CHANGES[16:]]
+    kinds = kinds_of(Adaptive(0.3), 25, changes)
+    assert kinds[:17] == kinds_of(Adaptive(0.3), 25, CHANGES)[:17]  # the step that shows it is computed as ever
+    assert kinds[16:18] == "ww" and kinds[18:] == "rrrwrrr"
+    assert kinds_of(Adaptive(0.3, pruned_from=0), 9, [rate] * 9) == "wwpwpwpwp"
 
 
 def test_fixed_schedules_say_what_they_plan():

@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 from PIL import Image
 
+from atedm import RankedNaN
 from atedm.app.prompts import PromptCase, Sampling
 from atedm_bench.quality.images import make_setting, picture_paths
 from atedm_bench.quality.settings import Setting
@@ -40,6 +42,15 @@ def test_processes_make_every_picture_once_in_the_batches_of_one(tmp_path):
     assert shared == [alone[0::2], alone[1::2]]
     assert [sum(count) for count in counts] == [4, 3]
     assert all(path.is_file() for path in picture_paths(tmp_path / "shared", FULL, range(len(CASES))))
+
+
+def test_a_lab_loses_no_picture_in_silence(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RankedNaN("mid_block.attentions.0", 1, [0], 2)
+
+    monkeypatch.setattr(Recorder, "__call__", fail)
+    with pytest.raises(RankedNaN, match="mid_block"):
+        made(tmp_path, [])
 
 
 def test_a_batch_with_a_missing_picture_is_made_again_and_no_other(tmp_path):

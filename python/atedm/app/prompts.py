@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -20,6 +21,7 @@ import atedm
 from atedm.app import report
 from atedm.app.comparison import UNetTimer, check_image, save_image, tflops_of
 from atedm.policy.options import Options
+from atedm.unet.errors import RankedNaN
 
 _RUN = "run.json"
 
@@ -42,6 +44,15 @@ class Sampling:
     height: int
     batch: int
     negative_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that could not be made: its place in the cases, and why."""
+
+    number: int
+    prompt: str
+    message: str
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -138,16 +149,21 @@ def make_pictures(
     processes: int = 1,
     before_batch: Callable[[int], None] = lambda seed: None,
     on_picture: Callable[[int], None] = lambda count: None,
+    on_failure: Callable[[Failure], None] | None = None,
 ) -> None:
     """Make the pictures that ``folder`` lacks; this process makes every ``processes``-th batch.
 
     Batches are the same however often a run was interrupted and whatever the number of processes.
 
     Args:
-        before_batch: called with a number of its own for each batch. on_picture: with how many more there are.
+        before_batch: called with a number of its own for each batch, and again before one is made without the pictures
+            that failed. on_picture: with how many more there are.
+        on_failure: called for each picture that ranks NaN; the others of its batch are made without it. Without it,
+            the error is raised.
 
     Raises:
         OSError: a picture cannot be written, or one that lies there is damaged; the others stay.
+        RankedNaN: a picture ranks NaN, and there is no ``on_failure``. RuntimeError: it cannot be told which one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
@@ -156,25 +172,56 @@ def make_pictures(
     on_picture(sum(len(batch) for batch in mine) - sum(len(batch) for batch in missing))
     pipe.set_progress_bar_config(disable=True)
     for batch in missing:
-        before_batch(batch.start)
-        made = pipe(
-            prompt=[cases[n].prompt for n in batch],
-            negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(batch),
-            # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
-            generator=[torch.Generator().manual_seed(cases[n].seed) for n in batch],
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            width=sampling.width,
-            height=sampling.height,
-        ).images
-        for n, image in zip(batch, made, strict=True):
+        left, images = list(batch), {}
+        while left and not images:
+            before_batch(batch.start)
+            try:
+                images = dict(zip(left, _images(pipe, [cases[n] for n in left], sampling), strict=True))
+            except RankedNaN as error:
+                if on_failure is None:
+                    raise
+                for n in [left[place] for place in _places_of(error, len(left))]:
+                    left.remove(n)
+                    message = f"picture {n:05d}: {error.block} ranks NaN at {error.place}"
+                    on_failure(Failure(n, cases[n].prompt, message))
+        for n, image in images.items():
             save_image(image, picture_path(folder, n))
-        on_picture(len(batch))
+        if images:
+            on_picture(len(images))
+
+
+def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> Sequence[Any]:
+    """One batch."""
+    return pipe(
+        prompt=[case.prompt for case in cases],
+        negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(cases),
+        # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
+        generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        width=sampling.width,
+        height=sampling.height,
+    ).images
+
+
+def _places_of(error: RankedNaN, pictures: int) -> list[int]:
+    """Which of so many pictures rank NaN, where the UNet's batch holds all of them once, or twice with guidance."""
+    if error.batch not in (pictures, 2 * pictures):
+        raise RuntimeError(
+            f"the UNet's batch has {error.batch} rows for {pictures} pictures, so it cannot be told which one fails; "
+            "expected a row for each picture, or two"
+        ) from error
+    return sorted({row % pictures for row in error.rows})
 
 
 @dataclass
 class PromptRun:
-    """Pictures of many prompts, pruned in ``root/pruned`` and, ``with_full``, by the full UNet in ``root/full``."""
+    """Pictures of many prompts, pruned in ``root/pruned`` and, ``with_full``, by the full UNet in ``root/full``.
+
+    Attributes:
+        failed: pictures that could not be made, each with the name of its UNet. Those of all processes are known to
+            the main one, which reports them, and to no other.
+    """
 
     pipe: Any
     model: str
@@ -186,13 +233,14 @@ class PromptRun:
     with_full: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict, init=False)
     kinds: list[str] = field(default_factory=list, init=False)
+    failed: list[tuple[str, Failure]] = field(default_factory=list, init=False)
 
     @property
     def names(self) -> list[str]:
         return ["full", "pruned"] if self.with_full else ["pruned"]
 
     def make(self) -> None:
-        """Make what is missing; each process its part, and all wait for the last one.
+        """Make what is missing, but for pictures that rank NaN; each process its part, and all wait for the last one.
 
         Raises:
             ValueError: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
@@ -209,19 +257,27 @@ class PromptRun:
                 task = progress.add_task(name, total=len(self.cases))
                 self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
         state.wait_for_everyone()
+        failed = sorted(gather_object(self.failed), key=lambda each: (each[0], each[1].number))
+        self.failed = failed if state.is_main_process else []
 
     def _make(self, name: str, on_picture: Callable[[int], None]) -> None:
         state, times = PartialState(), self.seconds.setdefault(name, [])
+        kinds: list[str] = []
         with contextlib.ExitStack() as stack:
             if name != "full":
                 stack.enter_context(atedm.applied(self.pipe, self.options))
-                self.kinds = stack.enter_context(atedm.record(self.pipe, tokens=False)).kinds
+                kinds = stack.enter_context(atedm.record(self.pipe, tokens=False)).kinds
             timer = stack.enter_context(UNetTimer(self.pipe.unet))
+
+            def begin(seed: int) -> None:
+                # Also what a batch left that failed: it is no part of the time of a picture.
+                timer.seconds.clear()
+                kinds.clear()
 
             def note(count: int) -> None:
                 if timer.seconds:
                     times.append(sum(timer.seconds) / count)
-                    timer.seconds.clear()
+                    self.kinds += kinds
                 on_picture(count)
 
             make_pictures(
@@ -231,11 +287,16 @@ class PromptRun:
                 self.root / name,
                 process=state.process_index,
                 processes=state.num_processes,
+                before_batch=begin,
                 on_picture=note,
+                on_failure=lambda failure: self.failed.append((name, failure)),
             )
 
     def write_report(self, device: torch.device, path: Path) -> None:
-        """Print a table and write the JSON: UNet seconds are the median over the batches made in this run."""
+        """Print a table and write the JSON: UNet seconds are the median over the batches made in this run.
+
+        The JSON has one entry more than other reports: ``failed``, the pictures that could not be made.
+        """
         if not PartialState().is_main_process:
             return
         # Where every picture was there already, no step was run.
@@ -244,7 +305,7 @@ class PromptRun:
         rows = [
             {
                 "name": name,
-                "images": len(self.cases),
+                "images": len(self.cases) - sum(of == name for of, _ in self.failed),
                 "folder": str(self.root / name),
                 "unet_seconds_per_image": statistics.median(self.seconds[name]) if self.seconds[name] else None,
                 "tflops": tflops[name],
@@ -253,7 +314,9 @@ class PromptRun:
         ]
         described = {"model": self.model, "dtype": self.dtype, **dataclasses.asdict(self.sampling)}
         described |= self.options.to_dict()
-        report.write_json(report.report(report.command_line(), device, described, rows), path)
+        failed = [{"name": name, **dataclasses.asdict(failure)} for name, failure in self.failed]
+        document = report.report(report.command_line(), device, described, rows)
+        report.write_json({**document, "failed": failed}, path)
         columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds an image"}
         report.print_table(
             rows, {**columns, "tflops": "TFLOPs a call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"

@@ -132,15 +132,17 @@ def check_dtype(text: str) -> str:
 
 @contextlib.contextmanager
 def failing_clearly() -> Iterator[None]:
-    """A message instead of a traceback for what the user can mend: too little memory, a full disk."""
+    """A message instead of a traceback for what the user can mend: too little memory, a full disk, NaN."""
     import torch
+
+    import atedm
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         typer.echo(f"Error: out of memory, finished images are kept: {str(error).splitlines()[0]}", err=True)
         raise typer.Exit(1) from None
-    except OSError as error:
+    except (OSError, atedm.RankedNaN) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
 

@@ -30,7 +30,8 @@ class Progress:
         step: the denoising step, from 0, of ``total``.
         kinds: those of the steps that this picture has run, by step.
         rate: how much the feature that ``reused`` steps take changed per step between the last two steps that were
-            computed, as a part of its norm; None before there were two. Reading it may synchronise with a GPU.
+            computed, as a part of its norm; None before there were two, NaN or infinite where the feature is not
+            finite. Reading it may synchronise with a GPU.
     """
 
     step: int
@@ -206,7 +207,8 @@ class Adaptive(Schedule):
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes
     ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: so far away is the next computed step. That
-    follows any scheduler, where a fixed list that is right for one ruins the pictures of another.
+    follows any scheduler, where a fixed list that is right for one ruins the pictures of another. After features that
+    are not finite the next step is computed: there is nothing to reuse, and a pruned step names the NaN.
 
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.
@@ -240,9 +242,7 @@ class Adaptive(Schedule):
         computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
         if len(computed) < 2:
             return "whole"
-        rate = progress.rate()
-        gap = self.max_gap if not rate else min(max(int(self.tolerance / rate), 1), self.max_gap)
-        if progress.step < computed[-1] + gap:
+        if progress.step < computed[-1] + self._gap(progress.rate()):
             return "reused"
         if progress.step < self.pruned_from * progress.total:
             return "whole"
@@ -252,6 +252,15 @@ class Adaptive(Schedule):
                 break
             since_whole += 1
         return "whole" if since_whole >= self.whole_every else "pruned"
+
+    def _gap(self, rate: float | None) -> int:
+        """How many steps after the last computed one the next is."""
+        if not rate:
+            return self.max_gap
+        if not math.isfinite(rate):
+            return 1
+        # Bounded before it is rounded: at a tiny rate the quotient may be infinite.
+        return int(min(max(self.tolerance / rate, 1), self.max_gap))
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive": Adaptive}

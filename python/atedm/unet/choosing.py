@@ -11,6 +11,7 @@ from torch import Tensor
 import atedm_kernels as kernels
 from atedm.policy.attention_map import AttentionMap
 from atedm.policy.selection import grid_first
+from atedm.unet.errors import RankedNaN
 from atedm.unet.memory import BlockMemory
 from atedm.unet.planner import Call
 from atedm.unet.recording import Ranked
@@ -88,14 +89,10 @@ class TokenChoice:
         try:
             return kernels.select_tokens(scores, self.keep, reduction=options.reduction)
         except ValueError as error:
-            pictures = scores.isnan().any(dim=2).any(dim=1).nonzero().flatten().tolist()
-            if not pictures:
+            rows = scores.isnan().any(dim=2).any(dim=1).nonzero().flatten().tolist()
+            if not rows:
                 raise
-            step = "an unknown step" if self._call.step is None else f"step {self._call.step}"
-            raise ValueError(
-                f"{self._block.name} ranks NaN in row {', '.join(map(str, pictures))} of the batch, at {step}; "
-                "expected numbers: look at the latent and the prompt of that picture, and at the dtype"
-            ) from error
+            raise RankedNaN(self._block.name, self._call.step, rows, scores.shape[0]) from error
 
     def _record(self, scores: Tensor, iterations: Tensor | None) -> None:
         scores = join_heads(scores.cpu(), self._block.calls.options.reduction).float()

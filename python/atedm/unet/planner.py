@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -98,12 +99,29 @@ class Planner:
         if slot is None:
             kind = "whole" if options.remembers else self._kind_of_one(step)
             return Call(kind=kind, step=step.index, total=step.total)
-        kind = options.steps.kind(Progress(step.index, step.total, picture.kinds, picture.rate))
+        kind = options.steps.kind(
+            Progress(step.index, step.total, picture.kinds, lambda: self._rate(picture, step.index))
+        )
         if options.remembers and not picture.is_filled:
             kind = "whole"
         picture.begin_kind(step.index, kind)
         ranks = kind in ("whole", "reused") or picture.is_choice_due(step.index, kind, options.rank_every)
         return Call(kind, ranks, slot, picture, step.index, step.total)
+
+    def _rate(self, picture: Picture, step: int) -> float | None:
+        """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
+        rate = picture.rate()
+        if rate is not None and not math.isfinite(rate):
+            # Reused and whole steps rank nothing, so that nothing else would name a NaN.
+            self.say_once(
+                "rate",
+                "%r: before step %d the features of the batch change by %s; expected finite numbers: look at the "
+                "latents and the prompts, and at the dtype",
+                self.options.steps,
+                step,
+                rate,
+            )
+        return rate
 
     def _picture(self, step: Step) -> Picture | None:
         """The picture of a call; None, said once, where it cannot be told."""
