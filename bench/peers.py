@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atedm.app.flops import Flops, UNetFlops, count_flops, solve_decreasing
@@ -84,6 +86,77 @@ def tomesd_flops(counter: UNetFlops) -> TomesdFlops:
     if counter not in _counters:
         _counters[counter] = TomesdFlops(counter)
     return _counters[counter]
+
+
+def _deepcache_helper(pipe: Any, interval: int) -> Any:
+    try:
+        from DeepCache import DeepCacheSDHelper
+    except ModuleNotFoundError as error:
+        raise RuntimeError("DeepCache is not installed; pip install 'atedm-kernels[quality]'") from error
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    return helper
+
+
+@contextlib.contextmanager
+def deepcache(pipe: Any, interval: int) -> Iterator[None]:
+    """DeepCache on ``pipe``: it computes every ``interval``-th step, at its shallowest branch.
+
+    Raises:
+        RuntimeError: DeepCache is not installed.
+    """
+    helper = _deepcache_helper(pipe, interval)
+    untouched = [module for module in pipe.unet.modules() if "forward" not in module.__dict__]
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+        for module in untouched:
+            module.__dict__.pop("forward", None)  # it leaves the module's own behind, as an attribute
+
+
+class DeepCacheFlops:
+    """Counts calls of a UNet that DeepCache has wrapped, on the UNet and inputs of ``counter``; each kind once."""
+
+    def __init__(self, counter: UNetFlops) -> None:
+        self._counter = weakref.proxy(counter)
+        self._counted: dict[str, Flops] = {}
+
+    def kinds(self, interval: int, timesteps: Tensor) -> list[str]:
+        """``"whole"`` or ``"reused"`` for each of a run's ``timesteps``, as its wrapped blocks decide it."""
+        helper = _deepcache_helper(None, interval)
+        helper.reset_states()
+        values = timesteps.tolist()
+        kinds = []
+        for value in values:
+            helper.cur_timestep = values.index(value)  # as it finds the step: of equal timesteps the first
+            kinds.append("reused" if helper.is_skip_step(0, 0, "mid") else "whole")
+        return kinds
+
+    def mean(self, kinds: Sequence[str]) -> Flops:
+        """FLOPs of the mean call of a run whose steps are of these ``kinds``."""
+        if not self._counted:
+            self._counted = self._count()
+        return Flops(round(sum(self._counted[kind].unet for kind in kinds) / len(kinds)))
+
+    def _count(self) -> dict[str, Flops]:
+        unet = meta_unet(self._counter.config)
+        scheduler = EulerDiscreteScheduler()
+        scheduler.set_timesteps(2)
+        with deepcache(SimpleNamespace(unet=unet, scheduler=scheduler), interval=2):
+            return {
+                kind: count_flops(lambda step=step: self._counter.call(unet, scheduler.timesteps[step]))
+                for step, kind in enumerate(("whole", "reused"))
+            }
+
+
+_deepcache_counters: weakref.WeakKeyDictionary[UNetFlops, DeepCacheFlops] = weakref.WeakKeyDictionary()
+
+
+def deepcache_flops(counter: UNetFlops) -> DeepCacheFlops:
+    """The one beside ``counter``, which keeps its counts."""
+    return _deepcache_counters.setdefault(counter, DeepCacheFlops(counter))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
@@ -108,10 +108,10 @@ class UNetFlops:
         # Arguments of each attention block in a call, filled by `full`.
         self._block_inputs: dict[str, tuple[tuple, dict[str, Any]]] = {}
 
-    def call(self, unet: nn.Module) -> None:
+    def call(self, unet: nn.Module, timestep: Tensor | None = None) -> None:
         """Call ``unet``, one on the meta device, on images of this counter's size."""
-        positional, kwargs = self._inputs
-        unet(*positional, **kwargs)
+        (sample, default, text), kwargs = self._inputs
+        unet(sample, default if timestep is None else timestep, text, **kwargs)
 
     def _count_once(self, key: tuple, count: Callable[[], Flops]) -> Flops:
         if key not in self._counted:
