@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,34 +22,56 @@ from atedm.cli.checks import (
 from atedm_extras import require
 
 if TYPE_CHECKING:
+    from atedm import Options
     from atedm_bench.quality.session import LabRequest
 
-_PACKAGES = ("transformers", "accelerate", "matplotlib", "pillow", "scipy", "torchmetrics", "tomesd")
+_PACKAGES = ("transformers", "accelerate", "matplotlib", "pillow", "scipy", "torchmetrics", "tomesd", "DeepCache")
 
 
 def quality(
     quick: Annotated[bool, typer.Option("--quick", help="A quick check: few pictures, few steps.")] = False,
     images: Annotated[
         int | None,
-        typer.Option(min=2, help="Pictures per setting. Default: 256, on a GPU 1000; with --model all prompts."),
+        typer.Option(min=2, help="Pictures per setting. Default: all chosen captions, 256 held-out ones, all prompts."),
     ] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option(
+            help="chosen: the 64 that choices are made on, to explore with; held-out: those after them, to report. "
+            "Default: held-out."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="euler, dpm++ (DPM++ 2M) or dpm++-karras; each has a full model of its own.")
+    ] = "euler",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Euler steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
+        int | None, typer.Option(min=1, help="Denoising steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 5; with --model 7.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures at a time. Default: 32; with --model 1.")] = None,
     settings: Annotated[
-        str | None, typer.Option(help="Names or groups (budget, ablation, cheaper), comma-separated. Default: all.")
+        str | None,
+        typer.Option(
+            help="Names or groups (presets, peers, plane, budget, ablation), comma-separated. Default: all, or with "
+            "--try those alone."
+        ),
+    ] = None,
+    tried: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="NAME=JSON",
+            help="One more setting: options of atedm.apply as atedm.Options.save writes them. Can be repeated.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Noise seed of the first picture; picture n has seed + n.")] = 0,
-    skip: Annotated[
-        int, typer.Option(min=0, help="Leave this many first captions out of the figures, if seen before.")
-    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option("--output", "--out", help="Folder for pictures, plots and tables; resumes an earlier run there."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the rows. Default: quality.json in the folder.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the rows. Default: quality.json in the folder.")
+    ] = None,
     allow_pickled: Annotated[
         bool, typer.Option("--allow-pickled", help="Also read weights that are not safetensors: they can run code.")
     ] = False,
@@ -56,6 +80,7 @@ def quality(
         bool,
         typer.Option(help="Also study the power iteration and what refills dropped tokens (embedded model)."),
     ] = True,
+    timing: Annotated[bool, typer.Option(help="Also time the UNet in every setting, by turns.")] = True,
     model: Annotated[
         str | None, typer.Option(help="An SDXL checkpoint: folder or hub id. Default: the embedded model.")
     ] = None,
@@ -71,7 +96,7 @@ def quality(
         str, typer.Option(help="With --model: features of the Fréchet distance: inception, or checker (offline).")
     ] = "inception",
 ) -> None:
-    """Make the same pictures with the full UNet, ours, tomesd and random pruning, and measure what is lost.
+    """Make the same pictures with the full UNet, ours, DeepCache, tomesd and random pruning, and measure what is lost.
 
     Without --model: the embedded model and its scenes, offline; a checker counts the pictures that show what was
     asked. With --model, --prompts and --references: any SDXL checkpoint, with FID and CLIP score.
@@ -90,12 +115,15 @@ def quality(
         steps=steps,
         guidance=guidance,
         batch=batch,
+        scheduler=scheduler,
         settings=settings,
+        tried=_parsed(tried or []),
+        captions=captions,
         seed=seed,
-        skip=skip,
         out=out,
-        json=json,
+        json=json_path,
         convergence=convergence,
+        timing=timing,
         model=model,
         prompts=prompts,
         references=references,
@@ -122,9 +150,34 @@ def quality(
             raise typer.Exit(130) from None
 
 
+def _parsed(tried: Sequence[str]) -> dict[str, Options]:
+    """The options of each ``NAME=JSON``."""
+    from atedm import Options
+
+    found: dict[str, Options] = {}
+    for text in tried:
+        name, is_given, options = text.partition("=")
+        try:
+            if not is_given or name in found:
+                raise ValueError("expected NAME=JSON, each name once")
+            found[name] = Options.from_dict(json.loads(options))
+        except (ValueError, TypeError) as error:
+            raise bad("try", f"{text!r}: {error}") from None
+    return found
+
+
 def _check(request: LabRequest) -> None:
+    from atedm_bench.quality.samplers import SCHEDULERS
+    from atedm_bench.quality.session import CAPTIONS
+
     if request.dtype is not None:
         check_dtype(request.dtype)
+    if request.scheduler not in SCHEDULERS:
+        raise bad("scheduler", f"is {request.scheduler!r}; expected {', '.join(SCHEDULERS)}")
+    if request.captions not in (None, *CAPTIONS):
+        raise bad("captions", f"is {request.captions!r}; expected {' or '.join(CAPTIONS)}")
+    if request.captions is not None and request.model is not None:
+        raise bad("captions", "is for the embedded model; expected --prompts alone with --model")
     if request.model is None:
         for name in ("prompts", "references"):
             if getattr(request, name) is not None:

@@ -16,6 +16,7 @@ from atedm.app.prompts import PromptCase, Sampling
 from atedm.policy.selection import kept_tokens
 from atedm.unet.blocks import attention_blocks
 from atedm_bench.quality.images import run_without_decoding
+from atedm_bench.quality.settings import PUBLISHED
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 
@@ -154,7 +155,7 @@ def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampli
             return _observe(q, k, lse, kept_tokens(q.shape[2], ratio), seen[running.name, step])
 
         # Without a schedule, every block ranks at every step; DSAP would hide some.
-        with atedm.applied(pipe, ratio=ratio, ranking=ranking, schedule=None):
+        with atedm.applied(pipe, PUBLISHED, ratio=ratio, ranking=ranking, schedule=None):
             run_without_decoding(pipe, cases, sampling, callback_on_step_end=advance)
     names = list(dict.fromkeys(name for name, _ in seen))
     rows = [{**_row(name, [s for (block, _), s in seen.items() if block == name]), "step": None} for name in names]

@@ -1,8 +1,9 @@
-"""Makes a setting's pictures and knows where they are stored."""
+"""Makes a setting's pictures and knows where they are stored, and which kinds of steps they ran."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import atedm
 from atedm.app.comparison import open_image
 from atedm.app.prompts import PromptCase, Sampling, make_pictures, picture_path
-from atedm_bench.quality.settings import Setting, in_force
+from atedm.files import whole_file
+from atedm_bench.quality.settings import Setting
 from atedm_bench.scenes import Scene
 
 
@@ -22,12 +25,6 @@ class SceneCase(PromptCase):
     """A case with the scene that its prompt asks for."""
 
     scene: Scene
-
-
-def folder_of(root: Path, setting: Setting) -> Path:
-    """The folder of a setting's pictures."""
-    plain = "".join(c if c.isalnum() else "-" for c in setting.name.replace("×", "x"))
-    return root / "-".join(part for part in plain.split("-") if part)
 
 
 def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling, **more: Any) -> None:
@@ -41,6 +38,51 @@ def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampl
         height=sampling.height,
         **arguments,
     )
+
+
+class _Noting:
+    """A pipeline that leaves the kinds of a batch's steps beside its pictures.
+
+    It writes them before :func:`make_pictures` writes the pictures, so no picture of an interrupted run lacks them.
+    """
+
+    def __init__(self, pipe: Any, folder: Path) -> None:
+        self.pipe = pipe
+        self.folder = folder
+        self.start = 0  # the batch's first picture
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        with atedm.record(self.pipe, tokens=False) as recording:
+            made = self.pipe(**arguments)
+        with whole_file(_kinds_path(self.folder, self.start)) as partial:
+            partial.write_text(json.dumps(recording.kinds) + "\n", encoding="utf-8")
+        return made
+
+
+def _kinds_path(folder: Path, start: int) -> Path:
+    """Where the kinds of the batch lie that begins with picture ``start``."""
+    return picture_path(folder, start).with_suffix(".kinds.json")
+
+
+def read_kinds(root: Path, setting: Setting, count: int, batch: int) -> list[tuple[str, ...]]:
+    """The kinds of the steps that each of ``count`` pictures ran, where a recording tells them.
+
+    A batch's pictures run the same: a schedule that chooses as it runs goes by all of them.
+
+    Raises:
+        OSError: a batch has no kinds. ValueError: they are damaged; the message names the file.
+    """
+    found = []
+    for n in range(count):
+        path = _kinds_path(root / setting.folder, n - n % batch)
+        try:
+            found.append(tuple(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}; expected a list of kinds") from None
+    return found
 
 
 def make_setting(
@@ -58,22 +100,31 @@ def make_setting(
 
     The random draws of tomesd and of random pruning depend on the batch.
     """
-    with in_force(pipe, setting) as start_batch:
+    folder = root / setting.folder
+    with setting.method.in_force(pipe) as start_batch:
+        if setting.method.records:
+            pipe = _Noting(pipe, folder)
+
+        def before_batch(start: int) -> None:
+            start_batch(start)
+            if setting.method.records:
+                pipe.start = start
+
         make_pictures(
             pipe,
             cases,
             sampling,
-            folder_of(root, setting),
+            folder,
             process=process,
             processes=processes,
-            before_batch=start_batch,
+            before_batch=before_batch,
             on_picture=on_picture,
         )
 
 
-def picture_paths(root: Path, setting: Setting, chosen: Iterable[int]) -> list[Path]:
-    """The files of a setting's pictures for the ``chosen`` cases."""
-    return [picture_path(folder_of(root, setting), n) for n in chosen]
+def picture_paths(root: Path, setting: Setting, count: int) -> list[Path]:
+    """The files of a setting's first ``count`` pictures."""
+    return [picture_path(root / setting.folder, n) for n in range(count)]
 
 
 def load_pictures(paths: Sequence[Path]) -> Tensor:

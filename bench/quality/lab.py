@@ -1,10 +1,9 @@
-"""A run of the quality lab: pictures of every setting, then figures from those pictures."""
+"""The captions of the quality lab, and figures from the pictures that are made of them."""
 
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,30 @@ from torch import Tensor
 from atedm_bench.quality import metrics
 from atedm_bench.quality.checker import Checker, detect, load_checker
 from atedm_bench.quality.checker_training import held_out_renders
-from atedm_bench.quality.images import SceneCase, load_pictures, picture_paths
+from atedm_bench.quality.images import SceneCase, load_pictures
 from atedm_bench.quality.judge import Verdict, judge
-from atedm_bench.quality.settings import Setting
 from atedm_bench.scenes import caption
 from atedm_bench.scenes.split import scenes
 
 # Seed of the held-out captions.
 _CAPTIONS = 21
 
+# Choices are made on this many captions; what is reported is measured on those that follow.
+CHOSEN = 64
+
 # Held-out renders that the Fréchet distance compares with: this many per generated picture, within these bounds.
 _REFERENCES_PER_PICTURE = 8
 REFERENCES = (128, 2000)
 
 
-def scene_cases(count: int, seed: int = 0) -> list[SceneCase]:
-    """The first ``count`` held-out captions of one endless list; case n uses noise seed ``seed + n``."""
+def scene_cases(count: int, seed: int = 0, skip: int = 0) -> list[SceneCase]:
+    """``count`` captions after the first ``skip`` of one endless list, which the model never trains on.
+
+    Case n of the list has noise seed ``seed + n``.
+    """
     rng = np.random.default_rng(_CAPTIONS)
-    found = itertools.islice(scenes(rng, test=True), count)
-    return [SceneCase(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)]
+    found = itertools.islice(scenes(rng, test=True), skip + count)
+    return [SceneCase(caption(scene, rng), seed + n, scene) for n, scene in enumerate(found)][skip:]
 
 
 @dataclass(frozen=True)
@@ -87,52 +91,3 @@ class SceneFigures:
                 samples[name] = np.concatenate(found)
                 row |= metrics.mean_of(name, samples[name])
         return Figures(row, samples)
-
-
-def _median_and_range(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-
-
-def rows_of(
-    settings: Sequence[Setting],
-    root: Path,
-    chosen: Sequence[int],
-    figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
-    seconds: Mapping[str, Sequence[float]],
-    on_setting: Callable[[str], None] = lambda name: None,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-    """One flat row per setting, and the samples behind each row by setting name.
-
-    Args:
-        chosen: the cases to compute figures of. seconds: UNet seconds per picture by setting name, one number per
-            round; a row has their median and range.
-
-    Raises:
-        ValueError: the first setting is not the full model.
-    """
-    if not settings or settings[0].kind != "full":
-        raise ValueError("settings do not begin with the full model; expected it first: the others are compared to it")
-    full = picture_paths(root, settings[0], chosen)
-    rows, samples = [], {}
-    for setting in settings:
-        on_setting(setting.name)
-        paths = full if setting.kind == "full" else picture_paths(root, setting, chosen)
-        found = figures(paths, full)
-        samples[setting.name] = found.samples
-        rows.append(
-            {
-                "name": setting.name,
-                "kind": setting.kind,
-                "group": setting.group,
-                "budget": setting.budget,
-                "ratio": setting.ratio,
-                "images": len(chosen),
-                "gflops": setting.flops / 1e9,
-                "gflops_scoring": setting.scoring_flops / 1e9,
-                "flops_part": setting.flops / settings[0].flops,
-                **_median_and_range("unet_seconds", seconds[setting.name]),
-                **found.row,
-                "note": setting.note,
-            }
-        )
-    return rows, samples

@@ -50,6 +50,16 @@ def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tupl
     return (float((a - b).mean()), *mean_interval(a - b, level))
 
 
+def accuracy_change(right: np.ndarray, full: np.ndarray) -> dict[str, float]:
+    """How many points of accuracy more than the full model, with the paired 95 % interval.
+
+    Args:
+        right, full: 1 for each picture that shows what was asked, else 0.
+    """
+    change, low, high = (100 * value for value in paired_difference(right, full))
+    return {"accuracy_change": change, "accuracy_change_low": low, "accuracy_change_high": high}
+
+
 def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """The same for two figures of whole sets, from bootstrap draws that took the same pictures for both.
 

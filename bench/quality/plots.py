@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +12,102 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, PercentFormatter
 from PIL import Image, ImageDraw
 
 from atedm.app.comparison import open_image, save_image
-from atedm.app.prompts import PromptCase, picture_path
+from atedm.app.prompts import PromptCase
 from atedm.files import whole_file
+from atedm_bench.quality.claims import MEASURES
 from atedm_bench.quality.convergence import ITERATIONS
-from atedm_bench.quality.images import folder_of
+from atedm_bench.quality.images import picture_paths
 from atedm_bench.quality.settings import Setting
 
-_COLORS = {"ours": "tab:blue", "keys": "tab:green", "tomesd": "tab:orange", "random": "tab:gray", "full": "black"}
-_NAMES = {"ours": "ours (AT-EDM)", "keys": "ours, by keys", "tomesd": "ToMe (tomesd)"}
+# One line a method: see `Method.line`.
+_COLORS = {
+    "full": "black",
+    "reuse alone": "tab:green",
+    "both": "tab:purple",
+    "tokens alone": "tab:blue",
+    "published": "tab:red",
+    "DeepCache": "tab:orange",
+    "tomesd": "tab:brown",
+    "random": "tab:gray",
+}
+_NAMES = {
+    "full": "full UNet",
+    "reuse alone": "ours, steps reused",
+    "both": "ours, steps reused and tokens pruned",
+    "tokens alone": "ours, tokens pruned",
+    "published": "AT-EDM as published",
+    "tomesd": "ToMe (tomesd)",
+    "random": "random tokens",
+}
 _LABELS = {
-    "accuracy": "prompt accuracy",
-    "frechet_distance": "Fréchet distance (checker's features)",
-    "perceptual_distance": "perceptual distance to the full model",
-    "psnr_db": "PSNR to the full model, dB",
+    "accuracy": "right pictures",
+    "perceptual_distance": "perceptual distance to the full model's picture",
     "fid": "FID",
     "clip_score": "CLIP score",
 }
+_LOG, _SHARES = ("perceptual_distance",), ("accuracy",)
 _TITLE = 22
 
 
 def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each measure against the FLOPs of the mean UNet call: one line per method, bars if intervals are known."""
-    measures = [m for m in _LABELS if any(m in row for row in rows)][:4]
-    figure, axes = plt.subplots(1, len(measures), figsize=(4.2 * len(measures), 3.6), squeeze=False)
-    shown = [row for row in rows if row["group"] == "budget"]
+    """Each measure against the FLOPs of the mean UNet call, with the names of the presets.
+
+    A dot is a setting, with its interval. A method's line joins those that no cheaper setting of that method beats.
+    """
+    measures = [measure for measure in _LABELS if any(measure in row for row in rows)]
+    figure, axes = plt.subplots(1, len(measures), figsize=(6.4 * len(measures), 5), squeeze=False)
+    shown = [row for row in rows if row["group"] != "ablation"]
     for axis, measure in zip(axes[0], measures, strict=True):
-        for kind, color in _COLORS.items():
-            line = sorted((r for r in shown if r["kind"] == kind and measure in r), key=lambda r: r["flops_part"])
-            if not line:
-                continue
-            x, y = ([row[key] for row in line] for key in ("flops_part", measure))
-            errors = None
-            if all(f"{measure}_low" in row for row in line):
-                errors = [
-                    [r[measure] - r[f"{measure}_low"] for r in line],
-                    [r[f"{measure}_high"] - r[measure] for r in line],
-                ]
-            axis.errorbar(x, y, errors, marker="o", capsize=3, color=color, label=_NAMES.get(kind, kind), linewidth=1.5)
-            if kind == "full":
-                axis.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
-        axis.set_xlabel("FLOPs per UNet call, relative to the full UNet")
-        axis.set_title(_LABELS[measure], fontsize=10)
+        of_measure = [row for row in shown if measure in row]
+        for line, color in _COLORS.items():
+            dots = sorted((row for row in of_measure if row["line"] == line), key=lambda row: row["flops_part"])
+            if dots:
+                _draw(axis, dots, measure, color, _NAMES.get(line, line))
+        presets = sorted((row for row in of_measure if row["group"] == "presets"), key=lambda row: row["flops_part"])
+        for n, row in enumerate(presets):
+            # Above and below by turns, because presets may lie close to each other.
+            place, offset = (row["flops_part"], row[measure]), (5, 6 if n % 2 else -13)
+            axis.annotate(row["name"], place, offset, textcoords="offset points", fontsize=10, fontweight="bold")
+        if measure in _LOG and any(row[measure] > 0 for row in of_measure):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        if measure in _SHARES:
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.margins(x=0.15)
+        axis.set_xlabel("FLOPs of the mean UNet call, of the full UNet's")
+        axis.set_title(_LABELS[measure], fontsize=11)
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     _save(figure, path)
+
+
+def _draw(axis: Any, dots: Sequence[dict[str, Any]], measure: str, color: str, name: str) -> None:
+    x, y = ([row[key] for row in dots] for key in ("flops_part", measure))
+    errors = None
+    if all(f"{measure}_low" in row for row in dots):
+        errors = [[abs(row[measure] - row[f"{measure}_{end}"]) for row in dots] for end in ("low", "high")]
+    axis.errorbar(x, y, errors, color=color, fmt="none", elinewidth=0.8, alpha=0.4)
+    axis.plot(x, y, "o", color=color, label=name, markersize=5)
+    if dots[0]["line"] == "full":
+        axis.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
+    best = _front(list(zip(x, y, strict=True)), MEASURES[measure].more)
+    axis.plot(*zip(*best, strict=True), color=color, linewidth=1.5)
+
+
+def _front(points: Sequence[tuple[float, float]], more: bool) -> list[tuple[float, float]]:
+    """Those of ``points``, (FLOPs, figure), that no cheaper one equals or beats, by FLOPs."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1] if more else point[1])):
+        if not best or (y > best[-1][1] if more else y < best[-1][1]):
+            best.append((x, y))
+    return best
 
 
 def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -84,7 +133,7 @@ def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
@@ -92,27 +141,30 @@ def _save(figure: Any, path: Path) -> None:
 
 def contact_sheet(
     settings: Sequence[Setting],
+    parts: Mapping[str, float],
     cases: Sequence[PromptCase],
-    chosen: Sequence[int],
     root: Path,
     path: Path,
     side: int = 128,
 ) -> None:
-    """One row per setting, one column per prompt; the prompts stand on top."""
-    label = 150
-    top = 78
-    sheet = Image.new("RGB", (label + side * len(chosen), top + side * len(settings)), "white")
+    """One row per setting, one column per prompt; the prompts stand on top.
+
+    Args:
+        parts: of the full UNet's FLOPs, by setting. cases: the first ones of the run.
+    """
+    label = 170
+    top = 92
+    sheet = Image.new("RGB", (label + side * len(cases), top + side * len(settings)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, n in enumerate(chosen):
-        lines = "\n".join(textwrap.wrap(cases[n].prompt, _TITLE))
+    for column, case in enumerate(cases):
+        lines = "\n".join(textwrap.wrap(case.prompt, _TITLE))
         draw.multiline_text((label + column * side + 2, 2), lines, fill="black", font_size=10)
     for row, setting in enumerate(settings):
-        part = f"{setting.flops / settings[0].flops:.0%} of FLOPs"
-        draw.multiline_text(
-            (4, top + row * side + side // 2 - 14), f"{setting.name}\n{part}", fill="black", font_size=12
-        )
-        for column, n in enumerate(chosen):
-            picture = open_image(picture_path(folder_of(root, setting), n))
-            sheet.paste(picture.resize((side, side)), (label + column * side, top + row * side))
+        # The font has no multiplication sign.
+        lines = textwrap.wrap(setting.name.replace("×", "x"), _TITLE)
+        name = "\n".join([*lines, f"{parts[setting.name]:.0%} of FLOPs"])
+        draw.multiline_text((4, top + row * side + side // 2 - 20), name, fill="black", font_size=12)
+        for column, picture in enumerate(picture_paths(root, setting, len(cases))):
+            sheet.paste(open_image(picture).resize((side, side)), (label + column * side, top + row * side))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(sheet, path)

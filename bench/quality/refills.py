@@ -24,6 +24,7 @@ from atedm.policy.selection import grid_first, kept_tokens
 from atedm.unet.blocks import attention_blocks
 from atedm_bench.quality.convergence import RunningBlock
 from atedm_bench.quality.images import run_without_decoding
+from atedm_bench.quality.settings import PUBLISHED
 from atedm_bench.rankings import page_rank
 
 # This fraction of the kept tokens, the most used ones, counts as hubs; the study measures how many tokens they refill.
@@ -106,7 +107,7 @@ def _watched(
             found[levels[running.name]].append(seen)
             return scores
 
-        with atedm.applied(pipe, ratio=ratio, ranking=ranking, recovery=way.recovery, grid=way.grid):
+        with atedm.applied(pipe, PUBLISHED, ratio=ratio, ranking=ranking, recovery=way.recovery, grid=way.grid):
             run_without_decoding(pipe, cases, sampling)
     return found
 

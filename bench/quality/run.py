@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,39 +15,24 @@ import numpy as np
 from accelerate import PartialState
 
 from atedm.app.prompts import PromptCase, Sampling, claim
-from atedm.policy.options import Options
-from atedm_bench.quality.images import make_setting
-from atedm_bench.quality.lab import Figures, rows_of
-from atedm_bench.quality.settings import Setting
+from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
+from atedm_bench.quality.lab import Figures
+from atedm_bench.quality.methods import Costs
+from atedm_bench.quality.metrics import accuracy_change
+from atedm_bench.quality.settings import FULL, Setting
 
 
 @dataclass
 class Run:
-    """What to make. ``settings[0]`` is the full model; ``root``: the folder for everything that the run writes.
-
-    ``skip``: the number of cases at the beginning that the figures leave out.
-    """
+    """What to make. ``settings[0]`` is the full model; ``root``: the folder for everything that the run writes."""
 
     pipe: Any
     model: str
+    scheduler: str
     settings: Sequence[Setting]
     cases: Sequence[PromptCase]
     sampling: Sampling
     root: Path
-    skip: int = 0
-
-    @property
-    def chosen(self) -> range:
-        """The cases to compute figures of."""
-        return range(self.skip, len(self.cases))
-
-    def _setting(self, setting: Setting) -> dict[str, Any]:
-        kept = ("kind", "ratio", "options", "pooled")
-        described = {key: getattr(setting, key) for key in kept}
-        if setting.kind not in ("full", "tomesd"):
-            # All options, because a default may change between two versions.
-            described["options"] = Options(ratio=setting.ratio, **setting.options).to_dict()
-        return described
 
     def check_root(self) -> None:
         """Claim ``root`` for this run, or check that it already belongs to it: pictures of two runs must not mix.
@@ -53,8 +41,9 @@ class Run:
             ValueError: ``root`` holds pictures made with other settings; the message names the difference.
         """
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
-        described = {"model": self.model, "dtype": dtype, "sampling": dataclasses.asdict(self.sampling)}
-        claim(self.root, described, self.cases, {setting.name: self._setting(setting) for setting in self.settings})
+        described = {"model": self.model, "dtype": dtype, "scheduler": self.scheduler}
+        described["sampling"] = dataclasses.asdict(self.sampling)
+        claim(self.root, described, self.cases, {setting.name: setting.method.described() for setting in self.settings})
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:
         """Make every missing picture. Each process makes its part, and all wait for the last one."""
@@ -75,8 +64,60 @@ class Run:
     def rows(
         self,
         figures: Callable[[Sequence[Path], Sequence[Path]], Figures],
+        costs: Costs,
         seconds: Mapping[str, Sequence[float]],
         on_setting: Callable[[str], None] = lambda name: None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-        """See :func:`atedm_bench.quality.lab.rows_of`."""
-        return rows_of(self.settings, self.root, self.chosen, figures, seconds, on_setting)
+        """One flat row per setting, and the samples behind each row by setting name.
+
+        Args:
+            seconds: UNet seconds per picture by setting name, one number per round; a row has their median and range.
+
+        Raises:
+            ValueError: the first setting is not the full model.
+        """
+        if not self.settings or self.settings[0] != FULL:
+            raise ValueError("settings do not begin with the full model; expected it first: others are compared to it")
+        full = picture_paths(self.root, FULL, len(self.cases))
+        rows, samples = [], {}
+        for setting in self.settings:
+            on_setting(setting.name)
+            paths = full if setting == FULL else picture_paths(self.root, setting, len(self.cases))
+            found = figures(paths, full)
+            samples[setting.name] = found.samples
+            row = {
+                "name": setting.name,
+                "group": setting.group,
+                "line": setting.method.line,
+                "images": len(self.cases),
+                **self._cost(setting, costs),
+                **found.row,
+            }
+            if setting != FULL and "accuracy" in found.samples:
+                row |= accuracy_change(found.samples["accuracy"], samples[FULL.name]["accuracy"])
+            if setting.name in seconds:
+                row |= _median_and_range("unet_seconds", seconds[setting.name])
+            rows.append({**row, "method": json.dumps(setting.method.described()), "note": setting.note})
+        return rows, samples
+
+    def _cost(self, setting: Setting, costs: Costs) -> dict[str, Any]:
+        """The FLOPs of the mean call, over steps and pictures; the kinds that a typical picture ran, a letter each."""
+        method, count = setting.method, len(self.cases)
+        if method.records:
+            kinds = Counter(read_kinds(self.root, setting, count, self.sampling.batch))
+        else:
+            kinds = Counter({tuple(method.kinds(costs)): count})
+        each = [(method.flops(costs, run), pictures) for run, pictures in kinds.items()]
+        unet, scoring = (
+            sum(getattr(flops, part) * pictures for flops, pictures in each) / count for part in ("unet", "scoring")
+        )
+        return {
+            "gflops": unet / 1e9,
+            "gflops_scoring": scoring / 1e9,
+            "flops_part": unet / costs.counter.full().unet,
+            "kinds": "".join(kind[0] for kind in kinds.most_common(1)[0][0]),
+        }
+
+
+def _median_and_range(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,39 @@ from atedm.app import report
 from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE
 from atedm.app.prompts import PromptCase, Sampling, read_prompts
+from atedm.policy.options import Options
 from atedm_bench.quality import convergence, plots, refills
 from atedm_bench.quality.claims import MEASURES, check_claims
-from atedm_bench.quality.lab import SceneFigures, scene_cases
+from atedm_bench.quality.lab import CHOSEN, SceneFigures, scene_cases
+from atedm_bench.quality.methods import Costs
 from atedm_bench.quality.reference import ReferenceFigures
 from atedm_bench.quality.run import Run
-from atedm_bench.quality.settings import MAIN, Plan
+from atedm_bench.quality.samplers import EULER, set_scheduler, timesteps_of
+from atedm_bench.quality.settings import FULL, MAIN, PUBLISHED, Plan
 from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
+# Which captions of the endless list: those that choices are made on, or those after them.
+CAPTIONS = ("chosen", "held-out")
+HELD_OUT = CAPTIONS[1]
+
 # Pictures whose power iterations and refills are studied.
 _WATCHED, _QUICK_WATCHED = 8, 2
 
-# Columns and rows of the contact sheets.
+# Columns of the contact sheets, and the groups of settings whose pictures each shows below the full model's.
 _SHEET_PICTURES = 8
 SHEETS = {
-    "sheet-budgets": (
-        "full",
-        *(f"{kind} {budget}" for budget in "cb" for kind in ("ours", "keys", "tomesd", "random")),
-    ),
-    "sheet-ablations": (
-        *("full", "ours c", "recovery: zeros", "recovery: bicubic", "ranking: cross-attention"),
-        *("recovery: keys", "by keys, no grid", "keys c"),
-    ),
+    "sheet-presets": ("presets", "peers"),
+    "sheet-plane": ("plane", "tried"),
+    "sheet-published": ("budget", "ablation"),
 }
 
 COLUMNS = {
     "name": "setting",
     "flops_part": "FLOPs",
     "accuracy": "accuracy",
+    "accuracy_change": "change, points",
     "frechet_distance": "Fréchet",
     "fid": "FID",
     "clip_score": "CLIP",
@@ -68,12 +71,15 @@ class LabRequest:
     steps: int | None = None
     guidance: float | None = None
     batch: int | None = None
+    scheduler: str = EULER
     settings: str | None = None
+    tried: Mapping[str, Options] = field(default_factory=dict)
+    captions: str | None = None
     seed: int = 0
-    skip: int = 0
     out: Path | None = None
     json: Path | None = None
     convergence: bool = True
+    timing: bool = True
     model: str | None = None
     prompts: Path | None = None
     references: Path | None = None
@@ -85,18 +91,26 @@ class LabRequest:
 def resolved(request: LabRequest, device: torch.device) -> LabRequest:
     """``request`` with all defaults filled in."""
     real, gpu = request.model is not None, device.type == "cuda"
+    captions = None if real else request.captions or HELD_OUT
     defaults = {
-        "images": None if real else QUICK_IMAGES if request.quick else 1000 if gpu else 256,
+        "images": None if real else QUICK_IMAGES if request.quick else CHOSEN if captions == "chosen" else 256,
         "steps": QUICK_STEPS if request.quick else 50 if real or gpu else 25,
         "guidance": 7.0 if real else 5.0,
         "batch": 1 if real else QUICK_IMAGES if request.quick else 32,
         "dtype": "bf16" if real else "fp32",
-        "out": Path("outputs") / ("quality-quick" if request.quick else "quality"),
+        "captions": captions,
+        "out": Path("outputs") / _folder(request),
     }
     request = dataclasses.replace(
         request, **{key: value for key, value in defaults.items() if getattr(request, key) is None}
     )
     return dataclasses.replace(request, json=request.json or request.out / "quality.json")
+
+
+def _folder(request: LabRequest) -> str:
+    """One for each kind of run, because pictures of two must not mix."""
+    parts = ["quality"] + ["quick"] * request.quick + ["chosen"] * (request.captions == "chosen")
+    return "-".join(parts + [request.scheduler] * (request.scheduler != EULER))
 
 
 def flops_of(pipe: Any, width: int, height: int) -> UNetFlops:
@@ -113,33 +127,33 @@ def _flops_of(config: str, width: int, height: int, tokens: int) -> UNetFlops:
 
 
 def run_embedded(request: LabRequest, device: torch.device) -> None:
-    """The lab on the embedded model."""
+    """The lab on the embedded model.
+
+    Raises:
+        ValueError: more pictures than there are captions to choose on, or settings that do not fit.
+    """
     from atedm.embedded import embedded_pipeline
 
+    if request.captions == "chosen" and request.images > CHOSEN:
+        raise ValueError(f"images is {request.images}; expected at most {CHOSEN} of the chosen captions")
     pipe = embedded_pipeline().to(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[request.dtype]
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         torch.nn.Module.to(part, dtype)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    cases = scene_cases(request.skip + request.images, request.seed)
+    cases = scene_cases(request.images, request.seed, CHOSEN if request.captions == HELD_OUT else 0)
     sampling = Sampling(request.steps, request.guidance, side, side, request.batch)
-    _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases[request.skip :], side))
+    _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases, side))
 
 
 def run_checkpoint(request: LabRequest, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
     """The lab on a real checkpoint: FID and CLIP score."""
-    prompts = read_prompts(request.prompts)
-    count = QUICK_IMAGES if request.quick else request.images or len(prompts)
-    if request.skip >= len(prompts):
-        raise ValueError(f"skip is {request.skip}; expected fewer than the {len(prompts)} prompts")
-    prompts = prompts[: request.skip + count]
+    prompts = read_prompts(request.prompts)[: QUICK_IMAGES if request.quick else request.images]
     cases = [PromptCase(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
 
     def figures() -> ReferenceFigures:
-        return ReferenceFigures(
-            cases[request.skip :], request.references, request.fid_features, request.clip_model, device
-        )
+        return ReferenceFigures(cases, request.references, request.fid_features, request.clip_model, device)
 
     _run(request, device, pipe, request.model, cases, sampling, figures)
 
@@ -155,13 +169,12 @@ def _run(
 ) -> None:
     main = PartialState().is_main_process
     console = Console(stderr=True, quiet=not main)
-    counter = flops_of(pipe, sampling.width, sampling.height)
-    side = min(sampling.width, sampling.height) // (2 * pipe.vae_scale_factor)
-    square = sampling.width == sampling.height and side % 2 == 0
+    set_scheduler(pipe, request.scheduler)
+    costs = Costs(flops_of(pipe, sampling.width, sampling.height), timesteps_of(pipe, sampling.steps))
     with console.status("counting FLOPs"):
         wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
-        settings = Plan(counter, sampling.steps, side * side if square else None).settings(wanted)
-    run = Run(pipe, model, settings, cases, sampling, request.out, request.skip)
+        settings = Plan(costs, request.tried).settings(wanted)
+    run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
     if main:
         run.check_root()
     PartialState().wait_for_everyone()
@@ -178,35 +191,43 @@ def _run(
         run.make(on_picture)
         if not main:
             return
-        studies: dict[str, list[dict[str, Any]]] = {}
-        if request.convergence and request.model is None:
-            watched = progress.add_task("the power iteration", total=1 + len(refills.WAYS))
-            budget = next((s for s in settings if s.name == f"ours {MAIN}"), None)
-            count = _QUICK_WATCHED if request.quick else _WATCHED
-            asked = (cases[request.skip :][:count], budget.ratio if budget is not None else 0.63, sampling)
-            studies["convergence"] = convergence.study(pipe, *asked)
-            studies["refills"] = refills.study(
-                pipe, *asked, lambda name: progress.update(watched, description=f"refills: {name}", advance=1)
-            )
-            progress.update(watched, advance=1)
-        rounds = QUICK_ROUNDS if request.quick else ROUNDS
-        timed = progress.add_task("time", total=rounds * len(settings))
-        seconds = unet_seconds(
-            pipe,
-            settings,
-            cases[request.skip :],
-            sampling,
-            request.out / "unet-seconds.json",
-            rounds,
-            lambda name: progress.update(timed, description=f"time: {name}", advance=1),
-        )
+        studies = _studies(request, run, progress) if request.convergence and request.model is None else {}
+        seconds = _seconds(request, run, progress) if request.timing else {}
         measured = progress.add_task("figures", total=len(settings))
         rows, samples = run.rows(
             make_figures(),
+            costs,
             seconds,
             lambda name: progress.update(measured, description=f"figures: {name}", advance=1),
         )
     _write(request, device, run, rows, check_claims(rows, samples), studies)
+
+
+def _studies(request: LabRequest, run: Run, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+    """The power iteration and the refills, at the ratio of the published method."""
+    task = progress.add_task("the power iteration", total=1 + len(refills.WAYS))
+    published = next((s.method.options for s in run.settings if s.name == f"ours {MAIN}"), PUBLISHED)
+    asked = (run.cases[: _QUICK_WATCHED if request.quick else _WATCHED], published.ratio, run.sampling)
+    found = {"convergence": convergence.study(run.pipe, *asked)}
+    found["refills"] = refills.study(
+        run.pipe, *asked, lambda name: progress.update(task, description=f"refills: {name}", advance=1)
+    )
+    progress.update(task, advance=1)
+    return found
+
+
+def _seconds(request: LabRequest, run: Run, progress: Progress) -> dict[str, list[float]]:
+    rounds = QUICK_ROUNDS if request.quick else ROUNDS
+    task = progress.add_task("time", total=rounds * len(run.settings))
+    return unet_seconds(
+        run.pipe,
+        run.settings,
+        run.cases,
+        run.sampling,
+        request.out / "unet-seconds.json",
+        rounds,
+        lambda name: progress.update(task, description=f"time: {name}", advance=1),
+    )
 
 
 def _write(
@@ -217,13 +238,8 @@ def _write(
     claims: list[dict[str, Any]],
     studies: dict[str, list[dict[str, Any]]],
 ) -> None:
-    described = {
-        "model": run.model,
-        **dataclasses.asdict(run.sampling),
-        "images": len(run.chosen),
-        "seed": request.seed,
-    }
-    described["skipped"] = request.skip
+    described = {"model": run.model, "scheduler": run.scheduler, **dataclasses.asdict(run.sampling)}
+    described |= {"images": len(run.cases), "captions": request.captions, "seed": request.seed}
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
     command = report.command_line("atedm-bench")
     report.write_json(report.report(command, device, described, rows), request.json)
@@ -232,11 +248,12 @@ def _write(
     written = [request.json, claims_path]
     plots.plot_trade_off(rows, request.out / "trade-off.png")
     written.append(request.out / "trade-off.png")
-    chosen = run.chosen[:_SHEET_PICTURES]
-    for name, wanted in SHEETS.items():
-        shown = [s for w in wanted for s in run.settings if s.name == w]
+    parts = {row["name"]: row["flops_part"] for row in rows}
+    for name, groups in SHEETS.items():
+        shown = [setting for setting in run.settings if setting == FULL or setting.group in groups]
         if len(shown) > 1:
-            plots.contact_sheet(shown, run.cases, chosen, run.root, request.out / f"{name}.png")
+            cases = run.cases[:_SHEET_PICTURES]
+            plots.contact_sheet(shown, parts, cases, run.root, request.out / f"{name}.png")
             written.append(request.out / f"{name}.png")
     for name, found in studies.items():
         path = request.json.with_name(f"{request.json.stem}-{name}.json")
@@ -257,7 +274,9 @@ def _print(
     device: torch.device,
 ) -> None:
     columns = {key: heading for key, heading in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
-    title = "{model}: {images} pictures, {steps} steps, guidance {guidance:g}, {dtype}".format(**described)
+    title = "{model}: {images} pictures, {steps} steps ({scheduler}), guidance {guidance:g}, {dtype}".format(
+        **described
+    )
     report.print_table([_shown(row) for row in rows], columns, f"{title}, on {report.device_name(device)}")
     if claims:
         report.print_table(
@@ -314,9 +333,12 @@ def _shown_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     shown = dict(row, flops_part=f"{row['flops_part']:.0%}")
+    if len(set(row["kinds"])) > 1:
+        shown["name"] = f"{row['name']}\n{row['kinds']}"
     if "accuracy" in row:
         shown["accuracy"] = "{accuracy:.1%}\n{accuracy_low:.1%}–{accuracy_high:.1%}".format(**row)
     for key, digits in (
+        ("accuracy_change", 1),
         ("psnr_db", 2),
         ("ssim", 3),
         ("perceptual_distance", 3),

@@ -12,10 +12,10 @@ from atedm.app import report
 from atedm.app.comparison import UNetTimer
 from atedm.app.prompts import PromptCase, Sampling
 from atedm_bench.quality.images import run_without_decoding
-from atedm_bench.quality.settings import Setting, in_force
+from atedm_bench.quality.settings import Setting
 
-# Enough steps that the share of light ones (3 of 10) is near that of a whole run.
-STEPS, PICTURES, ROUNDS = 10, 4, 5
+# A whole run each, because its steps differ in kind.
+PICTURES, ROUNDS = 4, 5
 
 
 def unet_seconds(
@@ -29,25 +29,24 @@ def unet_seconds(
 ) -> dict[str, list[float]]:
     """UNet seconds per picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
 
-    A round runs every setting for ``STEPS`` steps on the same prompts, and starts with a different setting each time.
+    A round runs every setting on the same prompts, and starts with a different setting each time.
 
     Args:
         path: file that stores every time, so that an interrupted run can resume. Times of another device, size or
             batch in it are ignored.
     """
     pictures = min(PICTURES, sampling.batch, len(cases))
-    steps = min(STEPS, sampling.steps)
     pipe.set_progress_bar_config(disable=True)
 
     def run(setting: Setting, count: int) -> float:
-        with in_force(pipe, setting) as start_batch, UNetTimer(pipe.unet) as timer:
+        with setting.method.in_force(pipe) as start_batch, UNetTimer(pipe.unet) as timer:
             start_batch(0)
             run_without_decoding(pipe, cases[:pictures], sampling, num_inference_steps=count)
-        return sum(timer.seconds) / count * sampling.steps / pictures
+        return sum(timer.seconds) / pictures
 
     described = {
         **{"device": report.device_name(pipe.device), "dtype": str(pipe.unet.dtype), "pictures": pictures},
-        **{"steps": steps, **dataclasses.asdict(sampling)},
+        **dataclasses.asdict(sampling),
     }
     found = _kept_times(path, described)
     for n in range(rounds):
@@ -58,8 +57,8 @@ def unet_seconds(
             if len(times) > n:
                 continue
             if n == 0:
-                run(setting, min(2, steps))  # warms up
-            times.append(run(setting, steps))
+                run(setting, min(2, sampling.steps))  # warms up
+            times.append(run(setting, sampling.steps))
             report.write_json({**described, "seconds": found}, path)
     return {setting.name: found[setting.name][:rounds] for setting in settings}
 

@@ -42,6 +42,18 @@ def test_mean_interval_covers_the_mean_about_as_often_as_it_says():
     assert 88 <= hits <= 100
 
 
+def test_accuracy_change_is_paired_and_in_points():
+    full = (np.arange(200) % 4 > 0).astype(float)  # 150 right
+    lost = full.copy()
+    lost[np.flatnonzero(full)[:10]] = 0
+    found = metrics.accuracy_change(lost, full)
+    assert found["accuracy_change"] == pytest.approx(-5)
+    # Ten of 200 pictures differ, which a normal interval puts at ± 3.0 points; unpaired it would be ± 8.7.
+    assert found["accuracy_change_low"] == pytest.approx(-8.0, abs=0.7)
+    assert found["accuracy_change_high"] == pytest.approx(-2.0, abs=0.7)
+    assert set(metrics.accuracy_change(full, full).values()) == {0.0}
+
+
 def test_psnr_one_a_picture():
     a, b = pictures(3), pictures(3, seed=1)
     a[2] = b[2]

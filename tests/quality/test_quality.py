@@ -1,5 +1,6 @@
 """``atedm-bench quality``, end to end: on the embedded model, and with it standing in for a real checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,22 +10,26 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
 from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE, unet_config
 from atedm.app.prompts import picture_path
-from atedm.embedded import WEIGHTS
+from atedm.embedded import WEIGHTS, embedded_pipeline
 from atedm_bench.cli import app
 from atedm_bench.quality import session
 from atedm_bench.quality.checker_training import held_out_renders
 from atedm_bench.quality.claims import CLAIMS
-from atedm_bench.quality.lab import scene_cases
-from atedm_bench.quality.settings import BUDGETS, Plan
+from atedm_bench.quality.lab import CHOSEN, scene_cases
+from atedm_bench.quality.methods import Costs
+from atedm_bench.quality.samplers import SCHEDULERS, set_scheduler, timesteps_of
+from atedm_bench.quality.settings import BUDGETS, PUBLISHED, Plan
 from atedm_bench.scenes.split import held_out
 
-SETTINGS = "ours c,tomesd c,random c,ranked every 2 steps"
+SETTINGS = "DeepCache 2,ours c,tomesd c,random c"
+MINE = json.dumps({"schedule": {"name": "Adaptive", "tolerance": 3.0}})
 
 
 def call(*arguments):
@@ -43,7 +48,8 @@ def two_rounds():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    arguments = ("--images", 4, "--steps", 4, "--batch", 2, "--settings", SETTINGS, "--output", folder / "run")
+    arguments = ("--images", 4, "--steps", 4, "--batch", 2, "--settings", SETTINGS, "--try", f"mine={MINE}")
+    arguments += ("--output", folder / "run")
     code, output = call(*arguments)
     assert code == 0, output
     return arguments, folder / "run", output
@@ -53,7 +59,7 @@ def test_rows_have_every_figure_with_its_interval(finished):
     _, folder, output = finished
     document = json.loads((folder / "quality.json").read_text())
     assert set(document) == {"command", "device", "versions", "date", "settings", "rows"}
-    assert [row["name"] for row in document["rows"]] == ["full", *SETTINGS.split(",")]
+    assert [row["name"] for row in document["rows"]] == ["full", *SETTINGS.split(","), "mine"]
     for row in document["rows"]:
         assert row["images"] == 4
         assert 0 < row["unet_seconds_low"] <= row["unet_seconds"] <= row["unet_seconds_high"]
@@ -62,13 +68,48 @@ def test_rows_have_every_figure_with_its_interval(finished):
         assert row["name"] in output
         if row["name"] == "full":
             assert row["flops_part"] == 1
-            assert "psnr_db" not in row
+            assert not {"psnr_db", "accuracy_change"} & row.keys()
         else:
             assert 0.4 < row["flops_part"] < 0.95
+            change = 100 * (row["accuracy"] - document["rows"][0]["accuracy"])
+            assert row["accuracy_change"] == pytest.approx(change)
+            assert row["accuracy_change_low"] <= row["accuracy_change"] <= row["accuracy_change_high"]
             for measure in ("psnr_db", "ssim", "perceptual_distance"):
                 assert row[f"{measure}_low"] <= row[measure] <= row[f"{measure}_high"]
-    ours, merged = (next(r for r in document["rows"] if r["name"] == name) for name in ("ours c", "tomesd c"))
-    assert merged["flops_part"] == pytest.approx(ours["flops_part"], rel=0.02)
+    rows = {row["name"]: row for row in document["rows"]}
+    assert rows["tomesd c"]["flops_part"] == pytest.approx(rows["ours c"]["flops_part"], rel=0.02)
+    assert {name: row["kinds"] for name, row in rows.items() if name != "mine"} == {
+        "full": "wwww",
+        "DeepCache 2": "wrwr",
+        "ours c": "llpp",
+        "tomesd c": "mmmm",
+        "random c": "llpp",
+    }
+    # It reuses the same part of the network as DeepCache does.
+    kinds = rows["mine"]["kinds"]
+    assert kinds[:2] == "ww" and "r" in kinds
+    reused = 2 * rows["DeepCache 2"]["flops_part"] - 1
+    expected = (kinds.count("w") + kinds.count("r") * reused) / 4
+    assert rows["mine"]["flops_part"] == pytest.approx(expected, rel=0.02)
+    assert document["settings"]["scheduler"] == "euler"
+    assert document["settings"]["captions"] == "held-out"
+
+
+def test_flops_are_the_mean_over_pictures_that_ran_differently(finished, tmp_path):
+    """And a run that goes on knows what the earlier one ran."""
+    arguments, folder, _ = finished
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    (again / "mine" / "00002.kinds.json").write_text(json.dumps(["whole"] * 4))
+    code, output = call(*arguments[:-1], again, "--settings", "full", "--no-timing", "--no-convergence")
+    assert code == 0, output
+    rows, before = (
+        {row["name"]: row for row in json.loads((f / "quality.json").read_text())["rows"]} for f in (again, folder)
+    )
+    assert list(rows) == ["full", "mine"]
+    assert rows["mine"]["flops_part"] == pytest.approx((before["mine"]["flops_part"] + 1) / 2)
+    assert rows["mine"]["kinds"] == before["mine"]["kinds"]
+    assert "unet_seconds" not in rows["mine"]
 
 
 def test_pictures_differ_between_settings_but_not_between_runs(finished, tmp_path):
@@ -78,7 +119,7 @@ def test_pictures_differ_between_settings_but_not_between_runs(finished, tmp_pat
         for path in folder.iterdir()
         if path.is_dir()
     }
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     names = list(pictures)
     for n, name in enumerate(names):
         for other in names[n + 1 :]:
@@ -117,21 +158,32 @@ def test_pictures_of_another_run_are_refused(finished):
     assert len(list(folder.rglob("random-c/*.png"))) == 4
 
 
-def test_skipped_cases_are_made_and_left_out_of_the_figures(finished, tmp_path):
-    arguments, folder, _ = finished
-    again = tmp_path / "run"
-    shutil.copytree(folder, again)
-    times = json.loads((again / "unet-seconds.json").read_text())
-    code, output = call(*arguments[:-1], again, "--images", 2, "--skip", 2, "--no-convergence")
-    assert code == 0, output
-    document = json.loads((again / "quality.json").read_text())
-    assert (document["settings"]["images"], document["settings"]["skipped"]) == (2, 2)
-    rows, before = (json.loads((f / "quality.json").read_text())["rows"] for f in (again, folder))
-    assert [row["images"] for row in rows] == [2] * len(rows)
-    assert [row["frechet_distance"] for row in rows] != [row["frechet_distance"] for row in before]
-    # Times are of the same setting, device and size, so they are not taken again.
-    assert json.loads((again / "unet-seconds.json").read_text()) == times
-    assert [row["unet_seconds"] for row in rows] == [row["unet_seconds"] for row in before]
+def test_chosen_captions_come_before_the_held_out_ones(tmp_path):
+    assert [*scene_cases(CHOSEN), *scene_cases(3, skip=CHOSEN)] == scene_cases(CHOSEN + 3)
+    code, output = call("--captions", "chosen", "--images", CHOSEN + 1, "--output", tmp_path / "run")
+    assert code == 2
+    assert f"at most {CHOSEN} of the chosen captions" in output
+    device = torch.device("cpu")
+    chosen, held_out = (session.resolved(session.LabRequest(captions=each), device) for each in ("chosen", None))
+    assert (chosen.images, held_out.images) == (CHOSEN, 256)
+    assert chosen.out != held_out.out
+
+
+def test_another_sampler_makes_other_pictures_elsewhere(finished):
+    arguments = finished[0]
+    code, output = call(*arguments, "--scheduler", "dpm++")
+    assert code == 2 and "scheduler" in output
+    steps = {}
+    for name in SCHEDULERS:
+        pipe = embedded_pipeline()
+        before = pipe.scheduler.config
+        set_scheduler(pipe, name)
+        assert dict(pipe.scheduler.config)["prediction_type"] == before["prediction_type"]
+        steps[name] = timesteps_of(pipe, 25).tolist()
+    assert steps["euler"] == steps["dpm++"] and len(set(steps["dpm++"])) == 25
+    assert len(set(steps["dpm++-karras"])) < 25
+    requests = [session.LabRequest(scheduler=name) for name in SCHEDULERS]
+    assert len({session.resolved(request, torch.device("cpu")).out for request in requests}) == 3
 
 
 def test_convergence_rows(finished):
@@ -153,42 +205,42 @@ def test_convergence_rows(finished):
 
 def test_plots_and_sheets_are_written(finished):
     _, folder, output = finished
-    for name in ("trade-off.png", "convergence.png", "sheet-budgets.png"):
+    for name in ("trade-off.png", "convergence.png", "sheet-presets.png", "sheet-plane.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200
         assert name in "".join(output.split())
 
 
-def test_settings_cover_the_budgets_and_ablations_at_their_flops():
+def test_the_published_method_and_its_ablations_at_their_flops():
     # The embedded model's UNet with half of its blocks.
     config = {**unet_config(str(WEIGHTS)), "layers_per_block": 1}
     size = config["sample_size"]
-    flops = UNetFlops(config, width=size * LATENT_SCALE, height=size * LATENT_SCALE, tokens=24)
-    found = {setting.name: setting for setting in Plan(flops, 25, (size // 2) ** 2).settings()}
-    full = flops.full().unet
-    for budget, part in BUDGETS.items():
-        ours = found[f"ours {budget}"]
-        assert flops.pruned(ours.ratio).unet / full == pytest.approx(part, rel=0.01)
-        assert found[f"tomesd {budget}"].flops == pytest.approx(ours.flops, rel=0.02)
-        assert found[f"random {budget}"].flops == ours.flops
-        assert found[f"keys {budget}"].flops == ours.flops
-    for name in ("DSAP off, same FLOPs", "level 2 whole, same FLOPs", "by keys, DSAP off, same FLOPs"):
-        assert found[name].note or found[name].flops == pytest.approx(found["ours c"].flops, rel=0.01)
-    for name, setting in found.items():
-        if name.startswith("level 2 whole, r"):
-            assert setting.ratio == found["level 2 whole, same FLOPs"].ratio
-        if name.startswith("random, "):
-            assert setting.ratio == found["ours c"].ratio
-    # PageRank's iterations; one pass by keys; the source map alone.
-    scoring = [found[name].scoring_flops for name in ("ours c", "keys c", "random c")]
-    assert scoring[0] > 2 * scoring[1] > 4 * scoring[2] > 0
-    base = found["level 2 whole, same FLOPs"].scoring_flops
-    saved = [base - found[f"ranked every {n} steps"].scoring_flops for n in (2, 3, 5)]
-    assert 0 < saved[0] < saved[1] < saved[2] < base
-    assert found["level 2 ranked on 2×2-pooled maps"].scoring_flops < found["recovery: keys"].scoring_flops / 2
-    assert found["DSAP off, same ratio"].flops < found["ours c"].flops < found["level 2 whole, same ratio"].flops
-    assert found["placement: paper"].flops > found["ours c"].flops
-    assert {name for claim in CLAIMS for pair in claim.pairs for name in pair} <= set(found)
+    counter = UNetFlops(config, width=size * LATENT_SCALE, height=size * LATENT_SCALE, tokens=24)
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(25)
+    costs = Costs(counter, scheduler.timesteps)
+    plan = Plan(costs)
+    names = [name for group in plan.groups.values() for name in group]
+    assert {name for claim in CLAIMS for pair in claim.pairs for name in pair} <= set(names)
+    found = {s.name: s for s in plan.settings(["ours b", "ours c", "tomesd c", "random c", "ablation"])}
+    full = counter.full().unet
+
+    def flops(name):
+        method = found[name].method
+        return method.flops(costs, method.options.kinds_of(25) if method.records else method.kinds(costs))
+
+    for budget in "bc":
+        options = found[f"ours {budget}"].method.options
+        assert counter.of_kind(options, "pruned").unet / full == pytest.approx(BUDGETS[budget], rel=0.01)
+        assert options == dataclasses.replace(PUBLISHED, ratio=options.ratio)
+    assert flops("tomesd c").unet == pytest.approx(flops("ours c").unet, rel=0.02)
+    assert flops("random c").unet == flops("ours c").unet
+    for name in ("DSAP off", "level 2 whole"):
+        assert found[name].note or flops(name).unet == pytest.approx(flops("ours c").unet, rel=0.01)
+    for name in ("recovery: zeros", "recovery: bicubic", "recovery: keys", "ranking: cross-attention"):
+        assert found[name].method.options.ratio == found["ours c"].method.options.ratio
+    # PageRank's iterations beside the source map, and the source map alone.
+    assert flops("ours c").scoring > 2 * flops("random c").scoring > 0
 
 
 def test_cases_are_held_out_and_longer_runs_begin_alike():
@@ -202,6 +254,13 @@ def test_cases_are_held_out_and_longer_runs_begin_alike():
     ("arguments", "message"),
     [
         (("--settings", "ours z"), "ours z"),
+        (("--scheduler", "ddim"), "scheduler"),
+        (("--captions", "all"), "captions"),
+        (("--captions", "chosen", "--model", str(WEIGHTS)), "captions"),
+        (("--try", "mine"), "NAME=JSON"),
+        (("--try", "mine={"), "try"),
+        (("--try", 'mine={"colour": 1}'), "colour"),
+        (("--try", "ours c={}"), "ours c"),
         (("--prompts", "x.txt"), "--model"),
         (("--model", str(WEIGHTS)), "prompts"),
         (("--dtype", "int8"), "dtype"),
