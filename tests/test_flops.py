@@ -202,9 +202,29 @@ def test_command_solves_a_budget(tmp_path):
     assert f"{average['ratio']:.4f}" in run.output
 
 
+def test_command_counts_what_a_file_of_options_holds(tmp_path):
+    path, file = tmp_path / "flops.json", tmp_path / "options.json"
+    options = atedm.Options(ratio={2: 0.4, 3: 0.6}, recovery="cached", schedule=["whole", "pruned", "reused", "reused"])
+    options.save(file)
+    run = _run("--size", "256", "--steps", "8", "--options", str(file), "--json", str(path))
+    assert run.exit_code == 0, run.output
+    rows = {row["phase"]: row["tflops"] for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["full", "whole", "all pruned", "reused", "average"]
+    assert rows["full"] == rows["whole"] > rows["all pruned"] > rows["reused"]
+    assert rows["average"] == pytest.approx((2 * rows["whole"] + 2 * rows["all pruned"] + 4 * rows["reused"]) / 8)
+    assert "reused: 4 of 8" in run.output
+    atedm.Options(schedule=atedm.Adaptive()).save(file)
+    run = _run("--size", "256", "--options", str(file))
+    assert run.exit_code == 0 and "a run says what it came to" in run.output and "average" not in run.output
+    run = _run("--size", "256", "--options", str(file), "--budget", "0.2")
+    assert run.exit_code == 2 and "which chooses as it runs" in run.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
+        (("--preset", "paper", "--options", "x.json"), "--preset"),
+        (("--preset", "no-such"), "--preset"),
         (("--ratio", "1.5"), "--ratio"),
         (("--levels", "two"), "--levels"),
         (("--levels", "1", "--size", "64"), "--levels"),

@@ -218,6 +218,9 @@ def test_an_adaptive_schedule_follows_the_rate_of_change():
     assert kinds_of(Adaptive(0.3, max_gap=1), 25, CHANGES) == "w" * 25
     pruned = kinds_of(Adaptive(0.3, pruned_from=0.5), 25, CHANGES)
     assert pruned.replace("p", "w") == found and [pruned[n] for n in (12, 16, 20, 24)] == ["w", "p", "w", "p"]
+    first = kinds_of(Adaptive(0.3, first_gap=0.08), 25, CHANGES)
+    assert first.startswith("wrw") and kinds_of(Adaptive(0.3, first_gap=0.079), 25, CHANGES) == found
+    assert kinds_of(Adaptive(1e9, first_gap=0.34), 9, [0.1] * 9) == "wrrwrrrwr"
     assert kinds_of(Adaptive(1e9), 9, [0.0] * 9) == "wwrrrwrrr"  # a feature that stands still
     assert kinds_of(Adaptive(1e9), 9, [5e-324] * 9) == "wwrrrwrrr"
 

@@ -95,7 +95,13 @@ def native_library() -> dict[str, Any]:
 def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     """Run every op once on ``device`` with inputs of ``dtype`` (fp16, bf16 or fp32) and yield how far off it was."""
     p = _problem(device, dtype)
-    full, cross, limit = p.map, p.cross_map, _LIMITS[dtype]
+    yield from _check_maps(p, device, _LIMITS[dtype])
+    yield from _check_choices(p, device, dtype)
+
+
+def _check_maps(p: _Problem, device: torch.device, limit: float) -> Iterator[Check]:
+    """Attention, column sums and both rankings."""
+    full, cross = p.map, p.cross_map
     tokens = full.shape[-1]
     settings = {"max_iterations": 4, "tolerance": 0.0}
 
@@ -119,6 +125,12 @@ def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         lambda s: (cross @ (s[..., None, :] @ cross).transpose(-1, -2))[..., 0] / entropy, uniform, 4
     )
     yield Check("weighted_page_rank_cross", _relative(cross_scores, exact_cross), _SCORE_LIMIT)
+
+
+def _check_choices(p: _Problem, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Selection, gathering, the source map and both recoveries, each with what the one before gave."""
+    full, exact_lse = p.map, p.lse(p.k).float().to(device)
+    tokens = full.shape[-1]
 
     # Whole numbers: their joined scores are exact, so ties are ties on every device.
     marks = torch.arange(tokens).remainder(7).expand(*full.shape[:2], -1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, load_config, parse_levels, parse_size
+from atedm.cli.checks import bad, check_options, load_config, load_options, parse_levels, parse_size
 
 if TYPE_CHECKING:
     from atedm.app.flops import Flops, UNetFlops
+    from atedm.policy.options import Options
 
 PLACEMENTS = ("early", "paper", "both")
 
@@ -22,15 +24,22 @@ PAPER_ROWS = (
     {"row": "c", "levels": (2, 3), "at_edm": (4.1, 28.04, 0.3209), "tome": (4.1, 35.27, 0.3198)},
     {"row": "d†", "levels": (3,), "at_edm": (4.5, 27.23, 0.3245), "tome": (4.6, 32.46, 0.3235)},
 )
+PHASES = {"pruned": "all pruned"}  # what a kind of step is called in the table, if not by its name
 PAPER_SETTINGS = {"model": "sdxl", "size": "1024x1024", "batch": 1, "tokens": 77}
 
 
 def flops(
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (a pipeline's or a UNet's).")] = "sdxl",
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
-    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    preset: Annotated[str | None, typer.Option(help="Pruning by name, see atedm.PRESETS.")] = None,
+    options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Part of the tokens to drop, if not the default or theirs.")
+    ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
-    placement: Annotated[str, typer.Option(help="Where a block is pruned: early, paper or both.")] = "both",
+    placement: Annotated[
+        str | None, typer.Option(help="Where a block is pruned: early, paper or both. Default: both, or theirs.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps that the average is taken over.")] = 50,
     budget: Annotated[float | None, typer.Option(help="Solve for the ratio with this average of TFLOPs.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Beside the paper's rows a to d (SDXL, 1024).")] = False,
@@ -45,35 +54,46 @@ def flops(
     from atedm.app import report
     from atedm.app.flops import UNetFlops
 
-    if placement not in PLACEMENTS:
+    if preset is not None and options is not None:
+        raise bad("preset", "is given with --options; expected one of the two")
+    if placement is not None and placement not in PLACEMENTS:
         raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
-    if not 0 <= ratio < 1:
-        raise bad("ratio", f"{ratio}; expected from 0 up to, not including, 1")
     if budget is not None and budget <= 0:
         raise bad("budget", f"{budget}; expected a positive number of TFLOPs")
     chosen = parse_levels(levels)
+    named = preset if options is None else load_options(options)
+    base = check_options(named, {"ratio": ratio, "levels": chosen})
+    if placement is None:
+        placement = "both" if named is None else base.placement
+    where = ("early", "paper") if placement == "both" else (placement,)
+    variants = [check_options(base, {"placement": each}) for each in where]
     width, height = parse_size(size)
     config = load_config(model)
     settings: dict[str, Any] = {
         **{"model": model, "size": f"{width}x{height}", "batch": batch, "tokens": tokens, "steps": steps},
-        "light_steps": DSAP().light_steps(steps),
-        "flops_per_multiply_add": 2,
+        **{"light_steps": DSAP().light_steps(steps), "flops_per_multiply_add": 2},
+        **base.to_dict(),
     }
-    if paper and (budget is not None or any(settings[key] != value for key, value in PAPER_SETTINGS.items())):
+    is_papers = all(settings[key] == value for key, value in PAPER_SETTINGS.items())
+    if paper and (budget is not None or named is not None or not is_papers):
         raise bad("paper", "the paper's rows are for --model sdxl --size 1024 --batch 1 --tokens 77, without --budget")
 
     progress = Console(stderr=True)
     counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
-    if chosen is not None:
-        _check_levels(counter, chosen)
+    if base.levels is not None:
+        _check_levels(counter, base.levels)
     with progress.status("counting …") as status:
         if paper:
             rows = list(_paper_rows(counter, settings, status))
         elif budget is not None:
-            rows = list(_budget_rows(counter, settings, budget, chosen, placement, status))
+            rows = [row for each in variants for row in _budget_rows(counter, each, steps, budget, status)]
         else:
-            rows = [_row("full", counter.full(), counter), *_rows(counter, settings, ratio, chosen, placement, status)]
-    _print(rows, settings, paper, budget)
+            rows = [_row("full", counter.full(), counter)]
+            rows += [row for each in variants for row in _rows(counter, each, steps, status)]
+    if paper:
+        _print_paper(rows, settings)
+    else:
+        _print(rows, settings, base, budget)
     if json is not None:
         report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
 
@@ -90,10 +110,6 @@ def _join(levels: Any) -> str:
     return ",".join(map(str, levels))
 
 
-def _placements(placement: str) -> tuple[str, ...]:
-    return ("early", "paper") if placement == "both" else (placement,)
-
-
 def _row(name: str, flops: Flops, counter: UNetFlops, **fields: Any) -> dict[str, Any]:
     return {
         "name": name,
@@ -104,33 +120,19 @@ def _row(name: str, flops: Flops, counter: UNetFlops, **fields: Any) -> dict[str
     }
 
 
-def _phases(counter: UNetFlops, settings: dict[str, Any], ratio: float, **options: Any) -> Iterator[tuple[str, Flops]]:
-    yield "all pruned", counter.pruned(ratio, **options)
-    yield "light", counter.pruned(ratio, light=True, **options)
-    yield "average", counter.average(ratio, steps=settings["steps"], **options)
+def _rows(counter: UNetFlops, options: Options, steps: int, status: Any) -> Iterator[dict[str, Any]]:
+    """One for each kind of step, and the mean of a run whose kinds are known beforehand."""
+    from atedm.policy.schedule import KINDS
 
-
-def _rows(
-    counter: UNetFlops,
-    settings: dict[str, Any],
-    ratio: float,
-    levels: tuple[int, ...] | None,
-    placement: str,
-    status: Any,
-) -> Iterator[dict[str, Any]]:
-    """Three phases of each placement."""
-    for name in _placements(placement):
-        status.update(f"counting: {name} placement")
-        for phase, flops in _phases(counter, settings, ratio, levels=levels, placement=name):
-            yield _row(
-                f"{name} placement, {phase}",
-                flops,
-                counter,
-                ratio=ratio,
-                levels=_levels(counter, levels),
-                placement=name,
-                phase=phase,
-            )
+    status.update(f"counting: {options.placement} placement")
+    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
+    phases = {PHASES.get(kind, kind): counter.of_kind(options, kind) for kind in KINDS if kind in kinds}
+    if options.steps.planned(steps) is not None:
+        phases["average"] = counter.mean(options, options.kinds_of(steps))
+    ratio = options.ratio if isinstance(options.ratio, float | int) else str(options.ratio)
+    where = {"ratio": ratio, "levels": _levels(counter, options.levels), "placement": options.placement}
+    for phase, flops in phases.items():
+        yield _row(f"{options.placement} placement, {phase}", flops, counter, phase=phase, **where)
 
 
 def _levels(counter: UNetFlops, levels: tuple[int, ...] | None) -> str:
@@ -140,27 +142,22 @@ def _levels(counter: UNetFlops, levels: tuple[int, ...] | None) -> str:
 
 
 def _budget_rows(
-    counter: UNetFlops,
-    settings: dict[str, Any],
-    budget: float,
-    levels: tuple[int, ...] | None,
-    placement: str,
-    status: Any,
+    counter: UNetFlops, options: Options, steps: int, budget: float, status: Any
 ) -> Iterator[dict[str, Any]]:
     from atedm.app.flops import MAX_RATIO, solve_decreasing
 
-    for name in _placements(placement):
+    name = options.placement
 
-        def average(ratio: float, name: str = name) -> float:
-            status.update(f"{name} placement: counting at ratio {ratio:.4f}")
-            return counter.average(ratio, steps=settings["steps"], levels=levels, placement=name).unet
+    def average(ratio: float) -> float:
+        status.update(f"{name} placement: counting at ratio {ratio:.4f}")
+        return counter.mean(replace(options, ratio=ratio), options.kinds_of(steps)).unet
 
-        try:
-            ratio = solve_decreasing(average, budget * 1e12, 0.0, MAX_RATIO)
-        except ValueError as error:
-            raise bad("budget", f"{name} placement: {error}") from error
-        for row in _rows(counter, settings, ratio, levels, name, status):
-            yield {**row, "budget_tflops": budget}
+    try:
+        ratio = solve_decreasing(average, budget * 1e12, 0.0, MAX_RATIO)
+    except ValueError as error:
+        raise bad("budget", f"{name} placement: {error}") from error
+    for row in _rows(counter, replace(options, ratio=ratio), steps, status):
+        yield {**row, "budget_tflops": budget}
 
 
 def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> Iterator[dict[str, Any]]:
@@ -198,27 +195,24 @@ def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> It
             )
 
 
-def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, budget: float | None) -> None:
+def _title(settings: dict[str, Any]) -> str:
+    return "{model}, {size}, batch {batch}, {tokens} text tokens: FLOPs of one UNet call".format(**settings)
+
+
+def _print(rows: list[dict[str, Any]], settings: dict[str, Any], options: Options, budget: float | None) -> None:
     from rich.console import Console
 
     from atedm.app.report import print_table
 
-    console = Console()
-    title = "{model}, {size}, batch {batch}, {tokens} text tokens: FLOPs of one UNet call".format(**settings)
-    if paper:
-        _print_paper(rows, settings, title, console)
-        return
-    steps, light_steps = settings["steps"], settings["light_steps"]
-    phases = {
-        "light": f"light: {light_steps} of {steps}",
-        "all pruned": f"all pruned: {steps - light_steps} of {steps}",
-        "average": "average",
-    }
+    console, steps = Console(), settings["steps"]
+    planned = options.steps.planned(steps)
+    kinds = [] if planned is None else options.kinds_of(steps)
+    phases = {PHASES.get(kind, kind): f"{PHASES.get(kind, kind)}: {kinds.count(kind)} of {steps}" for kind in kinds}
     shown = [
         {
             "name": row["name"].removesuffix(f", {row['phase']}"),
-            "phase": phases.get(row["phase"]),
-            "ratio": None if row["ratio"] is None else f"{row['ratio']:.4g}",
+            "phase": None if row["phase"] == "full" else phases.get(row["phase"], row["phase"]),
+            "ratio": f"{row['ratio']:.4g}" if isinstance(row["ratio"], float) else row["ratio"],
             "tflops": f"{row['tflops']:.3f}",
             "part_of_full": f"{row['part_of_full']:.1%}",
             "scoring_tflops": f"{row['scoring_tflops']:.3f}",
@@ -229,7 +223,9 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, bu
         **{"name": "", "phase": "phase", "ratio": "ratio", "tflops": "TFLOPs"},
         **{"part_of_full": "of full", "scoring_tflops": "scoring"},
     }
-    print_table(shown, columns, title, console)
+    print_table(shown, columns, _title(settings), console)
+    if planned is None:
+        console.print(f"{options.steps!r} chooses the kinds as it runs: a run says what it came to.")
     if budget is not None:
         for row in rows:
             if row["phase"] == "average":
@@ -244,10 +240,12 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], paper: bool, bu
     )
 
 
-def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any], title: str, console: Any) -> None:
+def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    from rich.console import Console
+
     from atedm.app.report import print_table
 
-    shown = []
+    console, shown = Console(), []
     for ours, early in zip(rows[::2], rows[1::2], strict=True):
         shown.append(
             {
@@ -265,7 +263,7 @@ def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any], title: st
         **{"name": "", "paper": "paper", "quality": "AT-EDM", "tome": "ToMe"},
         **{"ratio": "ratio", "ours": "ours", "early": "early", "average": "avg"},
     }
-    print_table(shown, columns, title, console)
+    print_table(shown, columns, _title(settings), console)
     console.print(
         "TFLOPs: paper, as published; ours, with the paper's placement and every block pruned, at the ratio that comes "
         "nearest to it; early, with early placement at that ratio; avg, the same over the run "

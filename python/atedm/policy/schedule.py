@@ -213,6 +213,8 @@ class Adaptive(Schedule):
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.
         max_gap: the largest distance of two computed steps.
+        first_gap: that of the first two, as a fraction of the run, rounded down to steps; at least one. No rate is
+            known before the second.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none.
         whole_every: from there on, every such computed step is whole and those between are pruned.
 
@@ -224,6 +226,7 @@ class Adaptive(Schedule):
     max_gap: int = 4
     pruned_from: float = 1.0
     whole_every: int = 2
+    first_gap: float = 0.0
 
     def __post_init__(self) -> None:
         _check_number("tolerance", self.tolerance, 0, math.inf, "the relative change of the feature")
@@ -232,6 +235,7 @@ class Adaptive(Schedule):
         _check_count("max_gap", self.max_gap, 1)
         _check_number("pruned_from", self.pruned_from, 0, 1, "a fraction of the run")
         _check_count("whole_every", self.whole_every, 1)
+        _check_number("first_gap", self.first_gap, 0, 1, "a fraction of the run")
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -241,7 +245,8 @@ class Adaptive(Schedule):
     def kind(self, progress: Progress) -> str:
         computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
         if len(computed) < 2:
-            return "whole"
+            first = max(int(self.first_gap * progress.total + 1e-9), 1)
+            return "whole" if not computed or progress.step >= computed[0] + first else "reused"
         if progress.step < computed[-1] + self._gap(progress.rate()):
             return "reused"
         if progress.step < self.pruned_from * progress.total:

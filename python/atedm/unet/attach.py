@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from torch import nn
 
 from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
-from atedm.unet.blocks import AttentionBlock, attention_blocks, why_not_prunable
+from atedm.unet.blocks import AttentionBlock, attention_blocks, blocks_to_prune
 from atedm.unet.calls import UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
@@ -95,10 +95,51 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     if calls in _EARLIER.get(unet, []):
         _EARLIER[unet].remove(calls)
     for part in (*calls.blocks, *calls.stages):
-        part.install()
-    calls.follow(target, unet)
+        part.previous = part.module.__dict__.get("forward")
+        part.module.forward = part
+    hooks = [
+        unet.register_forward_pre_hook(calls, with_kwargs=True),
+        unet.register_forward_hook(calls.end, always_call=True),
+    ]
+    calls.follow(target, hooks, _around_graph(target, unet, calls.begin_outside, calls.end_outside))
     if is_compiled(target, unet):
         count_graphs(unet, calls)
+
+
+def _around_graph(
+    target: nn.Module,
+    unet: nn.Module,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[], None],
+) -> list[Callable[[], None]]:
+    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
+
+    Args:
+        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
+    """
+    undo: list[Callable[[], None]] = []
+    if target is not unet:
+        hooks = (
+            target.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True),
+            target.register_forward_hook(lambda module, args, output: after()),
+        )
+        undo += [hook.remove for hook in hooks]
+    compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
+    if compiled is not None:
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            before(args, kwargs)
+            output = compiled(*args, **kwargs)
+            after()
+            return output
+
+        def restore() -> None:
+            if unet._compiled_call_impl is followed:
+                unet._compiled_call_impl = compiled
+
+        unet._compiled_call_impl = followed
+        undo.append(restore)
+    return undo
 
 
 def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
@@ -114,50 +155,6 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
     if "reused" in options.steps.kinds:
         calls.stages = make_stages(unet, calls)
     return calls
-
-
-def _blocks_to_prune(unet: UNet2DConditionModel, options: Options) -> list[AttentionBlock]:
-    if "reused" in options.steps.kinds:
-        reason = why_not_reusable(unet)
-        if reason is not None:
-            raise ValueError(f"the UNet's features cannot be reused: {reason}")
-    if not options.prunes:
-        return []
-    blocks = attention_blocks(unet)
-    available = sorted({block.level for block in blocks})
-    if not blocks:
-        raise ValueError("the UNet has no attention block; expected at least one to prune")
-    for name, levels in (
-        ("levels", options.levels),
-        ("ratio", options.ratio if isinstance(options.ratio, dict) else ()),
-    ):
-        unknown = sorted(set(levels or ()) - set(available), key=str)
-        if unknown:
-            raise ValueError(f"{name} names level {unknown[0]!r}; expected levels with attention: {available}")
-    chosen = [block for block in blocks if options.levels is None or block.level in options.levels]
-    if isinstance(options.ratio, dict):
-        chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
-    empty = [block.name for block in chosen if not len(getattr(block.module, "transformer_blocks", [None]))]
-    if empty:
-        logger.warning("%s: without layers there is nothing to prune, so it stays whole", ", ".join(empty))
-    chosen = [block for block in chosen if block.name not in empty]
-    for block in chosen:
-        reason = why_not_prunable(block.module, options.ratio_at(block.level), _is_pruned(block.module))
-        if reason is not None:
-            raise ValueError(f"{block.name} cannot be pruned: {reason}")
-    if options.placement == "paper":
-        # Pruned after their only layer, such blocks would have nothing left to save.
-        chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
-    if options.steps.constant == "light":
-        chosen = [block for block in chosen if not block.whole_when_light]
-    if not chosen:
-        raise ValueError(
-            f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels}, "
-            f"schedule={options.schedule} and placement={options.placement!r}; "
-            f"expected some of the levels {available} with"
-            + (" more than one layer" if options.placement == "paper" else " attention")
-        )
-    return chosen
 
 
 def _is_pruned(module: nn.Module) -> bool:
@@ -221,7 +218,10 @@ def apply(
         raise TypeError(f"scheduler is {scheduler!r}; expected a diffusers scheduler, which has timesteps")
     if scheduler is not None and hasattr(pipe, "scheduler"):
         raise ValueError("scheduler is given with a pipeline; expected None: atedm follows the pipeline's own")
-    blocks = _blocks_to_prune(unet, settings)
+    reason = why_not_reusable(unet) if "reused" in settings.steps.kinds else None
+    if reason is not None:
+        raise ValueError(f"the UNet's features cannot be reused: {reason}")
+    blocks = blocks_to_prune(unet, settings, _is_pruned)
     earlier = calls_of(unet)
     recordings = [] if earlier is None else earlier.recordings  # an open recording continues
     _uninstall(unet)

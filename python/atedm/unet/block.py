@@ -49,10 +49,6 @@ class PrunedBlock:
         # What another tool left on the instance; it goes back when pruning is removed.
         self.previous: Any = None
 
-    def install(self) -> None:
-        self.previous = self.module.__dict__.get("forward")
-        self.module.forward = self
-
     def count_kept(self, height: int, width: int) -> int:
         """How many tokens of a feature map are kept; a warning, once, where all are."""
         options = self.calls.options

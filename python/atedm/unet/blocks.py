@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -10,7 +11,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from atedm.policy.options import Options
 from atedm_kernels import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+logger = logging.getLogger("atedm")
 
 # Self-attention processors whose computation is plain scaled dot-product attention over one set of projections,
 # so that ours, which also returns the logsumexp, stands in for them in the first layer of a pruned block.
@@ -85,6 +89,56 @@ def _attention_blocks(unet: UNet2DConditionModel) -> Iterator[AttentionBlock]:
         attentions = getattr(stage, "attentions", None) or ()
         for j, module in enumerate(attentions):
             yield AttentionBlock(f"up_blocks.{i}.attentions.{j}", module, levels - i, j == len(attentions) - 1)
+
+
+def blocks_to_prune(
+    unet: UNet2DConditionModel, options: Options, is_pruned: Callable[[nn.Module], bool]
+) -> list[AttentionBlock]:
+    """The blocks that ``options`` prune, in the order in which they run.
+
+    Args:
+        is_pruned: whether a module's forward is atedm's.
+
+    Raises:
+        ValueError: there are none, or one cannot be pruned; the message says which and why.
+    """
+    if not options.prunes:
+        return []
+    blocks = attention_blocks(unet)
+    available = sorted({block.level for block in blocks})
+    if not blocks:
+        raise ValueError("the UNet has no attention block; expected at least one to prune")
+    for name, levels in (
+        ("levels", options.levels),
+        ("ratio", options.ratio if isinstance(options.ratio, dict) else ()),
+    ):
+        unknown = sorted(set(levels or ()) - set(available), key=str)
+        if unknown:
+            raise ValueError(f"{name} names level {unknown[0]!r}; expected levels with attention: {available}")
+    chosen = [block for block in blocks if options.levels is None or block.level in options.levels]
+    if isinstance(options.ratio, dict):
+        chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
+    empty = [block.name for block in chosen if not len(getattr(block.module, "transformer_blocks", [None]))]
+    if empty:
+        logger.warning("%s: without layers there is nothing to prune, so it stays whole", ", ".join(empty))
+    chosen = [block for block in chosen if block.name not in empty]
+    for block in chosen:
+        reason = why_not_prunable(block.module, options.ratio_at(block.level), is_pruned(block.module))
+        if reason is not None:
+            raise ValueError(f"{block.name} cannot be pruned: {reason}")
+    if options.placement == "paper":
+        # Pruned after their only layer, such blocks would have nothing left to save.
+        chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
+    if options.steps.constant == "light":
+        chosen = [block for block in chosen if not block.whole_when_light]
+    if not chosen:
+        raise ValueError(
+            f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels}, "
+            f"schedule={options.schedule} and placement={options.placement!r}; "
+            f"expected some of the levels {available} with"
+            + (" more than one layer" if options.placement == "paper" else " attention")
+        )
+    return chosen
 
 
 def feature_map_size(level: int, height: int, width: int) -> tuple[int, int]:
@@ -189,6 +243,16 @@ def why_not_rankable(layer: nn.Module) -> str | None:
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"its heads have {head_dim} dimensions; expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     return why_not_plain(layer.attn1)
+
+
+# What decides that, but for the processor.
+PLAIN = (
+    "group_norm",
+    "spatial_norm",
+    "residual_connection",
+    "rescale_output_factor",
+    "is_cross_attention",
+)
 
 
 def why_not_plain(attention: nn.Module) -> str | None:

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet.blocks import feature_map_size
-from atedm.unet.graphs import around_graph
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
@@ -45,7 +44,7 @@ class UNetCalls:
         # Decided once: an attribute is what a compiled graph can be guarded by.
         self.is_constant = options.is_constant
         self.begin(scheduler)
-        # What `follow` did: hooks of the UNet itself, which a copy of it has too, and how to undo the rest.
+        # Hooks of the UNet itself, which a copy of it has too, and how to undo the rest that follows its calls.
         self.target: nn.Module | None = None
         self._hooks: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
@@ -120,7 +119,7 @@ class UNetCalls:
             raise RuntimeError(_ONE_KIND.format("torch.jit.trace", self.planner.differ))
         if hasattr(unet.__dict__.get("forward"), "_torchdynamo_orig_callable"):
             # `unet.forward = torch.compile(unet.forward)`: hooks run outside of the graph.
-            self._follow_outside(args, kwargs)
+            self.begin_outside(args, kwargs)
             self.is_told = False
             return
         # A compiled UNet that runs uncompiled, to be recorded, has been followed outside already.
@@ -147,7 +146,7 @@ class UNetCalls:
                 self.planner.ended(running[1])
             self._stop_running()
         elif output is not None:
-            self.planner.ended(self._outside)
+            self.end_outside()
 
     def _stop_running(self) -> None:
         running = _running.get()
@@ -156,25 +155,20 @@ class UNetCalls:
 
     def check_unchanged(self) -> None:
         """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
-        self._watch.look(block for block in self.blocks if self.options.ratio_at(block.level) > 0)
-        for stage in self.stages:
-            stage.check_unchanged()
+        self._watch.look((block for block in self.blocks if self.options.ratio_at(block.level) > 0), self.stages)
 
     @property
     def is_followed(self) -> bool:
-        """Whether the hooks of :meth:`follow` are where they were put; others can clear those of a module."""
+        """Whether the hooks are where they were put; others can clear those of a module."""
         return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self._hooks)
 
-    def follow(self, target: nn.Module, unet: nn.Module) -> None:
-        """Follow the calls of ``unet``; outside of a graph of the whole UNet too, where there is one.
+    def follow(self, target: nn.Module, hooks: list[RemovableHandle], undo: list[Callable[[], None]]) -> None:
+        """Note what :func:`atedm.apply` has put on a UNet to follow its calls, to take it away again.
 
         Args:
-            target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
+            target: what is called. hooks: of the UNet itself. undo: takes away the rest.
         """
-        self.target = target
-        self._hooks.append(unet.register_forward_pre_hook(self, with_kwargs=True))
-        self._hooks.append(unet.register_forward_hook(self.end, always_call=True))
-        self._undo += around_graph(target, unet, self._follow_outside, lambda: self.planner.ended(self._outside))
+        self.target, self._hooks, self._undo = target, hooks, undo
 
     def stop_following(self) -> None:
         """Undo :meth:`follow`, and let go of what belongs to calls."""
@@ -186,7 +180,12 @@ class UNetCalls:
             self._undo.pop()()
         self.begin(None)
 
-    def _follow_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def end_outside(self) -> None:
+        """A graph of the whole UNet has run."""
+        self.planner.ended(self._outside)
+
+    def begin_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A graph of the whole UNet is to run: tell it what the call is."""
         if not self.is_constant or self.recordings:
             call = self._outside = self.planner.call(args, kwargs, in_graph=True)
             self.graph.kind, self.graph.slot, self.graph.ranks = call.kind, call.slot, call.ranks

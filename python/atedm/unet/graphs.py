@@ -1,11 +1,10 @@
-"""UNets that ``torch.compile`` has made graphs of: following their calls from outside, and torch's limit of graphs."""
+"""How many graphs ``torch.compile`` makes of a UNet for what is applied to it, and torch's limit of them."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,42 +33,6 @@ def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
     """Whether ``target`` runs ``unet`` as a graph: by ``torch.compile`` or ``unet.compile()``, or its forward."""
     own = unet.__dict__.get("forward")
     return target is not unet or unet._compiled_call_impl is not None or hasattr(own, "_torchdynamo_orig_callable")
-
-
-def around_graph(
-    target: nn.Module,
-    unet: nn.Module,
-    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
-    after: Callable[[], None],
-) -> list[Callable[[], None]]:
-    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
-
-    Args:
-        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
-    """
-    undo: list[Callable[[], None]] = []
-    if target is not unet:
-        hooks = (
-            target.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True),
-            target.register_forward_hook(lambda module, args, output: after()),
-        )
-        undo += [hook.remove for hook in hooks]
-    compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
-    if compiled is not None:
-
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            before(args, kwargs)
-            output = compiled(*args, **kwargs)
-            after()
-            return output
-
-        def restore() -> None:
-            if unet._compiled_call_impl is followed:
-                unet._compiled_call_impl = compiled
-
-        unet._compiled_call_impl = followed
-        undo.append(restore)
-    return undo
 
 
 def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:

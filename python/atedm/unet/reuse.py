@@ -8,6 +8,7 @@ last layer, with what entered it in the last computed step (DeepCache, section 3
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,25 +60,10 @@ class UNetStage:
         self.forward = type(module).forward  # torch.compile cannot look it up while it traces
         self.previous: Any = None
 
-    def install(self) -> None:
-        self.previous = self.module.__dict__.get("forward")
-        self.module.forward = self
-
-    def check_unchanged(self) -> None:
-        """Refuse what other tools have done since :func:`atedm.apply`.
-
-        Raises:
-            ValueError: features can no longer be reused.
-        """
-        parts = [(self.name, self.module.__dict__.get("forward") is self)]
-        if isinstance(self, LastStage):
-            parts += [(f"{self.name}.resnets.{n}", runs_its_own_forward(x)) for n, x in enumerate(self.module.resnets)]
-        for name, is_unchanged in parts:
-            if not is_unchanged:
-                raise ValueError(
-                    f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
-                    "undo that, or call atedm.remove first"
-                )
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """Those that it runs apart from the others."""
+        return ()
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         """Make room in ``slot`` for what it remembers of a picture with ``sample`` ``[B, 4, h, w]``."""
@@ -106,6 +92,10 @@ class DownStage(UNetStage):
 
 class LastStage(UNetStage):
     """Runs in two parts, so that what enters its last layer can be kept and taken, before FreeU changes it."""
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        return self.module.resnets
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         channels = self.module.resnets[-1].norm1.num_channels - self.skip_channels

@@ -6,47 +6,51 @@ The look is the UNet's, not its blocks': blocks may be compiled, and a graph loo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from atedm.unet.blocks import PARTS, why_hooked, why_not_plain, why_not_tokenwise
+from atedm.unet.blocks import (
+    PARTS,
+    PLAIN,
+    parts_of,
+    runs_its_own_forward,
+    why_hooked,
+    why_not_plain,
+    why_not_tokenwise,
+)
 
-# Where tools leave what they put in a module's place. Of `why_not_plain`, what is no part of an attention.
-_ATTRIBUTES = ("forward", "_old_forward", "_diffusers_hook", "processor")
-_PLAIN = ("residual_connection", "rescale_output_factor", "is_cross_attention")
-
-
-class Block(Protocol):
-    """A pruned attention block: its name, and the module."""
-
-    name: str
-    module: nn.Module
+if TYPE_CHECKING:
+    from atedm.unet.block import PrunedBlock
+    from atedm.unet.reuse import UNetStage
 
 
 class Watch:
-    """Refuses attention blocks that were changed so that they can no longer be pruned.
+    """Refuses blocks that were changed so that they can no longer be pruned, and stages that can no longer be reused.
 
-    A UNet of SDXL's has 280 modules to look at. So a look compares the objects that these hold with those that were
-    there when they were checked, and checks a block where one is another.
+    A UNet of SDXL's has 280 modules to look at. So a look asks whether the objects that decide are still those that
+    were there when a block was checked, and checks it again where one is another.
     """
 
     def __init__(self) -> None:
-        self._checked: dict[str, list[Any]] = {}
+        self._checked: dict[str, tuple[_Places, list[Any]]] = {}
 
-    def look(self, blocks: Iterable[Block]) -> None:
+    def look(self, blocks: Iterable[PrunedBlock], stages: Iterable[UNetStage]) -> None:
         """
         Raises:
-            ValueError: one of ``blocks`` can no longer be pruned.
+            ValueError: one of ``blocks`` can no longer be pruned, or the features of one of ``stages`` not be reused.
         """
+        for stage in stages:
+            _check_stage(stage)
         for block in blocks:
-            held = _held(block.module)
-            if held != self._checked.get(block.name):
+            checked = self._checked.get(block.name)
+            if checked is None or checked[0].read() != checked[1]:
                 _check(block)
-                self._checked[block.name] = held
+                places = _Places(block.module)
+                self._checked[block.name] = places, places.read()
 
 
-def _check(block: Block) -> None:
+def _check(block: PrunedBlock) -> None:
     first = next(iter(block.module.transformer_blocks), None)
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
     reason = reason or why_hooked(first) or why_not_plain(first.attn1)
@@ -54,25 +58,45 @@ def _check(block: Block) -> None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
 
-def _held(module: nn.Module) -> list[Any]:
-    """The objects that decide what the check of an attention block finds.
+def _check_stage(stage: UNetStage) -> None:
+    parts = [(stage.name, stage.module.__dict__.get("forward") is stage)]
+    parts += [(f"{stage.name}.resnets.{n}", runs_its_own_forward(layer)) for n, layer in enumerate(stage.layers)]
+    for name, is_unchanged in parts:
+        if not is_unchanged:
+            raise ValueError(
+                f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
+                "undo that, or call atedm.remove first"
+            )
 
-    Read from dictionaries: a module looks in three places for an attribute, which takes ten times as long.
+
+class _Places:
+    """Where the objects lie that decide what the check of an attention block finds.
+
+    They are read from dictionaries: a module looks in three places for an attribute, which takes ten times as long.
     """
-    layers = [*module.transformer_blocks]
-    parts = [part for layer in layers for part in map(_children(layer).get, PARTS)]
-    found = [vars(part) for part in (*layers, *parts) if part is not None]
-    held: list[Any] = [*map(type, layers), *layers, *parts]
-    for name in _ATTRIBUTES:
-        held += [attributes.get(name) for attributes in found]
-    held += [_children(part).get("processor") for part in parts if part is not None]  # those that have weights
-    held += [tuple(hook.hooks) for hook in (attributes.get("_diffusers_hook") for attributes in found) if hook]
-    for part in (*layers[:1], *parts[:1]):
-        if part is not None:
-            held += [len(part._forward_hooks), len(part._forward_pre_hooks)]
-            held += [*map(_children(part).get, ("group_norm", "spatial_norm")), *map(vars(part).get, _PLAIN)]
-    return held
 
+    def __init__(self, module: nn.Module) -> None:
+        layers = [*module.transformer_blocks]
+        parts = [part for layer in layers for _, part in parts_of(layer)]
+        attentions = [part for part in parts if "processor" in (*vars(part), *part._modules)]
+        first = layers[0].attn1
+        self._objects: list[tuple[dict[str, Any], str]] = [
+            (module._modules, "transformer_blocks"),
+            *((module.transformer_blocks._modules, str(n)) for n in range(len(layers))),
+            *((layer._modules, name) for layer in layers for name in PARTS),
+            *((vars(part), "forward") for part in parts),
+            # Under a hook of accelerate's.
+            *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
+            *((vars(part) if "processor" in vars(part) else part._modules, "processor") for part in attentions),
+            *((first._modules if name in first._modules else vars(first), name) for name in PLAIN),
+        ]
+        self._layers = layers  # tools exchange their classes
+        self._sized = [
+            module.transformer_blocks,
+            *(hooks for part in (layers[0], first) for hooks in (part._forward_hooks, part._forward_pre_hooks)),
+            *(vars(part)["_diffusers_hook"].hooks for part in parts if "_diffusers_hook" in vars(part)),
+        ]
 
-def _children(module: Any) -> dict[str, Any]:
-    return getattr(module, "_modules", {})
+    def read(self) -> list[Any]:
+        found = [place.get(name) for place, name in self._objects]
+        return [*found, *map(type, self._layers), *map(len, self._sized)]
