@@ -126,3 +126,16 @@ def test_compiled_layers_leave_the_memory_to_their_blocks(unet, inputs):
         graphs = counter.frame_count
         assert_same(run(unet, inputs), expected)
         assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("part", ["stages", "blocks"])
+def test_parts_that_are_compiled_remember_too(unet, make_inputs, part):
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    with torch.no_grad():
+        atedm.apply(unet, **OURS)
+        expected = [run(unet, inputs) for inputs in (first, second)]
+        blocks = [unet.get_submodule(name) for name in atedm.pruned_blocks(unet)]
+        for module in blocks if part == "blocks" else [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+            module.compile(backend="eager")
+        assert_same(run(unet, first), expected[0])
+        assert_same(run(unet, second), expected[1])

@@ -10,7 +10,8 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
-from atedm.policy.staleness import Drift
+from atedm.app.models import SDXL_UNET, meta_unet
+from atedm.policy.staleness import DRIFT_WIDTH, Drift
 
 WHOLE_WHEN_LIGHT = (
     *("down_blocks.1.attentions.0", "down_blocks.2.attentions.0"),
@@ -329,3 +330,23 @@ def test_training_modes_do_not_reach_the_memory(unet, inputs):
         first = unet(**calls[0]).sample
     with torch.no_grad():
         assert unet(**calls[1]).sample.isfinite().all() and first.isfinite().all()
+
+
+def test_what_a_picture_takes_at_sdxl_size():
+    """The figures of the README: 1024², guidance, bf16."""
+    unet = meta_unet(SDXL_UNET, torch.bfloat16)
+    sample = torch.empty(2, 4, 128, 128, device="meta", dtype=torch.bfloat16)
+    sizes = {2: (5, 4096, 640), 3: (6, 1024, 1280)}  # level: its blocks, tokens, channels
+    updates = sum(blocks * 2 * tokens * channels * 2 for blocks, tokens, channels in sizes.values())
+    drift = sum(blocks * (2 * tokens + channels) * DRIFT_WIDTH * 2 for blocks, tokens, channels in sizes.values())
+    feature = 2 * 320 * 128 * 128 * 2 + 4  # and the rate of its change
+    for options, expected, shown in (
+        ({"schedule": atedm.Adaptive()}, feature, 21),
+        ({"schedule": None, "recovery": "cached", "staleness": "drift"}, updates + drift, 85),
+        ({"schedule": ["whole", "pruned", "reused"], "recovery": "cached"}, updates + feature, 105),
+    ):
+        with atedm.applied(unet, **options):
+            planner = atedm.unet.attach.calls_of(unet).planner
+            with planner.all_of_kind("pruned", sample):
+                assert planner.forced.slot.nbytes == expected
+        assert round(expected / 1e6) == shown

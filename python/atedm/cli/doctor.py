@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 
 def doctor(
@@ -19,8 +21,7 @@ def doctor(
     from rich.console import Console
 
     from atedm.app import report
-    from atedm.app.selftest import check_ops, native_library
-    from atedm_kernels.registry import OPS
+    from atedm.app.selftest import native_library
 
     console = Console()
     report.print_table(
@@ -39,29 +40,7 @@ def doctor(
     for isa, reason in native["isas"].items():
         console.print(f"  {isa}: {reason or 'runs here'}")
 
-    rows = []
-    for device, dtype in cases:
-        outcomes = {}
-        try:
-            for check in check_ops(device, dtype):
-                outcomes[check.op] = check
-        except Exception as error:  # a crash is a finding, to be reported with what was found before it
-            console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
-        for op in OPS:
-            backend, reason = _serving(op, device, dtype)
-            check = outcomes.get(op)
-            rows.append(
-                {
-                    "name": op,
-                    "device": f"{device} ({report.device_name(device)})",
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "backend": backend,
-                    "reason": reason,
-                    "error": None if check is None else check.error,
-                    "limit": None if check is None else check.limit,
-                    "result": "ok" if check is not None and check.passed else "WRONG" if check else "did not run",
-                }
-            )
+    rows = [row for device, dtype in cases for row in _rows(device, dtype, console)]
     columns = {
         "name": "op",
         "dtype": "dtype",
@@ -81,6 +60,33 @@ def doctor(
         console.print(f"[red]{len(failed)} of {len(rows)} checks failed.[/red]")
         raise typer.Exit(1)
     console.print(f"All {len(rows)} checks passed.")
+
+
+def _rows(device: torch.device, dtype: torch.dtype, console: Console) -> Iterator[dict[str, Any]]:
+    """What the self-test found of each op."""
+    from atedm.app import report
+    from atedm.app.selftest import check_ops
+    from atedm_kernels.registry import OPS
+
+    outcomes = {}
+    try:
+        for check in check_ops(device, dtype):
+            outcomes[check.op] = check
+    except Exception as error:  # a crash is a finding, to be reported with what was found before it
+        console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
+    for op in OPS:
+        backend, reason = _serving(op, device, dtype)
+        check = outcomes.get(op)
+        yield {
+            "name": op,
+            "device": f"{device} ({report.device_name(device)})",
+            "dtype": str(dtype).removeprefix("torch."),
+            "backend": backend,
+            "reason": reason,
+            "error": None if check is None else check.error,
+            "limit": None if check is None else check.limit,
+            "result": "ok" if check is not None and check.passed else "WRONG" if check else "did not run",
+        }
 
 
 def _serving(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
+    from atedm.app.comparison import ImageRequest
+    from atedm.policy.options import Options
+
 WHY_SLOWER = (
     "Pruning did not pay here: at this size, on this device, choosing and refilling tokens costs more than it saves."
 )
@@ -109,19 +112,35 @@ def generate(
         _generate_many(load, place, prompts, seed, {**run, "with_full": bool(compare)}, report_file)
         return
     check_prompt(prompt, "PROMPT")
+    request = comparison.ImageRequest(prompt, negative_prompt, steps, guidance, seed, width, height)
+    described = comparison.describe(request, pruning, model=model, dtype=dtype)
+    with_full = compare is None or compare
+    _generate_one(lambda: load(place), place, request, pruning, described, output, with_full, explain, report_file)
+
+
+def _generate_one(
+    load: Callable[[], StableDiffusionXLPipeline],
+    device: torch.device,
+    request: ImageRequest,
+    pruning: Options,
+    described: dict[str, Any],
+    output: Path,
+    with_full: bool,
+    explain: bool,
+    report_file: Path,
+) -> None:
+    from atedm.app import comparison
+
+    title = f"{described['model']}, {request.width}×{request.height}, {request.steps} steps"
     with failing_clearly():
-        pipe = load(place)
+        pipe = load()
         check_applicable(pruning, pipe)
-        request = comparison.ImageRequest(prompt, negative_prompt, steps, guidance, seed, width, height)
-        with_full = compare is None or compare
         found = comparison.compare(pipe, request, pruning, output, with_full=with_full)
-        described = comparison.describe(request, pruning, model=model, dtype=dtype)
-        title = f"{model}, {width}×{height}, {steps} steps"
         if explain:
             from atedm.app.explain import write_page
 
-            found.files.append(write_page(found, described, place, title, output / "explain.html"))
-        comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)
+            found.files.append(write_page(found, described, device, title, output / "explain.html"))
+        comparison.write_report(found, device, described, report_file, title, WHY_SLOWER)
 
 
 def _generate_many(
