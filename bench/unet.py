@@ -278,6 +278,7 @@ class UNetBench:
             return
         if recording is not None:
             variant.fields.update(_ranking_facts(recording))
+            variant.fields["remembered_bytes"] = recording.memory_bytes
         ops = op_seconds_of(variant.call, device)
         for stage, names in STAGES.items():
             variant.fields[f"stage_{stage}_seconds"] = sum(ops.get(name, 0.0) for name in names) if ops else None

@@ -18,7 +18,7 @@ from atedm_bench.rankings import no_ranking
 
 FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
-REUSED, KEYS = "ours tokens chosen before", "ours by keys"
+REUSED, KEYS, CACHED = "ours tokens chosen before", "ours by keys", "ours cached updates"
 
 # Options of atedm.apply besides the ratio. Calls are of the phase that prunes every block, except for LIGHT.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -28,12 +28,13 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         PAPER: {"schedule": None, "placement": "paper"},
         REUSED: {"schedule": None, "rank_every": 1000},
         KEYS: {"schedule": None, **BY_KEYS},
+        CACHED: {"schedule": None, "recovery": "cached", "staleness": "drift"},
     }
 )
 VARIANTS = (FULL, *_OPTIONS, TOMESD)
 
 # The options among these that change the FLOPs.
-_COUNTED = ("placement", "ranking", "recovery")
+_COUNTED = ("placement", "ranking", "recovery", "staleness")
 
 
 def is_ours(name: str) -> bool:
@@ -70,7 +71,7 @@ def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps
     if name == TOMESD:
         apply_tomesd(unet, merge_ratio)
     elif name in _OPTIONS:
-        steps = Steps(unet.device) if name == REUSED else None
+        steps = Steps(unet.device) if name in (REUSED, CACHED) else None  # what is remembered belongs to a picture
         atedm.apply(unet, ratio=ratio, scheduler=None if steps is None else steps.scheduler, **_OPTIONS[name])
         return steps
     return None

@@ -88,13 +88,14 @@ def test_rows_of_ours_say_where_the_time_goes(measured):
         (variants.OURS, 7),
         (variants.LIGHT, 3),
         (variants.PAPER, 7),
-        *((name, 7) for name in CHEAPER),
+        *((name, 7) for name in (*CHEAPER, variants.CACHED)),
     ):
         row = rows[name]
         stages = {stage: row[f"stage_{stage}_seconds"] for stage in bench.STAGES}
-        unused = ("ranking", "selection") if name == variants.REUSED else ()
+        unused = {variants.REUSED: ("ranking", "selection"), variants.CACHED: ("source_map",)}.get(name, ())
         assert all((seconds > 0) == (stage not in unused) for stage, seconds in stages.items())
         assert row["pruned_blocks"] == blocks
+        assert (row["remembered_bytes"] > 0) == (name in (variants.REUSED, variants.CACHED))
         assert (row["tokens_level_2"], row["kept_tokens_level_2"]) == (64, 24)
         assert (row["tokens_level_3"], row["kept_tokens_level_3"]) == (16, 6)
         # Not uniform maps, on which the ranking would end at once.

@@ -12,10 +12,8 @@ DEVICE = torch.device("meta")
 
 OPTIONS = [
     {},
-    {"placement": "paper"},
-    {"ranking": "cross"},
+    {"ranking": "cross", "placement": "paper"},
     {"ranking": "keys", "recovery": "keys", "grid": 2},
-    {"recovery": "zeros"},
     {"recovery": "bicubic"},
 ]
 
