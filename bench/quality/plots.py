@@ -153,12 +153,13 @@ def contact_sheet(
         parts: of the full UNet's FLOPs, by setting. cases: the first ones of the run.
     """
     label = 170
-    top = 92
+    titles = ["\n".join(textwrap.wrap(case.prompt, _TITLE)) for case in cases]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    top = 6 + max(int(measure.multiline_textbbox((0, 0), title, font_size=10)[3]) for title in titles)
     sheet = Image.new("RGB", (label + side * len(cases), top + side * len(settings)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, case in enumerate(cases):
-        lines = "\n".join(textwrap.wrap(case.prompt, _TITLE))
-        draw.multiline_text((label + column * side + 2, 2), lines, fill="black", font_size=10)
+    for column, title in enumerate(titles):
+        draw.multiline_text((label + column * side + 2, 2), title, fill="black", font_size=10)
     for row, setting in enumerate(settings):
         # The font has no multiplication sign.
         lines = textwrap.wrap(setting.name.replace("×", "x"), _TITLE)

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import atedm
+from atedm.unet.block import PrunedBlock
 
 
 def block_of(unet):
@@ -76,6 +77,9 @@ CHANGES = {
         block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
     ),
     "class of a layer": exchange_layer,
+    "norm of the first self-attention": lambda unet: setattr(
+        block_of(unet).transformer_blocks[0].attn1, "group_norm", nn.GroupNorm(4, 64)
+    ),
     "forward over a hook of accelerate's": lambda unet: replace_hooked_forward(
         block_of(unet).transformer_blocks[1].attn1
     ),
@@ -126,6 +130,84 @@ def test_a_compiled_unet_refuses_it_too(unet_to_compile, fresh_compiler, inputs,
     CHANGES[change](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
         unet(**inputs)
+
+
+def double(module):
+    """Exchange the class of a module for one whose forward does more."""
+
+    original = type(module).forward
+
+    class Doubled(type(module)):
+        def forward(self, *args, **kwargs):
+            found = original(self, *args, **kwargs)  # a stand-in for self has no super()
+            return tuple(2 * part if isinstance(part, torch.Tensor) else part for part in found)
+
+    module.__class__ = Doubled
+
+
+def test_an_exchanged_class_is_refused_or_taken_never_left_out(unet, inputs):
+    options = {"schedule": None}
+    atedm.apply(unet, **options)
+    unet(**inputs)
+    kind = type(block_of(unet))
+    double(block_of(unet))
+    with pytest.raises(
+        ValueError, match=r"mid_block\.attentions\.0 can no longer be pruned: its class, or the forward"
+    ):
+        unet(**inputs)
+    atedm.remove(unet)
+    atedm.apply(unet, **options)  # the same settings as those that were removed, but of another class
+    doubled = unet(**inputs).sample
+    block_of(unet).__class__ = kind
+    atedm.apply(unet, **options)
+    assert not torch.allclose(unet(**inputs).sample, doubled)
+
+
+@pytest.mark.parametrize("change", ["class", "module"])
+def test_an_exchanged_stage_is_refused(make_unet, unet, inputs, change):
+    options, timesteps = {"schedule": ["whole", "reused"], "ratio": 0}, torch.tensor([999.0, 1.0])
+    atedm.apply(unet, **options)
+    for timestep in timesteps:
+        unet(**{**inputs, "timestep": timestep})
+    if change == "class":
+        double(unet.down_blocks[1])
+    else:
+        unet.up_blocks[-1] = make_unet(seed=9).up_blocks[-1]
+    with pytest.raises(ValueError, match="can no longer be reused: it, or its class, is another"):
+        unet(**inputs)
+    if change == "module":
+        atedm.apply(unet, **options)  # equal settings, another module
+        for timestep in timesteps.clone():
+            assert unet(**{**inputs, "timestep": timestep}).sample.isfinite().all()
+
+
+def test_projections_that_diffusers_left_behind_fused_are_not_used(unet, inputs):
+    unet.fuse_qkv_projections()
+    unet.unfuse_qkv_projections()
+    atedm.apply(unet, schedule=None, ratio=0.5)
+    before = unet(**inputs).sample
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("attn1.to_v.weight", "attn1.to_q.weight")):
+                parameter.mul_(1.5)
+    after = unet(**inputs).sample
+    assert not torch.allclose(after, before)
+    unet.fuse_qkv_projections()  # anew, from the weights as they are
+    torch.testing.assert_close(unet(**inputs).sample, after, rtol=1e-4, atol=1e-4)
+
+
+def test_any_cleared_hook_is_said_under_hooks_of_accelerate_too(unet, inputs):
+    full = unet(**inputs).sample
+    atedm.apply(unet, schedule=None, recovery="cached")
+    unet._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match=r"the forward hooks that atedm\.apply put on the UNet are gone"):
+        unet(**inputs)
+    for name in atedm.pruned_blocks(unet):
+        add_hook_to_module(unet.get_submodule(name), AlignDevicesHook(execution_device="cpu"))
+    unet._forward_pre_hooks.clear()
+    atedm.remove(unet)
+    assert torch.equal(unet(**inputs).sample, full)
+    assert not any(isinstance(x, PrunedBlock) for module in unet.modules() for x in vars(module).values())
 
 
 def test_cleared_hooks_are_said_and_apply_and_remove_still_work(unet, inputs):

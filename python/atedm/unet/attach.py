@@ -20,7 +20,7 @@ from atedm.unet.blocks import AttentionBlock, attention_blocks, blocks_to_prune
 from atedm.unet.calls import UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
-from atedm.unet.reuse import UNetStage, make_stages, why_not_reusable
+from atedm.unet.reuse import UNetStage, make_stages, stages_of, why_not_reusable
 
 logger = logging.getLogger("atedm")
 
@@ -30,6 +30,9 @@ Pipeline = TypeVar("Pipeline")
 # the same again takes no new graph if they come back.
 _EARLIER: weakref.WeakKeyDictionary[nn.Module, list[UNetCalls]] = weakref.WeakKeyDictionary()
 _MAX_EARLIER = 8
+
+# Where a module's forward lies, and where accelerate keeps the one that its hook wraps.
+_FORWARDS = ("forward", "_old_forward")
 
 
 def _denoiser_of(target: object) -> Any:
@@ -54,10 +57,14 @@ def calls_of(unet: nn.Module) -> UNetCalls | None:
         if isinstance(hook, UNetCalls):
             return hook
     for module in unet.modules():  # its hooks may have been cleared
-        part = module.__dict__.get("forward")
-        if isinstance(part, (PrunedBlock, UNetStage)) and not part.calls.is_followed:
-            return part.calls
+        for part in map(module.__dict__.get, _FORWARDS):
+            if isinstance(part, (PrunedBlock, UNetStage)) and not part.calls.is_followed:
+                return part.calls
     return None
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return type(module).forward.__get__(module)
 
 
 def _uninstall(unet: nn.Module) -> UNetCalls | None:
@@ -75,15 +82,16 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
         module = block.module
         if module.__dict__.get("forward") is not block:
             # An accelerate hook came after us and keeps what it wraps under this name.
-            module._old_forward = block.previous or type(module).forward.__get__(module)
+            module._old_forward = block.previous or _own_forward(module)
         elif block.previous is None:
             del module.forward
         else:
             module.forward = block.previous
     for module in unet.modules():  # a copy of a pruned block may have taken its place
-        stray = module.__dict__.get("forward")
-        if isinstance(stray, (PrunedBlock, UNetStage)):
+        if isinstance(module.__dict__.get("forward"), (PrunedBlock, UNetStage)):
             del module.forward
+        if isinstance(module.__dict__.get("_old_forward"), (PrunedBlock, UNetStage)):
+            module._old_forward = _own_forward(module)
     calls.stop_following()
     _EARLIER.setdefault(unet, []).append(calls)
     del _EARLIER[unet][:-_MAX_EARLIER]
@@ -145,8 +153,12 @@ def _around_graph(
 def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
     """Those that were removed, where the same was applied before, so that compiled graphs stay valid; else new ones."""
     for calls in _EARLIER.get(unet, []):
-        same_blocks = [block.module for block in calls.blocks] == [block.module for block in blocks]
-        if calls.options == options and same_blocks:
+        stages = [stage for _, stage in stages_of(unet)] if "reused" in options.steps.kinds else []
+        is_of = [part.module for part in (*calls.blocks, *calls.stages)] == [
+            *(block.module for block in blocks),
+            *stages,
+        ]
+        if calls.options == options and is_of and all(part.is_current for part in (*calls.blocks, *calls.stages)):
             return calls
     calls = UNetCalls(options)
     calls.blocks = [
@@ -159,7 +171,7 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
 
 def _is_pruned(module: nn.Module) -> bool:
     """Also where a hook of accelerate's has come on top."""
-    return any(isinstance(module.__dict__.get(name), PrunedBlock) for name in ("forward", "_old_forward"))
+    return any(isinstance(module.__dict__.get(name), PrunedBlock) for name in _FORWARDS)
 
 
 def apply(

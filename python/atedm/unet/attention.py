@@ -24,9 +24,14 @@ def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]
     return q, k
 
 
+def _is_fused(attention: nn.Module) -> bool:
+    """Whether the processor reads the fused projections: diffusers leaves those behind when it takes it away."""
+    return type(attention.processor).__name__ == "FusedAttnProcessor2_0"
+
+
 def project(attention: nn.Module, hidden_states: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, H, N, D]`` of a self-attention; queries of ``index`` ``[B, K]`` alone."""
-    if attention.fused_projections:
+    if _is_fused(attention):
         q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
         q = q if index is None else gather_tokens(q, index)
     else:
@@ -40,7 +45,7 @@ def project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> 
     """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
     if attention.norm_cross:
         text = attention.norm_encoder_hidden_states(text)
-    k = attention.to_kv(text).chunk(2, dim=-1)[0] if attention.fused_projections else attention.to_k(text)
+    k = attention.to_kv(text).chunk(2, dim=-1)[0] if _is_fused(attention) else attention.to_k(text)
     q, k = (_split_heads(x, attention.heads) for x in (attention.to_q(hidden_states), k))
     return _normed(attention, q, k)
 

@@ -49,6 +49,13 @@ class PrunedBlock:
         # What another tool left on the instance; it goes back when pruning is removed.
         self.previous: Any = None
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the forwards that were looked up are still those of the module's class."""
+        kind, layer = type(self.module), type(self.module.transformer_blocks[0])
+        looked_up = (self.forward, self.output, self.layer_forward)
+        return looked_up == (kind.forward, kind._get_output_for_continuous_inputs, layer.forward)
+
     def count_kept(self, height: int, width: int) -> int:
         """How many tokens of a feature map are kept; a warning, once, where all are."""
         options = self.calls.options

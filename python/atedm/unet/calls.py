@@ -88,11 +88,7 @@ class UNetCalls:
         running = _running.get()
         if running is not None and running[0] is self:
             return running[1]
-        if not self.is_followed:
-            raise RuntimeError(
-                "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
-                "expected them there: call atedm.apply again, or atedm.remove"
-            )
+        self._check_followed()
         return self.planner.forced or self.graph
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,6 +108,7 @@ class UNetCalls:
                 self.is_told = False
             return
         self._stop_running()  # what an interrupt left
+        self._check_followed()
         self.check_unchanged()
         if self.is_constant and not self.recordings and self.planner.forced is None:
             return
@@ -161,6 +158,13 @@ class UNetCalls:
     def is_followed(self) -> bool:
         """Whether the hooks are where they were put; others can clear those of a module."""
         return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self._hooks)
+
+    def _check_followed(self) -> None:
+        if not self.is_followed:
+            raise RuntimeError(
+                "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
+                "expected them there: call atedm.apply again, or atedm.remove"
+            )
 
     def follow(self, target: nn.Module, hooks: list[RemovableHandle], undo: list[Callable[[], None]]) -> None:
         """Note what :func:`atedm.apply` has put on a UNet to follow its calls, to take it away again.

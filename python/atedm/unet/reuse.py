@@ -52,13 +52,21 @@ def stages_of(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
 class UNetStage:
     """The ``forward`` of a stage: its own, unless the step reuses features."""
 
-    def __init__(self, name: str, module: nn.Module, calls: UNetCalls, skip_channels: int) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, place: tuple[dict[str, Any], str], calls: UNetCalls, skip_channels: int
+    ) -> None:
         self.name = name
         self.module = module
+        self.place = place  # where it stands in the UNet
         self.calls = calls
         self.skip_channels = skip_channels  # of the first convolution's output
         self.forward = type(module).forward  # torch.compile cannot look it up while it traces
         self.previous: Any = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the forward that was looked up is still that of the module's class."""
+        return self.forward is type(self.module).forward
 
     @property
     def layers(self) -> Iterable[nn.Module]:
@@ -150,4 +158,9 @@ def make_stages(unet: UNet2DConditionModel, calls: UNetCalls) -> list[UNetStage]
     def kind(module: nn.Module) -> type[UNetStage]:
         return LastStage if module is last else DownStage if type(module) in _DOWN else UNetStage
 
-    return [kind(module)(name, module, calls, unet.conv_in.out_channels) for name, module in stages_of(unet)]
+    def place(name: str) -> tuple[dict[str, Any], str]:
+        parent, _, key = name.rpartition(".")
+        return unet.get_submodule(parent)._modules, key
+
+    channels = unet.conv_in.out_channels
+    return [kind(module)(name, module, place(name), calls, channels) for name, module in stages_of(unet)]

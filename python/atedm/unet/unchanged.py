@@ -53,12 +53,20 @@ class Watch:
 def _check(block: PrunedBlock) -> None:
     first = next(iter(block.module.transformer_blocks), None)
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
+    if reason is None and not block.is_current:
+        reason = "its class, or the forward of that, is another than at atedm.apply"
     reason = reason or why_hooked(first) or why_not_plain(first.attn1)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
 
 def _check_stage(stage: UNetStage) -> None:
+    place, key = stage.place
+    if place.get(key) is not stage.module or not stage.is_current:
+        raise ValueError(
+            f"the features of {stage.name} can no longer be reused: it, or its class, is another than at atedm.apply; "
+            "undo that, or call atedm.apply again"
+        )
     parts = [(stage.name, stage.module.__dict__.get("forward") is stage)]
     parts += [(f"{stage.name}.resnets.{n}", runs_its_own_forward(layer)) for n, layer in enumerate(stage.layers)]
     for name, is_unchanged in parts:
@@ -88,15 +96,17 @@ class _Places:
             # Under a hook of accelerate's.
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
             *((vars(part) if "processor" in vars(part) else part._modules, "processor") for part in attentions),
-            *((first._modules if name in first._modules else vars(first), name) for name in PLAIN),
+            *((place, name) for name in PLAIN for place in (vars(first), first._modules)),
         ]
-        self._layers = layers  # tools exchange their classes
+        self._typed = [module, *layers]  # tools exchange their classes
         self._sized = [
-            module.transformer_blocks,
-            *(hooks for part in (layers[0], first) for hooks in (part._forward_hooks, part._forward_pre_hooks)),
-            *(vars(part)["_diffusers_hook"].hooks for part in parts if "_diffusers_hook" in vars(part)),
+            (vars(module.transformer_blocks), "_modules"),
+            *((vars(part), name) for part in (layers[0], first) for name in ("_forward_hooks", "_forward_pre_hooks")),
+            *((vars(vars(part)["_diffusers_hook"]), "hooks") for part in parts if "_diffusers_hook" in vars(part)),
         ]
 
     def read(self) -> list[Any]:
         found = [place.get(name) for place, name in self._objects]
-        return [*found, *map(type, self._layers), *map(len, self._sized)]
+        found += map(type, self._typed)
+        found.append(type(self._typed[0]).forward)
+        return found + [len(place[name]) for place, name in self._sized]
