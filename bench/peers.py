@@ -12,7 +12,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from atedm.app.flops import Flops, UNetFlops, count_flops, solve_decreasing
+from atedm.app.flops import Flops, UNetFlops, count_flops, mean_flops, solve_decreasing
 from atedm.app.models import meta_unet
 
 # The largest ratio that tomesd can merge with its 2 × 2 cells: one token in four is a destination and stays.
@@ -138,7 +138,7 @@ class DeepCacheFlops:
         """FLOPs of the mean call of a run whose steps are of these ``kinds``."""
         if not self._counted:
             self._counted = self._count()
-        return Flops(round(sum(self._counted[kind].unet for kind in kinds) / len(kinds)))
+        return mean_flops(self._counted.__getitem__, kinds)
 
     def _count(self) -> dict[str, Flops]:
         unet = meta_unet(self._counter.config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import atedm
 from atedm.app.flops import Flops, UNetFlops
-from atedm.policy.options import BY_KEYS
+from atedm.policy.options import BY_KEYS, Options
 from atedm_bench.peers import apply_tomesd
 from atedm_bench.rankings import no_ranking
 
@@ -33,9 +33,6 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 VARIANTS = (FULL, *_OPTIONS, TOMESD)
 
-# The options among these that change the FLOPs.
-_COUNTED = ("placement", "ranking", "recovery", "staleness")
-
 
 def is_ours(name: str) -> bool:
     return name in _OPTIONS
@@ -45,9 +42,7 @@ def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
     """FLOPs of a call of any variant but tomesd, which has its own ratio."""
     if name == FULL:
         return counter.full()
-    options = _OPTIONS[name]
-    counted = {key: options[key] for key in _COUNTED if key in options}
-    found = counter.pruned(ratio, light=name == LIGHT, **counted)
+    found = counter.of_kind(Options(ratio=ratio, **_OPTIONS[name]), "light" if name == LIGHT else "pruned")
     sources = counter.pruned(ratio, ranking=no_ranking).scoring
     # No ranking runs in a call that reuses an earlier choice.
     return Flops(found.unet, sources) if name == REUSED else found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Method:
 
     def described(self) -> dict[str, Any]:
         """As JSON has it: all that its pictures depend on."""
-        return {"method": type(self).__name__}
+        return {"method": type(self).__name__, **asdict(self)}
 
     @contextlib.contextmanager
     def in_force(self, pipe: Any) -> Iterator[StartBatch]:
@@ -77,8 +77,8 @@ class Ours(Method):
         return "published" if copies else "tokens alone"
 
     def described(self) -> dict[str, Any]:
-        # All options, because a default may change between two versions.
-        return {**super().described(), "options": self.options.to_dict()}
+        # All options, because a default may change between two versions, as JSON has them.
+        return {"method": type(self).__name__, "options": self.options.to_dict()}
 
     @contextlib.contextmanager
     def in_force(self, pipe: Any) -> Iterator[StartBatch]:
@@ -112,9 +112,6 @@ class ToMe(Method):
     ratio: float
     line = "tomesd"
 
-    def described(self) -> dict[str, Any]:
-        return {**super().described(), "ratio": self.ratio}
-
     @contextlib.contextmanager
     def in_force(self, pipe: Any) -> Iterator[StartBatch]:
         import tomesd
@@ -138,9 +135,6 @@ class DeepCache(Method):
 
     interval: int
     line = "DeepCache"
-
-    def described(self) -> dict[str, Any]:
-        return {**super().described(), "interval": self.interval}
 
     @contextlib.contextmanager
     def in_force(self, pipe: Any) -> Iterator[StartBatch]:

@@ -225,12 +225,17 @@ class UNetFlops:
 
     def mean(self, options: Options, kinds: Sequence[str]) -> Flops:
         """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``."""
-        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-        total = [(self.of_kind(options, kind), count) for kind, count in counts.items()]
-        return Flops(
-            round(sum(flops.unet * count for flops, count in total) / len(kinds)),
-            round(sum(flops.scoring * count for flops, count in total) / len(kinds)),
-        )
+        return mean_flops(lambda kind: self.of_kind(options, kind), kinds)
+
+
+def mean_flops(of_kind: Callable[[str], Flops], kinds: Sequence[str]) -> Flops:
+    """Mean FLOPs of calls of these ``kinds``; ``of_kind`` is asked once for each."""
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    total = [(of_kind(kind), count) for kind, count in counts.items()]
+    return Flops(
+        round(sum(flops.unet * count for flops, count in total) / len(kinds)),
+        round(sum(flops.scoring * count for flops, count in total) / len(kinds)),
+    )
 
 
 def solve_decreasing(

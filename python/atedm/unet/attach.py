@@ -57,10 +57,16 @@ def calls_of(unet: nn.Module) -> UNetCalls | None:
         if isinstance(hook, UNetCalls):
             return hook
     for module in unet.modules():  # its hooks may have been cleared
-        for part in map(module.__dict__.get, _FORWARDS):
-            if isinstance(part, (PrunedBlock, UNetStage)) and not part.calls.is_followed:
+        for part in _parts_on(module).values():
+            if not part.calls.is_followed:
                 return part.calls
     return None
+
+
+def _parts_on(module: nn.Module) -> dict[str, PrunedBlock | UNetStage]:
+    """Those of its forwards that are atedm's, by the name of the attribute."""
+    found = {name: module.__dict__.get(name) for name in _FORWARDS}
+    return {name: part for name, part in found.items() if isinstance(part, (PrunedBlock, UNetStage))}
 
 
 def _own_forward(module: nn.Module) -> Any:
@@ -72,13 +78,12 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
     calls = calls_of(unet)
     if calls is None:
         return None
-    parts = (*calls.blocks, *calls.stages)
-    for block in parts:
-        if block not in (block.module.__dict__.get("forward"), block.module.__dict__.get("_old_forward")):
+    for block in calls.parts:
+        if block not in _parts_on(block.module).values():
             raise RuntimeError(
                 f"the forward of {block.name} has been replaced since atedm.apply; expected atedm's: undo that first"
             )
-    for block in parts:
+    for block in calls.parts:
         module = block.module
         if module.__dict__.get("forward") is not block:
             # An accelerate hook came after us and keeps what it wraps under this name.
@@ -88,9 +93,10 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
         else:
             module.forward = block.previous
     for module in unet.modules():  # a copy of a pruned block may have taken its place
-        if isinstance(module.__dict__.get("forward"), (PrunedBlock, UNetStage)):
+        strays = _parts_on(module)
+        if "forward" in strays:
             del module.forward
-        if isinstance(module.__dict__.get("_old_forward"), (PrunedBlock, UNetStage)):
+        if "_old_forward" in strays:
             module._old_forward = _own_forward(module)
     calls.stop_following()
     _EARLIER.setdefault(unet, []).append(calls)
@@ -102,7 +108,7 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
     if calls in _EARLIER.get(unet, []):
         _EARLIER[unet].remove(calls)
-    for part in (*calls.blocks, *calls.stages):
+    for part in calls.parts:
         part.previous = part.module.__dict__.get("forward")
         part.module.forward = part
     hooks = [
@@ -152,13 +158,12 @@ def _around_graph(
 
 def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
     """Those that were removed, where the same was applied before, so that compiled graphs stay valid; else new ones."""
+    modules = [block.module for block in blocks]
+    if "reused" in options.steps.kinds:
+        modules += [stage for _, stage in stages_of(unet)]
     for calls in _EARLIER.get(unet, []):
-        stages = [stage for _, stage in stages_of(unet)] if "reused" in options.steps.kinds else []
-        is_of = [part.module for part in (*calls.blocks, *calls.stages)] == [
-            *(block.module for block in blocks),
-            *stages,
-        ]
-        if calls.options == options and is_of and all(part.is_current for part in (*calls.blocks, *calls.stages)):
+        is_of = [part.module for part in calls.parts] == modules
+        if calls.options == options and is_of and all(part.is_current for part in calls.parts):
             return calls
     calls = UNetCalls(options)
     calls.blocks = [
@@ -167,11 +172,6 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
     if "reused" in options.steps.kinds:
         calls.stages = make_stages(unet, calls)
     return calls
-
-
-def _is_pruned(module: nn.Module) -> bool:
-    """Also where a hook of accelerate's has come on top."""
-    return any(isinstance(module.__dict__.get(name), PrunedBlock) for name in _FORWARDS)
 
 
 def apply(
@@ -233,7 +233,7 @@ def apply(
     reason = why_not_reusable(unet) if "reused" in settings.steps.kinds else None
     if reason is not None:
         raise ValueError(f"the UNet's features cannot be reused: {reason}")
-    blocks = blocks_to_prune(unet, settings, _is_pruned)
+    blocks = blocks_to_prune(unet, settings, lambda module: bool(_parts_on(module)))
     earlier = calls_of(unet)
     recordings = [] if earlier is None else earlier.recordings  # an open recording continues
     _uninstall(unet)

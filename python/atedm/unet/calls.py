@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet.blocks import feature_map_size
+from atedm.unet.graphs import forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
@@ -58,8 +59,13 @@ class UNetCalls:
         self._watch = Watch()
         self.recordings: list[Recording] = []
 
+    @property
+    def parts(self) -> list[PrunedBlock | UNetStage]:
+        """All modules' forwards that are atedm's."""
+        return [*self.blocks, *self.stages]
+
     def _start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
-        for part in (*self.blocks, *self.stages):
+        for part in self.parts:
             part.start(slot, sample, dtype)
 
     def _untold(self) -> Call:
@@ -114,9 +120,8 @@ class UNetCalls:
             return
         if torch.jit.is_tracing():
             raise RuntimeError(_ONE_KIND.format("torch.jit.trace", self.planner.differ))
-        if hasattr(unet.__dict__.get("forward"), "_torchdynamo_orig_callable"):
-            # `unet.forward = torch.compile(unet.forward)`: hooks run outside of the graph.
-            self.begin_outside(args, kwargs)
+        if forward_is_compiled(unet):
+            self._tell_graph(args, kwargs)
             self.is_told = False
             return
         # A compiled UNet that runs uncompiled, to be recorded, has been followed outside already.
@@ -189,7 +194,12 @@ class UNetCalls:
         self.planner.ended(self._outside)
 
     def begin_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A graph of the whole UNet is to run: tell it what the call is."""
+        """A graph of the whole UNet is to run."""
+        self.check_unchanged()
+        self._tell_graph(args, kwargs)
+
+    def _tell_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell a graph of the whole UNet what the call is."""
         if not self.is_constant or self.recordings:
             call = self._outside = self.planner.call(args, kwargs, in_graph=True)
             self.graph.kind, self.graph.slot, self.graph.ranks = call.kind, call.slot, call.ranks
@@ -197,7 +207,6 @@ class UNetCalls:
             self.is_told = not self.is_constant
             if not any(each.tokens for each in self.recordings):  # else the UNet runs uncompiled, and notes it there
                 self._note(call)
-        self.check_unchanged()
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         for block in self.blocks:  # a graph warns of nothing
             block.count_kept(*feature_map_size(block.level, height, width))

@@ -29,10 +29,14 @@ def graphs_per_size(options: Options) -> int:
     return len(kinds) + chosen
 
 
+def forward_is_compiled(unet: nn.Module) -> bool:
+    """Whether ``unet.forward = torch.compile(unet.forward)`` was done: then hooks run outside of the graph."""
+    return hasattr(unet.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
 def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
     """Whether ``target`` runs ``unet`` as a graph: by ``torch.compile`` or ``unet.compile()``, or its forward."""
-    own = unet.__dict__.get("forward")
-    return target is not unet or unet._compiled_call_impl is not None or hasattr(own, "_torchdynamo_orig_callable")
+    return target is not unet or unet._compiled_call_impl is not None or forward_is_compiled(unet)
 
 
 def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:
