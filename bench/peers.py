@@ -78,14 +78,20 @@ class TomesdFlops:
         return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
 
 
-_counters: weakref.WeakKeyDictionary[UNetFlops, TomesdFlops] = weakref.WeakKeyDictionary()
+# Those of the peers beside a UNet's own counter, by class.
+_counters: weakref.WeakKeyDictionary[UNetFlops, dict[type, Any]] = weakref.WeakKeyDictionary()
+
+
+def _beside(counter: UNetFlops, kind: type) -> Any:
+    kept = _counters.setdefault(counter, {})
+    if kind not in kept:
+        kept[kind] = kind(counter)
+    return kept[kind]
 
 
 def tomesd_flops(counter: UNetFlops) -> TomesdFlops:
     """The one beside ``counter``, which keeps its counts."""
-    if counter not in _counters:
-        _counters[counter] = TomesdFlops(counter)
-    return _counters[counter]
+    return _beside(counter, TomesdFlops)
 
 
 def _deepcache_helper(pipe: Any, interval: int) -> Any:
@@ -151,12 +157,9 @@ class DeepCacheFlops:
             }
 
 
-_deepcache_counters: weakref.WeakKeyDictionary[UNetFlops, DeepCacheFlops] = weakref.WeakKeyDictionary()
-
-
 def deepcache_flops(counter: UNetFlops) -> DeepCacheFlops:
     """The one beside ``counter``, which keeps its counts."""
-    return _deepcache_counters.setdefault(counter, DeepCacheFlops(counter))
+    return _beside(counter, DeepCacheFlops)
 
 
 @contextlib.contextmanager
