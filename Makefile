@@ -15,10 +15,14 @@ demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
 # File by file: the tests of a file share what is slow to make.
-test: $(INSTALLED)test base-install
+test: $(INSTALLED)test $(VENV)/triton-3.6 base-install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# An older Triton, to compile with: users of older torch releases have it.
+$(VENV)/triton-3.6: | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) install --no-deps --target $@ triton==3.6.0
 
 # The wheel alone, with what it requires, in an environment of its own: every op runs there.
 base-install: $(BASE)/bin/python

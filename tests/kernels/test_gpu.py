@@ -102,6 +102,54 @@ def test_cuda_graph():
             assert torch.equal(a, b)
 
 
+def test_a_stream_of_ones_own():
+    """Kernels on any other stream would read what was there before the copy, which waits behind a long sleep."""
+    arguments = block_inputs()
+    expected = [out.clone() for out in prune_and_recover(*arguments)]
+    late = [torch.full_like(x, float("nan")) for x in arguments]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        for x, argument in zip(late, arguments, strict=True):
+            x.copy_(argument)
+        got = prune_and_recover(*late)
+    torch.cuda.synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def far_apart(x, dim):
+    """A copy of ``x`` whose neighbours along ``dim`` lie so far apart that offsets pass 2³¹ elements."""
+    strides = list(x.stride())
+    strides[dim] = (2**31 // (x.shape[dim] - 1)) + 64
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    assert span > 2**31
+    out = torch.empty(span + 1, dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_strides_past_two_to_the_31(dim):
+    q, k, lse = problem((2, 3, 200, 64), torch.bfloat16)
+    x = torch.randn(2, 200, 192, device="cuda", dtype=torch.bfloat16)
+    residual = torch.randn(2, 192, 10, 20, device="cuda", dtype=torch.bfloat16)
+    far = [far_apart(tensor, dim) for tensor in (q, k)]
+    wide = far_apart(x, 0 if dim == 0 else 1)
+    scores, _ = atedm_kernels.weighted_page_rank(q, k, lse)
+    index = atedm_kernels.select_tokens(scores, 75)
+    source = atedm_kernels.similarity_source(q, k, lse, index)
+    compact = atedm_kernels.gather_tokens(x, index)
+
+    assert torch.allclose(atedm_kernels.weighted_page_rank(*far, lse)[0], scores, rtol=1e-4)
+    cross = atedm_kernels.weighted_page_rank_cross(q, k, lse)[0]
+    assert torch.allclose(atedm_kernels.weighted_page_rank_cross(*far, lse)[0], cross, rtol=1e-4)
+    assert torch.equal(atedm_kernels.similarity_source(*far, lse, index), source)
+    assert torch.equal(atedm_kernels.gather_tokens(wide, index), compact)
+    expected = atedm_kernels.recover_feature_map(compact, source, residual)
+    far_residual = far_apart(residual, 0 if dim == 0 else 1)
+    assert torch.equal(atedm_kernels.recover_feature_map(compact, source, far_residual), expected)
+
+
 def test_host_never_waits():
     arguments = block_inputs()
     prune_and_recover(*arguments)

@@ -23,11 +23,15 @@ from atedm_kernels.ops.triton_feature_map import (
 
 
 @triton.jit
-def _find_slots(index, positions, slots):
-    """The last slot of each position in an ascending index, and whether it is there; else any slot and False."""
+def _find_slots(index, positions, slots, HALVINGS: tl.constexpr):
+    """The last slot of each position in an ascending index, and whether it is there; else any slot and False.
+
+    ``HALVINGS`` is log2 of ``slots``, rounded up: Triton 3.6 compiles no loop until the size is 1 where it is 1 at
+    once.
+    """
     slot = tl.zeros_like(positions)
     size = tl.zeros([], tl.int32) + slots
-    while size > 1:
+    for _ in tl.static_range(HALVINGS):
         half = size // 2
         slot = tl.where(tl.load(index + slot + half) <= positions, slot + half, slot)
         size -= half
@@ -61,6 +65,7 @@ def _update_kernel(
     ROWS_FOLLOW: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):
     batch, positions, columns, inside = program_tile(tokens, channels, BLOCK_TOKENS, BLOCK_CHANNELS)
     # Before the search, whose loads wait for one another.
@@ -77,7 +82,7 @@ def _update_kernel(
         residual_stride_n,
         ROWS_FOLLOW,
     )
-    slot, is_kept = _find_slots(index + batch * slots, positions, slots)
+    slot, is_kept = _find_slots(index + batch * slots, positions, slots, HALVINGS)
     is_new = is_kept[:, None] & inside
     is_old = inside & (is_kept[:, None] == 0)
 
@@ -109,7 +114,7 @@ def update_launch(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor, out
             "cache_stride_c": cache.stride(2),
             **feature_map_arguments(residual, out),
         },
-        constants=feature_map_constants(residual),
+        constants={**feature_map_constants(residual), "HALVINGS": (x.shape[1] - 1).bit_length()},
     )
 
 
