@@ -11,6 +11,10 @@ import atedm_kernels
 
 pytestmark = pytest.mark.gpu
 
+PUBLISHED = {"schedule": atedm.DSAP(), "recovery": "similarity", "staleness": None}
+CACHED = {"schedule": None}
+EVERY_KIND = {"schedule": ["whole", "light", "reused", "pruned", "reused", "whole"]}
+
 MODES = {"backend cudagraphs": {"backend": "cudagraphs"}, "reduce-overhead": {"mode": "reduce-overhead"}}
 
 
@@ -20,6 +24,12 @@ def fresh_compiler():
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """Without TF32, whose rounding decides so many near ties otherwise that it hides every other difference."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
@@ -43,7 +53,16 @@ def difference(got, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank_every": 2}, {"ranking": "keys", "recovery": "keys", "grid": 2}], ids=str
+    "options",
+    [
+        PUBLISHED,
+        CACHED,
+        EVERY_KIND,
+        {**PUBLISHED, "rank_every": 2},
+        {**PUBLISHED, "ranking": "keys", "recovery": "keys", "grid": 2},
+        {**CACHED, "ranking": None},
+    ],
+    ids=str,
 )
 def test_kernels_and_reference_prune_alike(make_unet, make_inputs, scheduler, options):
     unet, inputs = make_unet().to("cuda"), make_inputs(height=32, width=48)
@@ -56,7 +75,9 @@ def test_kernels_and_reference_prune_alike(make_unet, make_inputs, scheduler, op
     assert difference(got, expected) < 0.1 * difference(full, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": None}, {"rank_every": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [PUBLISHED, {**PUBLISHED, "schedule": None}, {**PUBLISHED, "rank_every": 3}, CACHED, EVERY_KIND], ids=str
+)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_cuda_graph_modes(make_unet, make_inputs, scheduler, mode, options):
     unet, inputs = make_unet().to("cuda"), make_inputs()
@@ -68,3 +89,20 @@ def test_cuda_graph_modes(make_unet, make_inputs, scheduler, mode, options):
         for _ in range(3):  # to warm up, to capture, to replay
             assert difference(samples(compiled, inputs, scheduler), expected) < 0.1 * difference(full, expected)
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, CACHED, EVERY_KIND, {**PUBLISHED, "rank_every": 3}], ids=str)
+def test_the_host_never_waits_in_a_pruned_call(make_unet, make_inputs, scheduler, options):
+    unet, inputs = make_unet().to("cuda"), make_inputs()
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cuda"), inputs)
+    timesteps = list(scheduler.timesteps)
+    atedm.apply(unet, scheduler=scheduler, **options)
+    with torch.inference_mode(), atedm_kernels.backend("triton"):
+        for waits in ("default", "error"):  # the first run compiles
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode(waits)
+            try:
+                for t in timesteps:
+                    unet(**{**inputs, "timestep": t})
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

@@ -44,13 +44,21 @@ class Drift:
 
     def __init__(self, width: int = DRIFT_WIDTH) -> None:
         self.width = width
+        self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
         batch, tokens, channels = shape
-        generator = torch.Generator().manual_seed(0)
-        projection = torch.randn(self.width, channels, 1, 1, generator=generator) / self.width**0.5
         seen = torch.zeros(batch, self.width, tokens, dtype=dtype, device=device)
-        return {"projection": projection.to(device, dtype), "seen": seen}
+        return {"projection": self._projection(channels, dtype, device), "seen": seen}
+
+    def _projection(self, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``[width, C, 1, 1]``. Kept: the same numbers are drawn for every device, and to copy them there waits."""
+        key = channels, dtype, device
+        if key not in self._projections:
+            generator = torch.Generator().manual_seed(0)
+            projection = torch.randn(self.width, channels, 1, 1, generator=generator) / self.width**0.5
+            self._projections[key] = projection.to(device, dtype)
+        return self._projections[key]
 
     def observe(self, x: Tensor, state: State) -> Tensor:
         """``[B, C, h, w]`` → ``[B, width, N]``."""

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 _ONE_KIND = "{} keeps what one call does, and {} makes calls differ; expected settings with which every step is alike"
 
+_UNTOLD_GRAPH = (
+    "{} makes calls differ by their step, of which a graph of the whole UNet knows nothing unless it is told; expected "
+    "atedm.apply once more, now on the compiled UNet or pipeline, or, for torch.export, settings with which every step "
+    "is alike"
+)
+
 # The call that runs, and of which UNet: threads that share a UNet have one each.
 _running: ContextVar[tuple[UNetCalls, Call] | None] = ContextVar("atedm_call", default=None)
 
@@ -103,14 +109,9 @@ class UNetCalls:
             # Runs once, while a graph of the whole UNet is made. What `graph` says is then an attribute that torch
             # guards the graph by, so there is a graph for each; one for "not told" is never made.
             if not self.is_constant:
-                if torch.compiler.is_exporting():
-                    raise RuntimeError(_ONE_KIND.format("torch.export", self.planner.differ))
+                # Not by torch.compiler.is_exporting(), which torch before 2.13 takes for true in torch.compile too.
                 if not self.is_told:
-                    raise RuntimeError(
-                        f"{self.planner.differ} depends on the step, of which a graph of the whole UNet that was "
-                        "compiled after atedm.apply knows nothing; expected atedm.apply once more, now on the compiled "
-                        "UNet or pipeline"
-                    )
+                    raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
                 self.is_told = False
             return
         self._stop_running()  # what an interrupt left
