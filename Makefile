@@ -7,6 +7,7 @@ JOBS ?= 2
 INSTALLED = $(VENV)/installed-
 BASE = $(VENV)/base
 PIP = -m pip --quiet --disable-pip-version-check
+OLD_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6)
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test base-install witnesses docs lint clean
@@ -15,14 +16,16 @@ demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
 # File by file: the tests of a file share what is slow to make.
-test: $(INSTALLED)test $(VENV)/triton-3.6 base-install
+test: $(INSTALLED)test $(OLD_TRITON) base-install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# An older Triton, to compile with: users of older torch releases have it.
+# An older Triton, to compile with: users of older torch releases have it. There are wheels for Linux alone.
 $(VENV)/triton-3.6: | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP) install --no-deps --target $@ triton==3.6.0
+	rm -rf $@.part
+	$(VENV)/bin/python $(PIP) install --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
 
 # The wheel alone, with what it requires, in an environment of its own: every op runs there.
 base-install: $(BASE)/bin/python

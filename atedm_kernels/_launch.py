@@ -47,7 +47,7 @@ class Launch:
             return
         options = self.options("hip" if torch.version.hip else "cuda")
         compiled = self.kernel[(self.grid,)](**self.arguments, **self.constants, **options)
-        if _remembers():
+        if _remembers() and hasattr(compiled, "function"):  # not one that is still being compiled
             _compiled[self._key] = compiled
 
     @cached_property
@@ -73,16 +73,22 @@ class Launch:
 
 
 def _remembers() -> bool:
-    # On AMD, Triton also asks how large a tensor's memory is.
-    return torch.version.hip is None and not triton_interprets()
+    # On AMD, Triton also asks how large a tensor's memory is; under its tools, what they want of a kernel.
+    return torch.version.hip is None and not triton_interprets() and not _is_debugged()
+
+
+def _is_debugged() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.debug or knobs.compilation.instrumentation_mode)
 
 
 def _specialisation(value: Any) -> Hashable:
     """What of a run-time argument Triton compiles into a kernel."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
     return type(value)
 
 

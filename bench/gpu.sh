@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU, on a bare machine without network: tests, benchmarks, memory checkers.
+# Runs everything that needs a GPU, on a bare machine without network: tests, benchmarks, tuning, memory checkers.
 #
 #   bash bench/gpu.sh [RESULTS [WHEELS]]      (default: outputs/gpu and .whl)
 #
-# Requires Python with torch, triton and pytest; other packages (diffusers, tomesd) are installed from the wheels in
-# WHEELS. Ends within nine minutes; $MINUTES sets another limit. The most important steps run first, each step has its
-# own limit, and finished results stay when the rest is cut. RESULTS/log.txt shows how each step ended.
-# STEPS="tests ops" runs only these of: doctor tests graphs ops unet unet-2048 sanitizers.
+# Requires Python with torch, triton, pytest, pytest-xdist and diffusers; what is missing is installed from the wheels in
+# WHEELS, and
+# peers that are missing there get a row that says so. Ends within nine minutes; $MINUTES sets another limit. The most
+# important steps run first, each step has its own limit, and finished results stay when the rest is cut.
+# RESULTS/log.txt shows how each step ended; RESULTS.tar.gz holds the folder.
+# STEPS="tests ops" runs only these of: doctor tests tune unet ops compiled unet-8 unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 RESULTS=$(realpath -m "${1:-outputs/gpu}")
 WHEELS=${2:-.whl}
 LIMIT=$((60 * ${MINUTES:-9}))
-STEPS=" ${STEPS:-doctor tests graphs ops unet unet-2048 sanitizers} "
+STEPS=" ${STEPS:-doctor tests tune unet ops compiled unet-8 unet-2048 sanitizers} "
 PYTHON=${PYTHON:-python3}
 LOG=$RESULTS/log.txt
 mkdir -p "$RESULTS"
@@ -46,38 +48,55 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
 fi
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=200
 unset TRITON_INTERPRET
+BENCH=("$PYTHON" -m atedm_bench)
+UNET=("${BENCH[@]}" unet --device cuda --repeats 10)
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib --durations 5)
+# What serves a pruned call: the published way, tokens with cached updates, tokens chosen before.
+CALLS=(--variant full --variant ours --variant "ours cached updates" --variant "ours tokens chosen before")
+# Whole runs of the presets and their peers, in the process that has counted tomesd's ratio.
+PEERS=(--variant tomesd)
+for name in full default quality fast paper "DeepCache 2" "DeepCache 3" tomesd; do
+    PEERS+=(--variant "run: $name")
+done
 
 if wanted doctor; then
     step imports 60 "$PYTHON" -c "import atedm_bench.ops.run, atedm_bench.unet; print(atedm_bench.__file__)"
     step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
-PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib)
 if wanted tests; then
-    step tests 120 "${PYTEST[@]}" tests/kernels --deselect tests/kernels/test_compile.py --junitxml "$RESULTS/tests.xml"
+    # What runs on the CPU alone is left out.
+    step tests 150 "${PYTEST[@]}" -n 8 tests/kernels tests/plugin/test_gpu.py \
+        --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_registry.py --junitxml "$RESULTS/tests.xml"
 fi
-if wanted graphs; then
-    step graphs 90 "${PYTEST[@]}" tests/plugin/test_gpu.py --junitxml "$RESULTS/graphs.xml"
+if wanted tune; then
+    # In place: what follows runs with the new tables.
+    step tune 180 "${BENCH[@]}" tune --tokens 4096,1024
+    tar -cf "$RESULTS/tiles.tar" atedm_kernels/ops/*/tiles.json
+fi
+# Batch 2 is one image with guidance.
+if wanted unet; then
+    step unet 150 "${UNET[@]}" --batch 2 --run 25 "${CALLS[@]}" "${PEERS[@]}" --minutes 1.5 \
+        --json "$RESULTS/unet-1024-b2.json"
 fi
 if wanted ops; then
-    step ops 150 "$PYTHON" -m atedm_bench ops --device cuda --minutes 2 --json "$RESULTS/ops.json"
+    step ops 120 "${BENCH[@]}" ops --device cuda --size 1024 --dtype bf16 --no-compile --minutes 1 --json "$RESULTS/ops.json"
 fi
-# Batch 2 is one image with guidance. Regional compilation takes seconds; compiling the whole UNet takes minutes.
-for batch in 2 8; do
-    if wanted unet; then
-        step "unet, batch $batch" 110 "$PYTHON" -m atedm_bench unet --device cuda --batch $batch --regional \
-            --variant full --variant ours --variant tomesd --minutes 1 --json "$RESULTS/unet-1024-b$batch.json"
-    fi
-done
-for batch in 2 8; do
-    if wanted unet-2048; then
-        step "unet, 2048, batch $batch" 90 "$PYTHON" -m atedm_bench unet --device cuda --batch $batch --size 2048 \
-            --regional --variant full --variant ours --variant tomesd --minutes 1 \
-            --json "$RESULTS/unet-2048-b$batch.json"
-    fi
-done
+# Regional compilation takes seconds; compiling the whole UNet takes minutes.
+if wanted compiled; then
+    step compiled 150 "${UNET[@]}" --batch 2 --regional "${CALLS[@]}" --minutes 2 \
+        --json "$RESULTS/unet-1024-b2-compiled.json"
+fi
+if wanted unet-8; then
+    step "unet, batch 8" 110 "${UNET[@]}" --batch 8 "${CALLS[@]}" --minutes 1 \
+        --json "$RESULTS/unet-1024-b8.json"
+fi
+if wanted unet-2048; then
+    step "unet, 2048" 90 "${UNET[@]}" --batch 2 --size 2048 "${CALLS[@]}" --minutes 1 \
+        --json "$RESULTS/unet-2048-b2.json"
+fi
 if wanted sanitizers && command -v compute-sanitizer >/dev/null; then
     step "small calls" 60 "$PYTHON" -m tests.helpers.small_calls # compiles first, which would take long under a checker
-    for tool in memcheck racecheck synccheck; do
+    for tool in memcheck initcheck racecheck synccheck; do
         # Without torch's memory cache, every tensor has its own bounds.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 \
             "$PYTHON" -m tests.helpers.small_calls
@@ -86,4 +105,5 @@ elif wanted sanitizers; then
     echo "SKIPPED sanitizers: compute-sanitizer is not installed" | tee -a "$LOG"
 fi
 echo "Results in $RESULTS, $SECONDS s" | tee -a "$LOG"
+tar -czf "$RESULTS.tar.gz" -C "$(dirname "$RESULTS")" "$(basename "$RESULTS")"
 exit $FAILED

@@ -84,17 +84,22 @@ def _release_freed_memory() -> None:
 
 
 class Graphs:
-    """CUDA graphs, which exclude the host's work. They share one memory pool, as large as the largest graph needs."""
+    """CUDA graphs, which exclude the host's work. They share one memory pool, as large as the largest graph needs.
+
+    They live as long as this does: torch raises if a pool is used after its last graph is gone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._captured: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
         """Capture ``call``, which must have run before, as a graph; raises if it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             call()
+        self._captured.append(graph)
         return graph.replay
 
 

@@ -1,4 +1,4 @@
-"""The README's picture: what the embedded model draws whole and pruned, and what it computed at the last step.
+"""The README's picture: what the embedded model draws whole and pruned, and what it computed at the last pruned step.
 
 The captions are the first held-out ones that the quality lab's figures count.
 """
@@ -22,8 +22,8 @@ from atedm.unet.recording import Ranked, Recording
 from atedm_bench.quality.images import SceneCase
 from atedm_bench.quality.lab import scene_cases
 
-PRESET, STEPS, GUIDANCE = "fast", 25, 5.0
-# The blocks whose tokens are shown, at the last step: the last but one of each level.
+STEPS, GUIDANCE = 25, 5.0
+# The blocks whose tokens are shown, at the last pruned step: the last but one of each level.
 BLOCKS = ("up_blocks.1.attentions.1", "up_blocks.0.attentions.1")
 _SKIP = 64
 # How much of a dropped token stays visible, and the colour that it fades to, which no scene uses.
@@ -42,7 +42,7 @@ def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
 
 
 def kept_only(pictures: np.ndarray, recording: Recording, block: str) -> np.ndarray:
-    """``pictures``, with the tokens that ``block`` dropped at the last step faded."""
+    """``pictures``, with the tokens that ``block`` dropped at the last pruned step faded."""
     last: Ranked = [ranked for ranked in recording.ranked if ranked.block == block][-1]
     masks = last.mask()[-len(pictures) :].numpy()  # with guidance, the second half belongs to the prompts
     masks = np.stack([np.asarray(Image.fromarray(mask).resize(pictures.shape[2:0:-1], 0)) for mask in masks])
@@ -72,13 +72,15 @@ def write_overview(output: Path, images: int) -> None:
     cases = scene_cases(_SKIP + images)[_SKIP:]
     pipe = embedded_pipeline()
     full = draw(pipe, cases)
-    with atedm.applied(pipe, PRESET), atedm.record(pipe) as recording:
+    with atedm.applied(pipe), atedm.record(pipe) as recording:
         pruned = draw(pipe, cases)
     sides = full.shape[2:0:-1]
-    tflops = tflops_of(pipe, *sides, atedm.PRESETS[PRESET], recording.kinds)
-    rows = [("full", full), (f'pruned ("{PRESET}"):\n{tflops["pruned"] / tflops["full"]:.0%} of the FLOPs', pruned)]
+    tflops = tflops_of(pipe, *sides, atedm.Options(), recording.kinds)
+    rows = [("full", full), (f"atedm.apply(pipe):\n{tflops['pruned'] / tflops['full']:.0%} of the FLOPs", pruned)]
     for block, level in zip(BLOCKS, (2, 3), strict=True):
-        rows.append((f"what a block of\nlevel {level} computed,\nlast step", kept_only(pruned, recording, block)))
+        rows.append(
+            (f"what a block of\nlevel {level} computed,\nlast pruned step", kept_only(pruned, recording, block))
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial:
         overview(cases, rows).savefig(partial, format="png")

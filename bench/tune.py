@@ -1,16 +1,22 @@
 """Measures tiles for the attention-map kernels on this GPU and writes the fastest into their tables.
 
-Every candidate runs on SDXL's shapes, has its result checked, and is timed as a CUDA graph with a cold L2. If it beats
-the row in use, a row for this architecture and Triton version goes into ``tiles.json``. Kernels only look tiles up.
+Every candidate runs on SDXL's shapes, has its result checked, and is timed as a CUDA graph with a cold L2. If one beats
+the row in use, rows for all sizes measured go into ``tiles.json``, for this architecture and Triton version. Kernels
+only look tiles up.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import functools
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,14 @@ from atedm_kernels.tiles import Tile
 _BLOCKS = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 32))
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3, 4)
-_PROGRAMS = (1, 256, 512, 1024)
+# Then, for the fastest of these: limits on registers, so that more programs share a multiprocessor, and the number of
+# programs, so that the last wave is full.
+_FINALISTS = 3
+_REGISTERS = (None, 168, 128, 96)
+_PROGRAMS = (1, 256, 512, 1024, 2048, 4096)
+
+# Compilers beside the process that measures. More would not fit beside each other in memory.
+_COMPILERS = 15
 
 # A smaller gain is noise and earns no row.
 _MIN_GAIN = 0.02
@@ -35,6 +48,8 @@ _RATIO = 0.63
 
 # Sums over a head's map may differ only by the order of additions.
 _TOLERANCE = 1e-4
+
+Compilers = concurrent.futures.Executor
 
 # Each op, called as the plug-in calls it.
 TUNED: dict[str, Callable[[OpInputs], torch.Tensor]] = {
@@ -56,6 +71,15 @@ def candidates(base: Tile) -> list[Tile]:
     return [base, *(tile for tile in tried if tile != base)]
 
 
+def refinements(finalists: Iterable[Tile]) -> list[Tile]:
+    """Each finalist under every limit of registers and with every number of programs."""
+    tried = [
+        replace(tile, max_registers=registers, programs=programs)
+        for tile, registers, programs in itertools.product(finalists, _REGISTERS, _PROGRAMS)
+    ]
+    return list(dict.fromkeys(tried))
+
+
 def agree(op: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two tiles give the same result: sums up to rounding, sources except for near ties."""
     if op == "similarity_source":
@@ -63,14 +87,19 @@ def agree(op: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((got - expected).abs() <= _TOLERANCE * expected.abs().clamp_min(1e-12)).all())
 
 
-def fastest(seconds: dict[Tile, Sequence[float]], base: Tile) -> tuple[Tile, float]:
+def ratio_to(base: Tile, seconds: Mapping[Tile, Sequence[float]]) -> dict[Tile, float]:
+    """Each tile's mean ratio to ``base`` over the shapes, fastest first."""
+    found = {
+        tile: statistics.fmean(a / b for a, b in zip(times, seconds[base], strict=True))
+        for tile, times in seconds.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def fastest(seconds: Mapping[Tile, Sequence[float]], base: Tile) -> tuple[Tile, float]:
     """The tile of lowest mean ratio to ``base`` over the shapes, and that ratio; ``base`` if the gain is small."""
-
-    def ratio(tile: Tile) -> float:
-        return statistics.fmean(a / b for a, b in zip(seconds[tile], seconds[base], strict=True))
-
-    best = min(seconds, key=ratio)
-    return (best, ratio(best)) if ratio(best) < 1 - _MIN_GAIN else (base, 1.0)
+    best, ratio = next(iter(ratio_to(base, seconds).items()))
+    return (best, ratio) if ratio < 1 - _MIN_GAIN else (base, 1.0)
 
 
 def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,23 +125,52 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
     path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
+def _inputs(side: int, dtype: torch.dtype, device: torch.device) -> list[OpInputs]:
+    """Maps of ``side``² tokens for batches of 2 and 8: level 3's heads up to 1024 tokens, level 2's above, as SDXL."""
+    level, pixels = (3, 32) if side <= 32 else (2, 16)
+    return [OpInputs(shape_of(side * pixels, side * pixels, level, batch, _RATIO), dtype, device) for batch in (2, 8)]
+
+
+@functools.cache
+def _inputs_to_compile_for(side: int, dtype: torch.dtype) -> list[OpInputs]:
+    return _inputs(side, dtype, torch.device("cuda"))
+
+
+def _compile(op: str, side: int, dtype: torch.dtype, tile: Tile) -> None:
+    """Leave ``tile``'s kernels in Triton's cache, for the process that measures."""
+    with tiles.assume(**{op: tile}), contextlib.suppress(Exception):  # what does not compile is told when measured
+        for inputs in _inputs_to_compile_for(side, dtype):
+            TUNED[op](inputs)
+
+
 class _Tuner:
     """Times tiles of one op at one number of tokens, with batches of 2 and 8."""
 
-    def __init__(self, op: str, side: int, dtype: torch.dtype, repeats: int) -> None:
+    def __init__(self, op: str, side: int, dtype: torch.dtype, repeats: int, compilers: Compilers) -> None:
         self.device = torch.device("cuda")
         self.call = TUNED[op]
-        self.op, self.repeats = op, repeats
+        self.op, self.side, self.dtype, self.repeats = op, side, dtype, repeats
+        self.compilers = compilers
         self.rejected: dict[str, int] = {}
-        # Level 3's heads up to 1024 tokens, level 2's above, as in SDXL.
-        level, pixels = (3, 32) if side <= 32 else (2, 16)
-        shapes = [shape_of(side * pixels, side * pixels, level, batch, _RATIO) for batch in (2, 8)]
-        self.inputs = [OpInputs(shape, dtype, self.device) for shape in shapes]
+        self.inputs = _inputs(side, dtype, self.device)
         with ops.backend("reference"):
             self.expected = [self.call(inputs) for inputs in self.inputs]
         self.base = tiles.tile_for(op, self.inputs[0].q)
         size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def time_all(self, wanted: Iterable[Tile], timed: dict[Tile, list[float]], what: str) -> None:
+        """Compile side by side, then measure one by one; add those that are right to ``timed``."""
+        from rich.progress import track
+
+        new = [tile for tile in wanted if tile not in timed]
+        compiling = [self.compilers.submit(_compile, self.op, self.side, self.dtype, tile) for tile in new]
+        for done in track(concurrent.futures.as_completed(compiling), f"{what}: compiling", len(compiling)):
+            done.result()
+        for tile in track(new, f"{what}: measuring"):
+            seconds = self.seconds(tile)
+            if seconds is not None:
+                timed[tile] = seconds
 
     def seconds(self, tile: Tile) -> list[float] | None:
         """Median seconds by batch; None if the tile does not compile, does not fit or gives a wrong result."""
@@ -137,33 +195,43 @@ class _Tuner:
         self.rejected[why] = self.rejected.get(why, 0) + 1
 
 
-def tune_op(
-    op: str, counts: Sequence[int], repeats: int, path: Path, say: Callable[[str], None] = lambda line: None
-) -> None:
-    """Tune ``op`` on square maps of ``counts`` tokens and write its table to ``path``."""
-    from rich.progress import track
+@contextlib.contextmanager
+def compilers() -> Iterator[Compilers]:
+    """Processes that compile tiles while this one, which measures, waits."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), context) as pool:
+        yield pool
 
+
+def tune_op(
+    op: str,
+    counts: Sequence[int],
+    repeats: int,
+    path: Path,
+    pool: Compilers,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Tune ``op`` on square maps of ``counts`` tokens and write its table to ``path`` after each of them."""
     table = json.loads(tiles.table_path(op).read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = []
+    gained = False
     for count in counts:
-        tuner = _Tuner(op, round(count**0.5), torch.bfloat16, repeats)
-        timed: dict[Tile, Sequence[float]] = {}
-        for tile in track(candidates(tuner.base), f"{op}, {count} tokens"):
-            seconds = tuner.seconds(tile)
-            if seconds is not None:
-                timed[tile] = seconds
+        what = f"{op}, {count} tokens"
+        tuner = _Tuner(op, round(count**0.5), torch.bfloat16, repeats, pool)
+        timed: dict[Tile, list[float]] = {}
+        tuner.time_all(candidates(tuner.base), timed, what)
         if tuner.base not in timed:
-            raise RuntimeError(f"{op}, {count} tokens: the tile in use fails: {tuner.rejected}")
-        best, _ = fastest(timed, tuner.base)
-        for programs in _PROGRAMS:
-            tile = Tile(**{**asdict(best), "programs": programs})
-            seconds = timed[tile] if tile in timed else tuner.seconds(tile)
-            if seconds is not None:
-                timed[tile] = seconds
+            raise RuntimeError(f"{what}: the tile in use fails: {tuner.rejected}")
+        tuner.time_all(refinements(list(ratio_to(tuner.base, timed))[:_FINALISTS]), timed, what)
         best, ratio = fastest(timed, tuner.base)
-        say(f"{op}, {count} tokens: {best}, {ratio:.3f} of {tuner.base}; rejected: {tuner.rejected}")
-        if best != tuner.base:
-            row = {"architecture": tiles.architecture(tuner.device), "dtypes": ["float16", "bfloat16"]}
-            row |= {"head_dim": HEAD_DIM, "queries": count}
-            row |= {**asdict(best), "triton": tiles.triton_minor(), "device": torch.cuda.get_device_name()}
-            table = merge(table, row)
-    write_table(table, path)
+        say(f"{what}: {best}, {ratio:.3f} of {tuner.base}; rejected: {tuner.rejected}")
+        for tile, part in list(ratio_to(tuner.base, timed).items())[:8]:
+            say(f"  {part:.3f} {[f'{1e6 * s:.1f} us' for s in timed[tile]]} {tile}")
+        row = {"architecture": tiles.architecture(tuner.device), "dtypes": ["float16", "bfloat16"]}
+        row |= {"head_dim": HEAD_DIM, "queries": count}
+        row |= {name: value for name, value in asdict(best).items() if value is not None}
+        rows.append(row | {"triton": tiles.triton_minor(), "device": torch.cuda.get_device_name()})
+        gained |= best != tuner.base
+        # Those that gained nothing too: a row serves all smaller maps that have none.
+        table = functools.reduce(merge, rows if gained else [], table)
+        write_table(table, path)

@@ -1,4 +1,4 @@
-"""Full against pruned against merged: one call of a UNet with random weights, all variants in one run.
+"""Full against pruned against merged: one call of a UNet with random weights, all variants in one run; then whole runs.
 
 The variants are UNet objects that share one copy of the weights, so they take turns without being patched in between.
 They run round robin, and each round starts with a different variant, so that a machine that slows down slows all of
@@ -20,20 +20,31 @@ from torch import nn
 import atedm
 from atedm.app.flops import STAGES, Flops, UNetFlops
 from atedm.app.models import unet_inputs
-from atedm.unet.recording import Recording
 from atedm_bench import host
 from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.peers import tomesd_flops
 from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
-from atedm_bench.unet_variants import FULL, LIGHT, OURS, TOMESD, VARIANTS, count, described, is_ours, patch
+from atedm_bench.unet_rows import average_row, ranking_facts
+from atedm_bench.unet_variants import FULL, OURS, TOMESD, VARIANTS, count, described, is_ours, patch
+from atedm_bench.whole_runs import RUNS, WholeRuns
+from atedm_bench.whole_runs import TOMESD as TOMESD_RUN
 from atedm_kernels.registry import OPS
 
-AVERAGE = "ours DSAP average"
 # What the plug-in costs the host, every kernel left out; see `atedm_bench.host`.
 HOST = "ours host"
 
+# Rounds of whole runs, each of which takes as long as dozens of calls.
+RUN_REPEATS = 3
+
 # Name suffixes of variants that run compiled, or as a CUDA graph, which excludes the host's work.
 COMPILED, GRAPH = " compiled", " graph"
+# And how a row names its speed-up over the full UNet that runs likewise.
+_SUFFIXES = {
+    "": "",
+    COMPILED: "_over_full_compiled",
+    GRAPH: "_over_full_graph",
+    COMPILED + GRAPH: "_over_full_compiled_graph",
+}
 
 Notify = Callable[[str], None]
 
@@ -50,9 +61,10 @@ class UNetSettings:
             round always runs.
         compiled: also measure each variant compiled: ``"whole"`` by ``torch.compile``, or ``"regional"``, only the
             transformer layers, as diffusers' ``compile_repeated_blocks`` does (minutes faster). This runs after the
-            other variants and gets half of the time.
+            other variants and gets an equal part of the time.
         compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
-        only: names of variants; empty for all.
+        run_steps: also time whole runs of so many steps; 0 for none.
+        only: names of variants, of calls and of whole runs; empty for all.
     """
 
     device: torch.device
@@ -68,6 +80,7 @@ class UNetSettings:
     compiled: str | None = None
     compile_mode: str = "default"
     channels_last: bool = True
+    run_steps: int = 0
     only: tuple[str, ...] = ()
     seed: int = 0
 
@@ -98,7 +111,9 @@ class UNetBench:
         self._failed: dict[str, str] = {}
         self._merge_ratio = 0.0
         self._unet: nn.Module | None = None
+        self._counter: UNetFlops | None = None
         self._flops: dict[str, Flops] = {}
+        self._runs: WholeRuns | None = None
         self._graphs = Graphs(settings.device) if settings.device.type == "cuda" else None
         self._host: dict[str, Any] | None = None
 
@@ -109,12 +124,15 @@ class UNetBench:
             ValueError, TypeError: the settings do not fit the UNet.
         """
         start = time.monotonic()
-        seconds = 60 * self.settings.minutes
+        parts = 1 + bool(self.settings.compiled) + bool(self.settings.run_steps)
+        share = 60 * self.settings.minutes / parts
         with torch.no_grad():
             self._build(notify)
-            self._measure(list(self.variants), start + (seconds / 2 if self.settings.compiled else seconds), notify)
+            self._measure(list(self.variants), start + share, notify)
             if self.settings.compiled:
-                self._measure(self._compiled(), start + seconds, notify)
+                self._measure(self._compiled(), start + 2 * share, notify)
+            if self.settings.run_steps:
+                self._run_whole(start + parts * share, notify)
         if OURS in self._wanted():
             notify(f"{HOST}: without kernels")
             rounds = max(self.settings.repeats, host.MIN_ROUNDS)
@@ -122,14 +140,11 @@ class UNetBench:
 
     def work(self) -> int:
         """How often :meth:`run` calls ``notify`` if nothing fails and time allows every round."""
-        kinds = len(self._wanted())
-        graphs = kinds if self.settings.device.type == "cuda" else 0
-        return (
-            3
-            + (2 * kinds if self.settings.compiled else kinds) * (2 + self.settings.repeats)
-            + graphs * (self.settings.repeats)
-            + (OURS in self._wanted())
-        )
+        repeats, kinds = self.settings.repeats, len(self._wanted())
+        calls = kinds * (2 if self.settings.compiled else 1)
+        graphs = calls if self.settings.device.type == "cuda" else 0
+        runs = len(self._wanted_runs())
+        return 3 + calls * (2 + repeats) + graphs * repeats + runs * (1 + RUN_REPEATS) + (OURS in self._wanted())
 
     def _measure(self, variants: list[UNetVariant], end: float, notify: Notify) -> None:
         """Warm up ``variants``, time them round by round, then inspect them."""
@@ -138,7 +153,7 @@ class UNetBench:
             if not self._warm_up(variant):
                 variants.remove(variant)
                 self.variants.remove(variant)
-            elif self._graphs is not None and not variant.compiled:
+            elif self._graphs is not None:
                 variants += self._captured(variant)
         done = 0
         while done < self.settings.repeats and _has_time(variants, end - time.monotonic()):
@@ -159,15 +174,17 @@ class UNetBench:
         except RuntimeError as error:
             self._failed[variant.name + GRAPH] = error_line(error)
             return []
-        graph = UNetVariant(variant.name + GRAPH, call, variant.unet, dict(variant.fields), variant.is_ours, graph=True)
+        name = variant.name + GRAPH
+        fields = dict(variant.fields)
+        graph = UNetVariant(name, call, variant.unet, fields, variant.is_ours, variant.compiled, graph=True)
         self.variants.append(graph)
         return [graph]
 
     def _build(self, notify: Notify) -> None:
         s = self.settings
         notify("counting FLOPs")
-        counter = UNetFlops(self.config, width=s.width, height=s.height, batch=s.batch, tokens=s.tokens)
-        self._flops = self._count(counter)
+        self._counter = UNetFlops(self.config, width=s.width, height=s.height, batch=s.batch, tokens=s.tokens)
+        self._flops = self._count(self._counter)
         notify("building the UNet")
         unet = random_unet(self.config, dtype=s.dtype, device=s.device, channels_last=s.channels_last, seed=s.seed)
         self.facts["parameters"] = sum(parameter.numel() for parameter in unet.parameters())
@@ -197,8 +214,25 @@ class UNetBench:
             found.append(self.variants[-1])
         return found
 
+    def _run_whole(self, end: float, notify: Notify) -> None:
+        s = self.settings
+        self._runs = WholeRuns(
+            sharing_weights(self._unet),
+            self._counter,
+            **{"steps": s.run_steps, "width": s.width, "height": s.height, "batch": s.batch, "tokens": s.tokens},
+            ratio=s.ratio,
+            merge_ratio=self._merge_ratio,
+            only=self._wanted_runs(),
+        )
+        self._runs.measure(RUN_REPEATS, end, notify)
+
     def _wanted(self) -> tuple[str, ...]:
-        return self.settings.only or VARIANTS
+        return tuple(name for name in VARIANTS if name in self.settings.only or not self.settings.only)
+
+    def _wanted_runs(self) -> tuple[str, ...]:
+        if not self.settings.run_steps:
+            return ()
+        return tuple(name for name in RUNS if name in self.settings.only or not self.settings.only)
 
     def _buildable(self) -> list[str]:
         return [name for name in VARIANTS if name in self._wanted() and name not in self._failed]
@@ -206,7 +240,7 @@ class UNetBench:
     def _count(self, counter: UNetFlops) -> dict[str, Flops]:
         ratio = self.settings.ratio
         flops = {name: count(counter, name, ratio) for name in {FULL, OURS, *self._wanted()} - {TOMESD}}
-        if TOMESD not in self._wanted():
+        if TOMESD not in self._wanted() and TOMESD_RUN not in self._wanted_runs():
             return flops
         try:
             merged = tomesd_flops(counter)
@@ -277,7 +311,7 @@ class UNetBench:
         if not variant.is_ours:
             return
         if recording is not None:
-            variant.fields.update(_ranking_facts(recording))
+            variant.fields.update(ranking_facts(recording))
             variant.fields["remembered_bytes"] = recording.memory_bytes
         ops = op_seconds_of(variant.call, device)
         for stage, names in STAGES.items():
@@ -301,45 +335,20 @@ class UNetBench:
             for variant in self.variants
             if variant.seconds
         ]
-        for suffix in ("", COMPILED, GRAPH):
-            rows += self._average_row(rows, suffix)
+        for suffix in _SUFFIXES:
+            rows += average_row(rows, suffix, self.settings.steps)
         by_name = {row["name"]: row for row in rows}
         for row in rows:
-            for suffix, key in (("", ""), (COMPILED, "_over_full_compiled"), (GRAPH, "_over_full_graph")):
+            for suffix, key in _SUFFIXES.items():
                 reference, key = FULL + suffix, "speedup" + key
                 row[key] = by_name[reference]["seconds"] / row["seconds"] if reference in by_name else None
+        failed = dict(self._failed)
+        if self._runs is not None:
+            rows += self._runs.rows()
+            failed |= self._runs.failed
         if self._host is not None:
             rows.append({"name": HOST, **self._host})
-        return rows + [{"name": name, "error": error} for name, error in self._failed.items()]
-
-    def _average_row(self, rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
-        """Our call averaged over a run with DSAP, computed from the two measured phases."""
-        by_name = {row["name"]: row for row in rows}
-        light, rest = by_name.get(LIGHT + suffix), by_name.get(OURS + suffix)
-        if light is None or rest is None:
-            return []
-        steps = self.settings.steps
-        light_steps = atedm.DSAP().light_steps(steps)
-
-        def mean(key: str) -> float:
-            return (light_steps * light[key] + (steps - light_steps) * rest[key]) / steps
-
-        return [
-            {
-                "name": AVERAGE + suffix,
-                "seconds": mean("seconds"),
-                "run_seconds": steps * mean("seconds"),
-                "steps": steps,
-                "light_steps": light_steps,
-                "derived": True,
-                "tflops": mean("tflops"),
-                "scoring_tflops": mean("scoring_tflops"),
-                **{key: mean(key) for key in _in_both(light, rest) if key.startswith("stage_")},
-                **{key: max(light[key], rest[key]) for key in _in_both(light, rest) if key == "peak_memory_bytes"},
-                **{key: rest[key] for key in ("ratio", "placement", "compiled")},
-                "phase": "average",
-            }
-        ]
+        return rows + [{"name": name, "error": error} for name, error in failed.items()]
 
     def settings_for_report(self) -> dict[str, Any]:
         """Everything that the figures depend on."""
@@ -347,6 +356,7 @@ class UNetBench:
         return {
             **{"device": str(s.device), "dtype": str(s.dtype).removeprefix("torch."), "size": f"{s.width}x{s.height}"},
             **{"batch": s.batch, "tokens": s.tokens, "ratio": s.ratio, "steps": s.steps, "repeats": s.repeats},
+            "run_steps": s.run_steps,
             **{
                 "rounds": max((len(variant.seconds) for variant in self.variants), default=0),
                 "minutes": s.minutes,
@@ -370,19 +380,3 @@ def _has_time(variants: list[UNetVariant], seconds: float) -> bool:
     if not all(variant.seconds for variant in variants):
         return True
     return 3 * sum(statistics.fmean(variant.seconds) for variant in variants) < seconds
-
-
-def _in_both(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Keys for which both rows have a value; rows of an interrupted run lack the last ones."""
-    return [key for key, value in first.items() if value is not None and second.get(key) is not None]
-
-
-def _ranking_facts(recording: Recording) -> dict[str, Any]:
-    """Iterations of the ranking (mean over blocks, images and heads) and tokens kept at each level."""
-    iterations = [entry.iterations.float().mean().item() for entry in recording.ranked if entry.iterations is not None]
-    facts: dict[str, Any] = {"page_rank_iterations": statistics.fmean(iterations) if iterations else None}
-    for entry in recording.ranked:
-        facts[f"tokens_level_{entry.level}"] = entry.tokens
-        facts[f"kept_tokens_level_{entry.level}"] = entry.index.shape[1]
-    facts["pruned_blocks"] = len(recording.ranked)
-    return facts

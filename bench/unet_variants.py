@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import atedm
 from atedm.app.flops import Flops, UNetFlops
-from atedm.policy.options import BY_KEYS, Options
+from atedm.policy.options import BY_KEYS, PUBLISHED, Options
 from atedm_bench.peers import apply_tomesd
 from atedm_bench.rankings import no_ranking
 
@@ -20,15 +21,18 @@ FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
 REUSED, KEYS, CACHED = "ours tokens chosen before", "ours by keys", "ours cached updates"
 
-# Options of atedm.apply besides the ratio. Calls are of the phase that prunes every block, except for LIGHT.
-_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+# Every block pruned, tokens ranked and recovered as published.
+_PUBLISHED = replace(PUBLISHED, schedule=None)
+
+# Calls are of the phase that prunes every block, except for LIGHT.
+_OPTIONS: Mapping[str, Options] = MappingProxyType(
     {
-        OURS: {"schedule": None},
-        LIGHT: {"schedule": atedm.DSAP(fraction=1.0)},
-        PAPER: {"schedule": None, "placement": "paper"},
-        REUSED: {"schedule": None, "rank_every": 1000},
-        KEYS: {"schedule": None, **BY_KEYS},
-        CACHED: {"schedule": None, "recovery": "cached", "staleness": "drift"},
+        OURS: _PUBLISHED,
+        LIGHT: replace(_PUBLISHED, schedule=atedm.DSAP(fraction=1.0)),
+        PAPER: replace(_PUBLISHED, placement="paper"),
+        REUSED: replace(_PUBLISHED, rank_every=1000),
+        KEYS: replace(_PUBLISHED, **BY_KEYS),
+        CACHED: replace(_PUBLISHED, recovery="cached", staleness="drift"),
     }
 )
 VARIANTS = (FULL, *_OPTIONS, TOMESD)
@@ -42,10 +46,10 @@ def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
     """FLOPs of a call of any variant but tomesd, which has its own ratio."""
     if name == FULL:
         return counter.full()
-    found = counter.of_kind(Options(ratio=ratio, **_OPTIONS[name]), "light" if name == LIGHT else "pruned")
-    sources = counter.pruned(ratio, ranking=no_ranking).scoring
-    # No ranking runs in a call that reuses an earlier choice.
-    return Flops(found.unet, sources) if name == REUSED else found
+    options = replace(_OPTIONS[name], ratio=ratio)
+    if name == REUSED:  # no ranking runs in a call that reuses an earlier choice
+        options = replace(options, ranking=no_ranking)
+    return counter.of_kind(options, "light" if name == LIGHT else "pruned")
 
 
 class Steps:
@@ -67,7 +71,7 @@ def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps
         apply_tomesd(unet, merge_ratio)
     elif name in _OPTIONS:
         steps = Steps(unet.device) if name in (REUSED, CACHED) else None  # what is remembered belongs to a picture
-        atedm.apply(unet, ratio=ratio, scheduler=None if steps is None else steps.scheduler, **_OPTIONS[name])
+        atedm.apply(unet, _OPTIONS[name], ratio=ratio, scheduler=None if steps is None else steps.scheduler)
         return steps
     return None
 
@@ -77,6 +81,6 @@ def described(name: str, ratio: float, merge_ratio: float) -> dict[str, Any]:
     options = _OPTIONS.get(name)
     return {
         "ratio": {FULL: None, TOMESD: merge_ratio}.get(name, ratio),
-        "placement": None if options is None else options.get("placement", "early"),
+        "placement": None if options is None else options.placement,
         "phase": None if options is None else "light" if name == LIGHT else "all pruned",
     }

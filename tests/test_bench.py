@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from typer.testing import CliRunner
 
 import atedm
 import atedm_kernels as kernels
 from atedm.app.models import SDXL_UNET, unet_inputs
+from atedm.policy.options import PUBLISHED, resolve
 from atedm.unet.block import PrunedBlock
-from atedm_bench import host, peers
+from atedm_bench import host, peers, whole_runs
 from atedm_bench import unet as bench
 from atedm_bench import unet_variants as variants
 from atedm_bench.measure import op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.random_unet import LOGIT_STD, calibrate_attention, random_unet, sharing_weights
+from atedm_bench.unet_rows import AVERAGE
 
 CPU = torch.device("cpu")
 
@@ -66,7 +70,7 @@ def unet():
 def test_every_variant_has_a_row(measured):
     run, notified = measured
     rows = {row["name"]: row for row in run.rows()}
-    assert list(rows) == [*variants.VARIANTS, bench.AVERAGE, bench.HOST]
+    assert list(rows) == [*variants.VARIANTS, AVERAGE, bench.HOST]
     assert rows[variants.FULL]["speedup"] == 1
     assert len(notified) == run.work()
     del rows[bench.HOST]
@@ -74,7 +78,7 @@ def test_every_variant_has_a_row(measured):
         assert not any(isinstance(value, (list, dict)) for value in row.values())
         assert row["seconds"] > 0
         assert row["speedup"] == pytest.approx(rows[variants.FULL]["seconds"] / row["seconds"])
-        if name == bench.AVERAGE:
+        if name == AVERAGE:
             continue
         assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
         assert row["repeats"] == 2
@@ -111,7 +115,7 @@ def test_flops_and_phases(measured):
     assert all(rows[name]["tflops"] == rows[variants.OURS]["tflops"] for name in CHEAPER)
     ours, reused = (rows[name]["scoring_tflops"] for name in (variants.OURS, variants.REUSED))
     assert ours > rows[variants.KEYS]["scoring_tflops"] > reused > 0
-    average = rows[bench.AVERAGE]
+    average = rows[AVERAGE]
     assert average["derived"]
     expected = (15 * rows[variants.LIGHT]["seconds"] + 35 * rows[variants.OURS]["seconds"]) / 50
     assert average["seconds"] == pytest.approx(expected)
@@ -172,7 +176,7 @@ def test_interrupted_run_keeps_what_it_has():
 
     with pytest.raises(KeyboardInterrupt):
         run.run(interrupt)
-    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS, variants.LIGHT, bench.AVERAGE]
+    assert [row["name"] for row in run.rows()] == [variants.FULL, variants.OURS, variants.LIGHT, AVERAGE]
     assert json.dumps(run.settings_for_report())
 
 
@@ -203,6 +207,60 @@ def test_a_missing_peer_is_said_not_raised(monkeypatch):
     assert run.rows() == [{"name": variants.TOMESD, "error": "tomesd is not installed"}]
 
 
+def test_whole_runs(tmp_path):
+    wanted = (whole_runs.FULL, f"{whole_runs.PREFIX}default", f"{whole_runs.PREFIX}DeepCache 2", whole_runs.TOMESD)
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64, batch=2, run_steps=5, only=wanted))
+    notified: list[str] = []
+    run.run(notified.append)
+    assert len(notified) == run.work()
+    rows = {row["name"]: row for row in run.rows()}
+    assert list(rows) == list(wanted)
+    kinds = {name: row["kinds"] for name, row in rows.items()}
+    assert list(kinds.values()) == ["5 whole", "4 whole 1 reused", "3 whole 2 reused", "5 merged"]
+    for row in rows.values():
+        assert row["run_seconds_low"] <= row["run_seconds"] <= row["run_seconds_high"]
+        assert row["run_speedup"] == pytest.approx(rows[whole_runs.FULL]["run_seconds"] / row["run_seconds"])
+        assert row["repeats"] == bench.RUN_REPEATS and row["run_steps"] == 5
+    assert rows[whole_runs.TOMESD]["tflops"] < rows[whole_runs.FULL]["tflops"]
+    assert json.dumps(run.settings_for_report())
+
+
+def test_runs_are_guided_where_the_batch_is_even(monkeypatch):
+    found = []
+    real = StableDiffusionXLPipeline.__call__
+
+    def calling(pipe, **arguments):
+        found.append((arguments["guidance_scale"], arguments["prompt_embeds"].shape[0]))
+        return real(pipe, **arguments)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", calling)
+    for batch, expected in ((1, (1.0, 1)), (2, (whole_runs.GUIDANCE, 1)), (4, (whole_runs.GUIDANCE, 2))):
+        found.clear()
+        settings = _settings(width=64, height=64, batch=batch, run_steps=1, only=(whole_runs.FULL,))
+        bench.UNetBench(SMALL, settings).run()
+        assert set(found) == {expected}
+
+
+def test_a_peer_that_fails_in_a_run_is_a_row(monkeypatch):
+    def failing(pipe, interval):
+        raise RuntimeError("DeepCache is not installed")
+
+    monkeypatch.setattr("atedm_bench.methods.deepcache", failing)
+    name = f"{whole_runs.PREFIX}DeepCache 2"
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64, run_steps=1, only=(whole_runs.FULL, name)))
+    run.run()
+    assert run.rows()[1:] == [{"name": name, "error": "RuntimeError: DeepCache is not installed"}]
+
+
+def test_presets_run_the_steps_that_they_chose_on_the_embedded_model():
+    for name in whole_runs._OURS:
+        options = whole_runs._options(name, 0.63)
+        preset = whole_runs._OURS[name]
+        chosen = resolve(preset, {})
+        assert replace(options, schedule=chosen.schedule) == chosen
+        assert set(options.kinds_of(25)) <= chosen.steps.kinds
+
+
 def test_calibration_reaches_the_spread(unet):
     positional, kwargs = unet_inputs(unet, width=128, height=128)
     spread = calibrate_attention(unet, lambda: unet(*positional, **kwargs))
@@ -215,7 +273,7 @@ def test_shared_weights_are_the_same_memory(unet):
     for ours, theirs in zip(copy.parameters(), unet.parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
         assert ours.stride() == theirs.stride()
-    atedm.apply(copy, schedule=None)
+    atedm.apply(copy, PUBLISHED, schedule=None)
     positional, kwargs = unet_inputs(unet, width=128, height=128)
     assert not atedm.pruned_blocks(unet)
     with torch.no_grad():
@@ -254,15 +312,17 @@ def test_command_writes_its_report(tmp_path):
 
     UNet2DConditionModel.from_config(SMALL).save_config(tmp_path)
     path = tmp_path / "deep" / "bench.json"
-    options = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--repeats", "1")
+    options = ["--device", "cpu", "--dtype", "fp32", "--size", "64", "--repeats", "1", "--run", "2"]
+    names = (variants.FULL, variants.OURS, f"{whole_runs.PREFIX}full", f"{whole_runs.PREFIX}fast")
+    options += [word for name in names for word in ("--variant", name)]
     run = _run("--model", str(tmp_path), *options, "--json", str(path))
     assert run.exit_code == 0, run.output
     document = json.loads(path.read_text())
     assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
     assert document["settings"]["logit_std"] == pytest.approx(LOGIT_STD, rel=0.05)
     assert document["settings"]["finished"]
-    assert len(document["rows"]) == len(variants.VARIANTS) + 2  # the average, and the host's work
-    for name in ("full", "ours", "tomesd", "G-WPR", "every kernel left out"):
+    assert [row["name"] for row in document["rows"]] == [*names, bench.HOST]
+    for name in ("full", "ours", "G-WPR", "Whole runs of 2 steps", "run: fast", "every kernel left out"):
         assert name in run.output
 
 
@@ -277,6 +337,8 @@ def test_command_writes_its_report(tmp_path):
         (("--compile-mode", "fastest"), "--compile-mode"),
         (("--model", "no-such-model"), "--model"),
         (("--variant", "mine"), "--variant"),
+        (("--variant", "run: full"), "--variant"),
+        (("--run", "0"), "--run"),
     ],
 )
 def test_errors_name_the_option(arguments, option):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import atedm
 from atedm.app.flops import MAX_RATIO, UNetFlops, count_flops, solve_decreasing
 from atedm.app.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
+from atedm.policy.options import PUBLISHED
 from atedm_bench.peers import TOMESD_MAX_RATIO, TomesdFlops
 
 
@@ -72,7 +73,7 @@ def test_counting_by_blocks_is_exact():
         for light, placement, ranking in ((False, "early", "self"), (True, "early", "cross"), (False, "paper", "keys")):
             settings = {"placement": placement, "ranking": ranking}
             schedule = atedm.DSAP(1.0) if light else None
-            with atedm.applied(unet, ratio=ratio, schedule=schedule, **settings):
+            with atedm.applied(unet, PUBLISHED, ratio=ratio, schedule=schedule, **settings):
                 whole = count_flops(lambda: counter.call(unet))
             by_blocks = counter.pruned(ratio, light=light, **settings)
             assert by_blocks.unet + by_blocks.scoring == whole.unet + whole.scoring

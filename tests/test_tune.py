@@ -27,6 +27,20 @@ def test_candidates_begin_with_what_serves_now():
     assert tune.candidates(Tile(16, 16, 1, 1))[0] == Tile(16, 16, 1, 1)
 
 
+def test_finalists_are_tried_with_fewer_registers_and_other_numbers_of_programs():
+    finalists = [BASE, Tile(64, 64, 8, 2, 512)]
+    found = tune.refinements(finalists)
+    assert len(found) == len(set(found)) == len(finalists) * len(tune._REGISTERS) * len(tune._PROGRAMS)
+    assert set(finalists) <= set(found)
+    assert {(t.block_m, t.block_n, t.num_warps, t.num_stages) for t in found} == {(64, 128, 4, 3), (64, 64, 8, 2)}
+
+
+def test_tiles_come_fastest_first():
+    other, third = Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)
+    found = tune.ratio_to(BASE, {BASE: [1.0, 2.0], other: [1.5, 4.0], third: [0.5, 1.0]})
+    assert list(found) == [third, BASE, other] and found[other] == pytest.approx(1.75)
+
+
 def test_a_tile_has_to_gain():
     slower, little, faster = Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)
     seconds = {BASE: [1.0, 2.0], slower: [0.5, 4.0], little: [0.99, 1.98]}

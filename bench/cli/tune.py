@@ -18,12 +18,13 @@ def tune(
 ) -> None:
     """Try every tile for the attention-map kernels on this GPU, and write the fastest into their tables.
 
-    Each candidate must give the right result. It is timed as a CUDA graph with a cold L2 on SDXL's shapes. If it beats
-    the row in use, a row for this architecture and Triton version goes into `tiles.json`.
+    Each candidate must give the right result. It is timed as a CUDA graph with a cold L2 on SDXL's shapes. The fastest
+    are tried again with fewer registers and other numbers of programs. If one beats the row in use, rows for all sizes
+    measured go into `tiles.json`, for this architecture and Triton version.
     """
     import torch
 
-    from atedm_bench.tune import TUNED, tune_op
+    from atedm_bench.tune import TUNED, compilers, tune_op
     from atedm_kernels import tiles
 
     if not torch.cuda.is_available():
@@ -31,9 +32,10 @@ def tune(
     for name in op or ():
         if name not in TUNED:
             raise bad("op", f"{name!r}; expected one of {', '.join(TUNED)}")
-    for name in op or TUNED:
-        path = tables / name / "tiles.json" if tables else tiles.table_path(name)
-        tune_op(name, _counts(tokens), repeats, path, typer.echo)
+    with compilers() as pool:
+        for name in op or TUNED:
+            path = tables / name / "tiles.json" if tables else tiles.table_path(name)
+            tune_op(name, _counts(tokens), repeats, path, pool, typer.echo)
 
 
 def _counts(text: str) -> list[int]:

@@ -29,6 +29,9 @@ def unet(
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
     ratio: Annotated[float, typer.Option(help="Fraction of the tokens to drop.")] = 0.63,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run that DSAP's average is for.")] = 50,
+    run_steps: Annotated[
+        int | None, typer.Option("--run", min=1, help="Also time whole runs of so many steps.")
+    ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be given several times.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Memory format of the convolutions.")] = True,
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
@@ -36,26 +39,31 @@ def unet(
 ) -> None:
     """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in one run, round robin.
 
+    `--run 25` times whole runs of 25 steps in the same way: full, the presets, DeepCache and tomesd.
     An interrupted run (Ctrl-C) prints and writes what it has.
     """
     # torch reads this when it is loaded. Without it, its profiler writes across the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    require("bench", "tomesd", "psutil")
+    require("bench", "psutil")
     import torch
     from rich.console import Console
 
     from atedm.app import report
     from atedm_bench.unet import UNetBench, UNetSettings
     from atedm_bench.unet_variants import VARIANTS
+    from atedm_bench.whole_runs import RUNS
 
     if compile_mode not in torch._inductor.list_mode_options():
         raise bad("compile-mode", f"{compile_mode!r}; expected one of {', '.join(torch._inductor.list_mode_options())}")
+    known = (*VARIANTS, *RUNS) if run_steps else VARIANTS
     for name in variant or ():
-        if name not in VARIANTS:
-            raise bad("variant", f"{name!r}; expected one of {', '.join(VARIANTS)}")
+        if name not in known:
+            raise bad("variant", f"{name!r}; expected one of {', '.join(known)}")
     place = parse_device(device)
     width, height = parse_size(size)
     config = load_config(model)
+    if run_steps and config.get("addition_embed_type") != "text_time":
+        raise bad("run", f"{run_steps}; expected none: the UNet of {model} does not fit SDXL's pipeline")
 
     measured = UNetBench(
         config,
@@ -72,6 +80,7 @@ def unet(
             compiled=("regional" if regional else "whole") if compile or regional else None,
             compile_mode=compile_mode,
             channels_last=channels_last,
+            run_steps=run_steps or 0,
             only=tuple(variant or ()),
         ),
     )
@@ -101,15 +110,17 @@ def _print(document: dict[str, Any], console: Any) -> None:
         return
     what = "{model}, {size}, batch {batch}, {dtype}, {memory_format}".format(**settings)
     title = f"{what}: one UNet call, median of {settings['rounds']} rounds, on {document['device']}"
-    print_table(
-        [_shown(row) for row in rows if "speedup" in row],
-        {
-            **{"name": "", "seconds": "seconds", "range": "range", "speedup": "speed-up", "tflops": "TFLOPs"},
-            "memory": "peak GB",
-        },
-        title,
-        console,
-    )
+    calls = [_shown(row) for row in rows if "speedup" in row]
+    if calls:
+        columns = {"name": "", "seconds": "seconds", "range": "range", "speedup": "speed-up", "tflops": "TFLOPs"}
+        print_table(calls, {**columns, "memory": "peak GB"}, title, console)
+    runs = [_shown_run(row) for row in rows if "run_steps" in row]
+    if runs:
+        columns = {
+            **{"name": "", "seconds": "seconds", "range": "range", "speedup": "speed-up"},
+            **{"tflops": "TFLOPs a call", "kinds": "steps"},
+        }
+        print_table(runs, columns, f"Whole runs of {settings['run_steps']} steps", console)
     stages = [_shown_stages(row) for row in rows if row.get("stage_ranking_seconds") is not None]
     if stages:
         columns = {
@@ -144,6 +155,17 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "speedup": None if row["speedup"] is None else f"{row['speedup']:.3f}×",
         "tflops": f"{row['tflops']:.3f}",
         "memory": None if memory is None else f"{memory / 1e9:.2f}",
+    }
+
+
+def _shown_run(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": row["name"],
+        "seconds": f"{row['run_seconds']:.2f}",
+        "range": f"{row['run_seconds_low']:.2f}–{row['run_seconds_high']:.2f}",
+        "speedup": None if row["run_speedup"] is None else f"{row['run_speedup']:.2f}×",
+        "tflops": f"{row['tflops']:.3f}",
+        "kinds": row["kinds"],
     }
 
 

@@ -101,7 +101,6 @@ class OpsBench:
         if s.device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(s.device).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=s.device)
-            self._graphs = Graphs(s.device)
         with torch.no_grad():
             for dtype in s.dtypes:
                 notify(f"{_name(dtype)}: ceilings of this device")
@@ -120,6 +119,8 @@ class OpsBench:
     def _measure(self, shape: Shape, dtype: torch.dtype, compiled: bool, end: float) -> None:
         # Each shape is compiled separately, so drop what was compiled for the last one.
         torch._dynamo.reset()
+        # Its graphs go with the shape.
+        self._graphs = Graphs(self.settings.device) if self.settings.device.type == "cuda" else None
         inputs = OpInputs(shape, dtype, self.settings.device, self.settings.seed)
         variants = []
         for variant in self._variants(shape, dtype, inputs, compiled):

@@ -15,9 +15,9 @@ import numpy as np
 from accelerate import PartialState
 
 from atedm.app.prompts import PromptCase, Sampling, claim
+from atedm_bench.methods import Costs
 from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
 from atedm_bench.quality.lab import Figures
-from atedm_bench.quality.methods import Costs
 from atedm_bench.quality.metrics import accuracy_change
 from atedm_bench.quality.settings import FULL, Setting
 

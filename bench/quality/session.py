@@ -19,15 +19,15 @@ from atedm.app import report
 from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE
 from atedm.app.prompts import PromptCase, Sampling, read_prompts
-from atedm.policy.options import Options
+from atedm.policy.options import PUBLISHED, Options
+from atedm_bench.methods import Costs
 from atedm_bench.quality import convergence, plots, refills
 from atedm_bench.quality.claims import MEASURES, check_claims
 from atedm_bench.quality.lab import CHOSEN, SceneFigures, scene_cases
-from atedm_bench.quality.methods import Costs
 from atedm_bench.quality.reference import ReferenceFigures
 from atedm_bench.quality.run import Run
 from atedm_bench.quality.samplers import EULER, set_scheduler, timesteps_of
-from atedm_bench.quality.settings import FULL, MAIN, PUBLISHED, Plan
+from atedm_bench.quality.settings import FULL, MAIN, Plan
 from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2

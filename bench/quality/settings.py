@@ -8,9 +8,9 @@ from functools import cached_property, partial
 
 import atedm
 from atedm.app.flops import MAX_RATIO, solve_decreasing
-from atedm.policy.options import Options, resolve
+from atedm.policy.options import PUBLISHED, Options
+from atedm_bench.methods import Costs, DeepCache, Method, Ours, RandomTokens, ToMe
 from atedm_bench.peers import tomesd_flops
-from atedm_bench.quality.methods import Costs, DeepCache, Method, Ours, RandomTokens, ToMe
 
 # The paper's tables: TFLOPs of a call that prunes every block, relative to 6.7 for the full UNet.
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
@@ -20,11 +20,6 @@ MAIN = "c"
 SHARES = (65, 55, 50)
 TOKEN_SHARES = (65, 55)
 INTERVALS = (2, 3, 5)
-
-# The published method, whatever atedm.apply does by default; placed early, which changes FLOPs alone.
-PUBLISHED = Options(
-    schedule=atedm.DSAP(), placement="early", ranking="self", recovery="similarity", reduction="rms", staleness=None
-)
 
 # Tokens that keep their own last update; without a schedule, every step but the first is pruned.
 _CACHED = replace(PUBLISHED, schedule=None, recovery="cached")
@@ -93,7 +88,7 @@ class Plan:
         self.costs = costs
         self.full = costs.counter.full().unet
         self.groups: dict[str, dict[str, _Build]] = {
-            "presets": self._fixed({"default": resolve(None, {}), **atedm.PRESETS}),
+            "presets": self._fixed(atedm.PRESETS),
             "peers": self._peers(),
             "plane": self._plane(),
             "budget": self._budgets(),

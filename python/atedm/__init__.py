@@ -1,4 +1,4 @@
-"""AT-EDM for diffusers: token pruning that makes Stable Diffusion XL faster, with no training."""
+"""Feature reuse and token pruning (AT-EDM) that make Stable Diffusion XL in diffusers faster, with no training."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 import torch
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 PROMPT = "a red circle left of a blue square"
 STEPS = 4
@@ -15,17 +16,23 @@ def latents(pipe, **arguments):
     return pipe(**{**defaults, "generator": generator, **arguments}).images
 
 
-def check(pipe, call=None, alike=0.5):
+def check(pipe, call=None, alike=0.5, **changes):
     """Pruning takes effect, ratio 0 changes nothing, removal restores every bit; returns full, pruned, recording.
+
+    Both for the published method, which ``recording`` is of, and for the defaults, with ``changes``.
 
     ``call``: runs ``pipe`` and returns a tensor; :func:`latents` by default. ``alike``: minimum cosine similarity.
     """
     call = call or (lambda: latents(pipe))
     full = call()
-    with atedm.applied(pipe, ratio=0.0):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.0):
         assert torch.equal(call(), full)
-    with atedm.applied(pipe, ratio=0.25), atedm.record(pipe) as recording:
+    with atedm.applied(pipe, PUBLISHED, ratio=0.25), atedm.record(pipe) as recording:
         pruned = call()
+    with atedm.applied(pipe, **changes):
+        own = call()
+    assert own.shape == full.shape and own.isfinite().all()
+    assert torch.cosine_similarity(own.flatten(), full.flatten(), dim=0) > alike
     assert recording.ranked
     assert pruned.shape == full.shape and pruned.isfinite().all()
     assert not torch.equal(pruned, full)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 from atedm_kernels import _launch
 from atedm_kernels._launch import Launch
@@ -26,6 +27,8 @@ class Kernel:
 
 
 class Compiled:
+    function = 1
+
     def __init__(self, kernel):
         self.kernel = kernel
 
@@ -69,6 +72,7 @@ def test_the_second_launch_is_of_what_the_first_compiled(kernel):
         {"n": 50},
         {"n": 2**31},
         {"n": 2**40},
+        {"n": True},
         {"x": MEMORY[1:17]},
         {"x": MEMORY[:16].int()},
         {"y": MEMORY[:16]},
@@ -92,10 +96,19 @@ def test_each_device_has_its_own(kernel, monkeypatch):
     assert len(kernel.compiled) == 2
 
 
-@pytest.mark.parametrize("why", ["amd", "interpreter"])
+def test_what_is_still_being_compiled_is_not_kept(kernel, monkeypatch):
+    monkeypatch.delattr(Compiled, "function")
+    launch(kernel).run()
+    launch(kernel).run()
+    assert len(kernel.compiled) == 2 and not kernel.started
+
+
+@pytest.mark.parametrize("why", ["amd", "interpreter", "debugged"])
 def test_elsewhere_triton_looks_up(kernel, monkeypatch, why):
     if why == "amd":
         monkeypatch.setattr(torch.version, "hip", "6.4")
+    elif why == "debugged":
+        monkeypatch.setattr(triton.knobs.runtime, "debug", True)
     else:
         monkeypatch.setattr(_launch, "triton_interprets", lambda: True)
     launch(kernel).run()

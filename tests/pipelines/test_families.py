@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from tests.helpers.running import check, latents
 
 FAMILIES = {
@@ -41,7 +42,7 @@ def test_stable_diffusion_before_xl(base, version):
     _, _, recording = check(pipe)
     assert {ranked.level for ranked in recording.ranked} == {1, 2, 3, 4}
     with pytest.raises(ValueError, match=r"no attention block is left to prune.*more than one layer"):
-        atedm.apply(pipe, placement="paper")
+        atedm.apply(pipe, PUBLISHED, placement="paper")
 
 
 def test_the_refiner(base, picture):

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from tests.helpers.running import check, latents
 
 
@@ -41,7 +42,7 @@ def test_before_and_after_apply_are_the_same(pipe, base, weights):
     pipe.load_lora_weights(weights)
     full, pruned, _ = check(pipe)
     assert not torch.allclose(full, plain)
-    with atedm.applied(pipe, ratio=0.25):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.25):
         pipe.unload_lora_weights()
         without = latents(pipe)
         pipe.load_lora_weights(weights)
@@ -54,7 +55,7 @@ def test_fused(pipe, weights):
     pipe.load_lora_weights(weights)
     full, _, _ = check(pipe)
     # Fused weights are rounded otherwise, and rounding may decide which of two tokens is copied: so nothing is.
-    with atedm.applied(pipe, ratio=0.25, recovery="zeros"):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.25, recovery="zeros"):
         pruned = latents(pipe)
         pipe.fuse_lora()
         torch.testing.assert_close(latents(pipe), pruned, rtol=1e-3, atol=1e-3)

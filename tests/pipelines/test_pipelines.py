@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from tests.helpers.running import PROMPT, STEPS, check, latents
 
 
@@ -56,7 +57,7 @@ def test_schedulers(base, scheduler):
 
 def test_one_choice_for_several_steps(base):
     def run(guidance, **options):
-        with atedm.applied(base, ratio=0.25, **options), atedm.record(base) as recording:
+        with atedm.applied(base, PUBLISHED, ratio=0.25, **options), atedm.record(base) as recording:
             image = latents(base, guidance_scale=guidance)
         assert image.isfinite().all()
         return image, recording
@@ -68,7 +69,7 @@ def test_one_choice_for_several_steps(base):
     ranked_at = {ranked.step for ranked in reused.ranked if ranked.iterations is not None}
     assert ranked_at == {0, 2}  # two of the four steps are light
     # A second image begins with a choice of its own.
-    with atedm.applied(base, ratio=0.25, rank_every=4, schedule=None):
+    with atedm.applied(base, PUBLISHED, ratio=0.25, rank_every=4, schedule=None):
         first, second = (latents(base, guidance_scale=1.0) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -102,8 +103,8 @@ def test_base_and_refiner(base):
 
     full = both()
     with (
-        atedm.applied(base, ratio=0.5),
-        atedm.applied(refiner, ratio=0.5),
+        atedm.applied(base, PUBLISHED, ratio=0.5),
+        atedm.applied(refiner, PUBLISHED, ratio=0.5),
         atedm.record(base) as first,
         atedm.record(refiner) as second,
     ):
@@ -134,7 +135,7 @@ def test_controlnet_residuals_still_add_up(base, picture, controlnet):
     full, pruned, _ = check(pipe, call)
     # They count as much for the pruned UNet as for the full one.
     without = call(0.0)
-    with atedm.applied(pipe, ratio=0.25):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.25):
         pruned_without = call(0.0)
     effect = (pruned - pruned_without).flatten(), (full - without).flatten()
     assert torch.cosine_similarity(*effect, dim=0) > 0.5
@@ -188,7 +189,7 @@ def test_ip_adapter_with_a_mask(with_image_prompt, placement):
     left = torch.zeros(1, 1, 64, 64)
     left[..., :32] = 1.0
     check(pipe, lambda: masked(left))
-    with atedm.applied(pipe, ratio=0.5, placement=placement):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.5, placement=placement):
         unmasked = latents(pipe, **prompt)
         torch.testing.assert_close(masked(torch.ones_like(left)), unmasked)
         assert not torch.allclose(masked(left), unmasked, atol=1e-2)
@@ -202,8 +203,13 @@ def test_perturbed_attention_guidance(base, layers, guidance):
     parts = {**base.components, "unet": copy.deepcopy(base.unet)}
     pipe = diffusers.StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=layers)
     pipe.set_progress_bar_config(disable=True)
-    _, _, recording = check(pipe, lambda: latents(pipe, guidance_scale=guidance, pag_scale=2.0))
+    full, _, recording = check(pipe, lambda: latents(pipe, guidance_scale=guidance, pag_scale=2.0))
     assert recording.ranked[0].index.shape[0] == (3 if guidance > 1 else 2)
+    # Queries of the kept tokens alone; the perturbed part takes its own values at those.
+    with atedm.applied(pipe, schedule=None, ranking=None, ratio=0.25), atedm.record(pipe) as recording:
+        pruned = latents(pipe, guidance_scale=guidance, pag_scale=2.0)
+    assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
+    assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.9
 
 
 def test_free_u(base):
@@ -228,11 +234,11 @@ def test_callbacks_and_interrupted_generation(base):
         pipe._interrupt = step >= 1
         return tensors
 
-    with atedm.applied(base, ratio=0.5), atedm.record(base) as recording:
+    with atedm.applied(base, PUBLISHED, ratio=0.5), atedm.record(base) as recording:
         latents(base, callback_on_step_end=stop)
     assert calls_of(recording) == 2 and seen == [0, 1]
     full = latents(base)
-    with atedm.applied(base, ratio=0.5):
+    with atedm.applied(base, PUBLISHED, ratio=0.5):
 
         def fail(pipe, step, timestep, tensors):
             raise RuntimeError("stopped by hand")
@@ -248,7 +254,7 @@ def test_two_pipelines_in_two_threads(base):
         # A pipeline a thread shares neither: both keep state between calls, a fast tokenizer its padding.
         for part in ("scheduler", "tokenizer", "tokenizer_2"):
             setattr(pipe, part, copy.deepcopy(getattr(base, part)))
-        atedm.apply(pipe, ratio=ratio)
+        atedm.apply(pipe, PUBLISHED, ratio=ratio)
     alone = [latents(pipe) for pipe in pipes]
     together = [None, None]
 
@@ -283,7 +289,7 @@ def test_attention_slicing(base):
 
 def test_a_scheduler_exchanged_after_apply_is_followed(base):
     pipe = of(base, "StableDiffusionXLPipeline")
-    with atedm.applied(pipe, ratio=0.5), atedm.record(pipe) as recording:
+    with atedm.applied(pipe, PUBLISHED, ratio=0.5), atedm.record(pipe) as recording:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config, beta_schedule="scaled_linear")
         latents(pipe, num_inference_steps=10)
     assert recording.calls == list(range(10))
@@ -292,7 +298,7 @@ def test_a_scheduler_exchanged_after_apply_is_followed(base):
 
 
 def test_nothing_to_prune_is_said_once(base, caplog):
-    with atedm.applied(base, ratio=0.5, keep_multiple=4096), caplog.at_level("WARNING", logger="atedm"):
+    with atedm.applied(base, PUBLISHED, ratio=0.5, keep_multiple=4096), caplog.at_level("WARNING", logger="atedm"):
         latents(base)
         latents(base)
     said = [record.message for record in caplog.records]
@@ -308,7 +314,7 @@ def test_model_offload(base, device):
     if device == "cpu":
         # On top of what has been applied, and taken away before it.
         pipe.remove_all_hooks()
-        pruned = latents(atedm.apply(pipe, ratio=0.25))
+        pruned = latents(atedm.apply(pipe, PUBLISHED, ratio=0.25))
         pipe.enable_model_cpu_offload(device=device)
         assert torch.equal(latents(pipe), pruned)
         assert torch.equal(latents(atedm.remove(pipe)), full)
@@ -318,7 +324,7 @@ def test_sequential_offload_of_a_pruned_unet(base):
     """Every module of the UNet gets a hook of accelerate's around its forward, ours too."""
     pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
     full = latents(pipe)
-    pruned = latents(atedm.apply(pipe, ratio=0.25))
+    pruned = latents(atedm.apply(pipe, PUBLISHED, ratio=0.25))
     accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
     assert pipe.unet.conv_in.weight.is_meta
     assert torch.equal(latents(pipe), pruned)
@@ -330,4 +336,9 @@ def test_group_offload(base, offload_type):
     pipe = diffusers.StableDiffusionXLPipeline(**copy.deepcopy(base.components))
     cpu = torch.device("cpu")
     pipe.unet.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
-    check(pipe)
+    if offload_type == "block_level":  # a group is a whole stage, which a reused step would leave out
+        with pytest.raises(
+            ValueError, match=r"forward of down_blocks\.0 .*; expected a schedule without 'reused' steps"
+        ):
+            atedm.apply(pipe)
+    check(pipe, schedule=None)

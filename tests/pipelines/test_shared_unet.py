@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from tests.helpers.running import latents
 
 PROMPTS = ["a red circle", "a green star"]
@@ -30,7 +31,7 @@ def second(request, base, other):
 
 
 def test_the_second_pipeline_has_its_own_steps(base, second):
-    with atedm.applied(base, ratio=0.5):
+    with atedm.applied(base, PUBLISHED, ratio=0.5):
         latents(base, num_inference_steps=2)
         pipe = second()
         pipe.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config, beta_schedule="scaled_linear")
@@ -46,7 +47,7 @@ def test_a_choice_for_several_steps_serves_one_picture(base, picture):
     def last_step():
         return latents(pipe, image=picture, strength=0.25)
 
-    with atedm.applied(base, ratio=0.5, rank_every=4, schedule=None):
+    with atedm.applied(base, PUBLISHED, ratio=0.5, rank_every=4, schedule=None):
         alone = last_step()
         latents(base)  # ends at the step that the other begins with
         assert torch.equal(last_step(), alone)

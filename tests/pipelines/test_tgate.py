@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import Attention
 from tgate import TgateSDXLLoader
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from tests.helpers.running import PROMPT, STEPS, latents
 
 OPTIONS = pytest.mark.parametrize("options", [{}, {"placement": "paper"}, {"levels": (3,), "schedule": None}])
@@ -52,12 +53,12 @@ def test_after_tgate_apply_refuses(pipe, attributes, options):
     gated = gate(pipe)
     assert not torch.equal(gated, full)
     with pytest.raises(ValueError, match=REPLACED.format("cannot")):
-        atedm.apply(pipe, **options)
+        atedm.apply(pipe, PUBLISHED, **options)
     assert atedm.pruned_blocks(pipe) == []
     assert torch.equal(gate(pipe), gated)
     undo(pipe)
     assert attributes() == before
-    with atedm.applied(pipe, **options):
+    with atedm.applied(pipe, PUBLISHED, **options):
         assert not torch.equal(latents(pipe), full)
     assert attributes() == before and torch.equal(latents(pipe), full)
 
@@ -66,7 +67,7 @@ def test_after_tgate_apply_refuses(pipe, attributes, options):
 @pytest.mark.parametrize("first_undone", ["tgate", "atedm"])
 def test_after_apply_the_next_call_refuses_tgate(pipe, attributes, options, first_undone):
     full, before = latents(pipe), attributes()
-    atedm.apply(pipe, **options)
+    atedm.apply(pipe, PUBLISHED, **options)
     pruned = latents(pipe)
     for run in (gate, latents):  # in its own run, and in what it leaves behind
         with pytest.raises(ValueError, match=REPLACED.format("can no longer")):
@@ -84,5 +85,5 @@ def test_after_apply_the_next_call_refuses_tgate(pipe, attributes, options, firs
 def test_blocks_that_stay_whole_may_be_gated(pipe):
     gated = gate(pipe)
     undo(pipe)
-    with atedm.applied(pipe, ratio=0.0):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.0):
         assert torch.equal(gate(pipe), gated)

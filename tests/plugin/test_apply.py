@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 
 def snapshot(unet):
@@ -19,7 +20,7 @@ def snapshot(unet):
 
 def test_remove_restores_the_very_same_modules_and_outputs(unet, inputs):
     before, full, keys = snapshot(unet), unet(**inputs).sample, list(unet.state_dict())
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     pruned = unet(**inputs).sample
     assert list(unet.state_dict()) == keys
     atedm.remove(unet)
@@ -33,40 +34,40 @@ def test_remove_restores_the_very_same_modules_and_outputs(unet, inputs):
 def test_other_hooks_survive_removal(unet, inputs):
     calls = []
     unet.register_forward_pre_hook(lambda module, args: calls.append(1))
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     atedm.remove(unet)
     unet(**inputs)
     assert calls == [1]
 
 
 def test_applying_twice_replaces(unet, inputs):
-    atedm.apply(unet, ratio=0.9, schedule=None)
-    atedm.apply(unet, ratio=0.3, schedule=None)
+    atedm.apply(unet, PUBLISHED, ratio=0.9, schedule=None)
+    atedm.apply(unet, PUBLISHED, ratio=0.3, schedule=None)
     twice = unet(**inputs).sample
     atedm.remove(unet)
-    atedm.apply(unet, ratio=0.3, schedule=None)
+    atedm.apply(unet, PUBLISHED, ratio=0.3, schedule=None)
     assert torch.equal(unet(**inputs).sample, twice)
     atedm.remove(unet)
     assert all("forward" not in module.__dict__ for module in unet.modules())
 
 
 def test_a_refused_apply_leaves_the_earlier_one_in_force(unet, inputs):
-    atedm.apply(unet, ratio=0.3, schedule=None)
+    atedm.apply(unet, PUBLISHED, ratio=0.3, schedule=None)
     pruned = unet(**inputs).sample
     with pytest.raises(ValueError, match="levels names level 7"):
-        atedm.apply(unet, levels=(7,))
+        atedm.apply(unet, PUBLISHED, levels=(7,))
     assert torch.equal(unet(**inputs).sample, pruned)
 
 
 def test_applied_restores_what_was_in_force(unet, inputs):
     full = unet(**inputs).sample
-    with atedm.applied(unet, ratio=0.3, schedule=None):
+    with atedm.applied(unet, PUBLISHED, ratio=0.3, schedule=None):
         outer = unet(**inputs).sample
-        with atedm.applied(unet, ratio=0.8, schedule=None):
+        with atedm.applied(unet, PUBLISHED, ratio=0.8, schedule=None):
             assert not torch.equal(unet(**inputs).sample, outer)
         assert torch.equal(unet(**inputs).sample, outer)
     assert torch.equal(unet(**inputs).sample, full)
-    with pytest.raises(RuntimeError, match="mine"), atedm.applied(unet):
+    with pytest.raises(RuntimeError, match="mine"), atedm.applied(unet, PUBLISHED):
         raise RuntimeError("mine")
     assert torch.equal(unet(**inputs).sample, full)
 
@@ -74,7 +75,7 @@ def test_applied_restores_what_was_in_force(unet, inputs):
 @pytest.mark.parametrize("place", ["mid_block.attentions.0.transformer_blocks.1.ff", "mid_block.attentions.0.proj_out"])
 def test_an_exception_in_the_middle_of_a_forward_leaves_nothing_behind(unet, inputs, place):
     full = unet(**inputs).sample
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     pruned, before = unet(**inputs).sample, snapshot(unet)
 
     def fail(module, args):
@@ -93,9 +94,9 @@ def test_an_exception_in_the_middle_of_a_forward_leaves_nothing_behind(unet, inp
 def test_two_unets_share_no_state(make_unet, inputs):
     first, second = make_unet(seed=0), make_unet(seed=3)
     full = second(**inputs).sample
-    atedm.apply(first, ratio=0.5, schedule=atedm.DSAP(1.0))
+    atedm.apply(first, PUBLISHED, ratio=0.5, schedule=atedm.DSAP(1.0))
     assert torch.equal(second(**inputs).sample, full)
-    atedm.apply(second, ratio=0.8, schedule=None)
+    atedm.apply(second, PUBLISHED, ratio=0.8, schedule=None)
     alone = second(**inputs).sample
     first(**inputs)
     assert torch.equal(second(**inputs).sample, alone)
@@ -106,7 +107,7 @@ def test_two_unets_share_no_state(make_unet, inputs):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
 def test_copies_carry_pruning_and_are_independent(unet, inputs, duplicate):
     full = unet(**inputs).sample
-    atedm.apply(unet, ratio=0.5)
+    atedm.apply(unet, PUBLISHED, ratio=0.5)
     pruned = unet(**inputs).sample
     twin = duplicate(unet)
     atedm.remove(unet)
@@ -116,7 +117,7 @@ def test_copies_carry_pruning_and_are_independent(unet, inputs, duplicate):
 
 
 def test_a_copy_computes_with_its_own_weights(unet, inputs):
-    atedm.apply(unet, ratio=0.5)
+    atedm.apply(unet, PUBLISHED, ratio=0.5)
     pruned = unet(**inputs).sample
     twin = copy.deepcopy(unet)
     for parameter in twin.parameters():
@@ -126,14 +127,14 @@ def test_a_copy_computes_with_its_own_weights(unet, inputs):
 
 
 def test_moving_and_casting_after_apply(unet, make_inputs):
-    atedm.apply(unet, ratio=0.5, schedule=None)
+    atedm.apply(unet, PUBLISHED, ratio=0.5, schedule=None)
     unet.to(torch.float64)
     assert unet(**make_inputs(torch.float64)).sample.dtype == torch.float64
 
 
 def test_pruned_blocks_names_what_is_pruned(unet):
     assert atedm.pruned_blocks(unet) == []
-    atedm.apply(unet, levels=(3,))
+    atedm.apply(unet, PUBLISHED, levels=(3,))
     level_2 = [f"down_blocks.1.attentions.{i}" for i in range(2)] + [f"up_blocks.1.attentions.{i}" for i in range(3)]
     level_3 = [
         *(f"down_blocks.2.attentions.{i}" for i in range(2)),
@@ -141,12 +142,12 @@ def test_pruned_blocks_names_what_is_pruned(unet):
         *(f"up_blocks.0.attentions.{i}" for i in range(3)),
     ]
     assert sorted(atedm.pruned_blocks(unet)) == sorted(level_3)
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     assert sorted(atedm.pruned_blocks(unet)) == sorted(level_2 + level_3)
 
 
 def test_that_gradients_are_incomplete_is_said_once(unet, inputs, caplog):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
     assert not caplog.messages  # no parameter asks for gradients, nor does the input
     unet.requires_grad_(True)
@@ -159,7 +160,7 @@ def test_that_gradients_are_incomplete_is_said_once(unet, inputs, caplog):
 
 
 def test_no_random_numbers_are_drawn(unet, inputs):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     state = torch.get_rng_state()
     unet(**inputs)
     assert torch.equal(torch.get_rng_state(), state)
@@ -204,16 +205,16 @@ def test_no_random_numbers_are_drawn(unet, inputs):
 def test_wrong_options_are_named(unet, options, error, message):
     before = snapshot(unet)
     with pytest.raises(error, match=message):
-        atedm.apply(unet, **options)
+        atedm.apply(unet, PUBLISHED, **options)
     assert snapshot(unet) == before
 
 
 def test_what_is_no_unet_is_refused():
     vae = AutoencoderKL(block_out_channels=(32,))
     with pytest.raises(TypeError, match="AutoencoderKL"):
-        atedm.apply(vae)
+        atedm.apply(vae, PUBLISHED)
     with pytest.raises(TypeError, match="UNet2DConditionModel"):
-        atedm.apply(types.SimpleNamespace(transformer=vae))
+        atedm.apply(types.SimpleNamespace(transformer=vae), PUBLISHED)
     with pytest.raises(TypeError, match="UNet2DConditionModel"):
         atedm.remove(vae)
 
@@ -223,14 +224,14 @@ def test_a_unet_without_attention_is_refused(make_unet):
         down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, mid_block_type="UNetMidBlock2D"
     )
     with pytest.raises(ValueError, match="no attention block"):
-        atedm.apply(unet)
+        atedm.apply(unet, PUBLISHED)
 
 
 def test_paper_placement_needs_a_second_layer(make_unet):
     unet = make_unet(transformer_layers_per_block=1)
     with pytest.raises(ValueError, match="more than one layer"):
-        atedm.apply(unet, placement="paper")
-    assert len(atedm.pruned_blocks(atedm.apply(unet, placement="early"))) == 11
+        atedm.apply(unet, PUBLISHED, placement="paper")
+    assert len(atedm.pruned_blocks(atedm.apply(unet, PUBLISHED, placement="early"))) == 11
 
 
 def test_unsupported_modules_are_named(unet, inputs):
@@ -243,9 +244,9 @@ def test_unsupported_modules_are_named(unet, inputs):
     plain = attention.processor
     attention.processor = Foreign()
     with pytest.raises(ValueError, match=r"mid_block.attentions.0 cannot be pruned: .* runs through Foreign"):
-        atedm.apply(unet)
+        atedm.apply(unet, PUBLISHED)
     attention.processor = plain
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     attention.processor = Foreign()
     with pytest.raises(ValueError, match=r"mid_block.attentions.0 can no longer be pruned: .*Foreign"):
         unet(**inputs)
@@ -254,17 +255,17 @@ def test_unsupported_modules_are_named(unet, inputs):
 def test_heads_that_no_kernel_serves_are_refused_when_applied(make_unet):
     unet = make_unet(attention_head_dim=(1, 2, 16))
     with pytest.raises(ValueError, match="its heads have 4 dimensions; expected 8 to 256"):
-        atedm.apply(unet)
-    assert atedm.pruned_blocks(atedm.apply(unet, levels=(2,)))
+        atedm.apply(unet, PUBLISHED)
+    assert atedm.pruned_blocks(atedm.apply(unet, PUBLISHED, levels=(2,)))
 
 
 def test_a_ratio_of_zero_goes_where_nothing_could_be_ranked(make_unet, inputs):
     unet = make_unet(attention_head_dim=(1, 2, 16))
     full = unet(**inputs).sample
-    assert len(atedm.pruned_blocks(atedm.apply(unet, ratio=0))) == 11
+    assert len(atedm.pruned_blocks(atedm.apply(unet, PUBLISHED, ratio=0))) == 11
     assert torch.equal(unet(**inputs).sample, full)
     with pytest.raises(ValueError, match="its heads have 4 dimensions"):
-        atedm.apply(unet, ratio=0.5)
+        atedm.apply(unet, PUBLISHED, ratio=0.5)
     assert torch.equal(unet(**inputs).sample, full)
 
 
@@ -272,7 +273,7 @@ def test_a_forward_replaced_by_another_tool_is_refused(unet):
     block = unet.mid_block.attentions[0]
     block.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="forward has been replaced"):
-        atedm.apply(unet)
+        atedm.apply(unet, PUBLISHED)
 
 
 def first_attention(unet):
@@ -309,12 +310,12 @@ def broadcast_attention(unet):
 def test_what_pruning_would_pass_by_is_refused(unet, change, reason):
     change(unet)
     with pytest.raises(ValueError, match=reason):
-        atedm.apply(unet)
+        atedm.apply(unet, PUBLISHED)
     assert atedm.pruned_blocks(unet) == []
 
 
 def test_hooks_that_come_later_are_refused_too(unet, inputs):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     hook_layer(unet)
     with pytest.raises(ValueError, match="can no longer be pruned: its first layer has forward hooks"):
         unet(**inputs)
@@ -323,14 +324,14 @@ def test_hooks_that_come_later_are_refused_too(unet, inputs):
 def test_always_light_leaves_nothing_of_blocks_that_are_whole_then(make_unet):
     unet = make_unet(layers_per_block=1, mid_block_type=None)
     light = {"schedule": atedm.DSAP(1.0)}
-    assert sorted(atedm.pruned_blocks(atedm.apply(unet, **light))) == [
+    assert sorted(atedm.pruned_blocks(atedm.apply(unet, PUBLISHED, **light))) == [
         "up_blocks.0.attentions.0",
         "up_blocks.1.attentions.0",
     ]
     unet.up_blocks[0].attentions = unet.up_blocks[0].attentions[1:]
     unet.up_blocks[1].attentions = unet.up_blocks[1].attentions[1:]
     with pytest.raises(ValueError, match=r"no attention block is left to prune with .*DSAP\(fraction=1.0\)"):
-        atedm.apply(unet, **light)
+        atedm.apply(unet, PUBLISHED, **light)
 
 
 def test_a_tool_that_was_undone_is_no_obstacle(unet, inputs):
@@ -340,10 +341,10 @@ def test_a_tool_that_was_undone_is_no_obstacle(unet, inputs):
     block = unet.mid_block.attentions[0]
     add_hook_to_module(block, AlignDevicesHook(execution_device="cpu"))
     with pytest.raises(ValueError, match="forward has been replaced"):
-        atedm.apply(unet)
+        atedm.apply(unet, PUBLISHED)
     remove_hook_from_module(block)
     left_behind = block.forward
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     assert not torch.equal(unet(**inputs).sample, full)
     atedm.remove(unet)
     assert block.forward == left_behind
@@ -354,7 +355,7 @@ def test_removal_reaches_under_an_accelerate_hook(unet, inputs):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
     full = unet(**inputs).sample
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     block = unet.mid_block.attentions[0]
     add_hook_to_module(block, AlignDevicesHook(execution_device="cpu"))
     atedm.remove(unet)
@@ -363,7 +364,7 @@ def test_removal_reaches_under_an_accelerate_hook(unet, inputs):
 
 
 def test_removal_refuses_what_it_cannot_undo(unet, inputs):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     pruned = unet(**inputs).sample
     block = unet.mid_block.attentions[0]
     ours = block.forward
@@ -377,15 +378,15 @@ def test_removal_refuses_what_it_cannot_undo(unet, inputs):
 
 @pytest.mark.parametrize("shape", [(2, 1, 5), (1, 1, 96), (2, 96)])
 def test_a_ranking_of_the_wrong_shape_is_refused(unet, inputs, shape):
-    atedm.apply(unet, schedule=None, levels=(2,), ranking=lambda q, k, lse: torch.rand(shape))
+    atedm.apply(unet, PUBLISHED, schedule=None, levels=(2,), ranking=lambda q, k, lse: torch.rand(shape))
     with pytest.raises(ValueError, match="ranking returned"):
         unet(**inputs)
 
 
 def test_a_recording_survives_applying_again(unet, inputs):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     with atedm.record(unet) as recording:
-        atedm.apply(unet, ratio=0.5, schedule=None)
+        atedm.apply(unet, PUBLISHED, ratio=0.5, schedule=None)
         unet(**inputs)
     assert len(recording.ranked) == 11
     unet(**inputs)
@@ -393,11 +394,11 @@ def test_a_recording_survives_applying_again(unet, inputs):
 
 
 def test_removing_while_recording_is_said(unet, inputs, caplog):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     with atedm.record(unet) as recording:
         unet(**inputs)
         atedm.remove(unet)
-        atedm.apply(unet, schedule=None)
+        atedm.apply(unet, PUBLISHED, schedule=None)
         unet(**inputs)
     assert len(recording.ranked) == 11
     assert [message for message in caplog.messages if "nothing more is recorded" in message]
@@ -406,7 +407,7 @@ def test_removing_while_recording_is_said(unet, inputs, caplog):
 def test_what_was_applied_before_keeps_no_unet_alive(make_unet):
     unet = make_unet()
     for ratio in (0.3, 0.5, 0.3):
-        atedm.remove(atedm.apply(unet, ratio=ratio))
+        atedm.remove(atedm.apply(unet, PUBLISHED, ratio=ratio))
     gone = weakref.ref(unet)
     del unet
     gc.collect()
@@ -414,10 +415,10 @@ def test_what_was_applied_before_keeps_no_unet_alive(make_unet):
 
 
 def test_blocks_that_were_exchanged_are_pruned_anew(unet, inputs):
-    atedm.remove(atedm.apply(unet, schedule=None))
+    atedm.remove(atedm.apply(unet, PUBLISHED, schedule=None))
     unet.mid_block.attentions[0] = copy.deepcopy(unet.mid_block.attentions[0])
     full = unet(**inputs).sample
-    with atedm.applied(unet, schedule=None), atedm.record(unet) as recording:
+    with atedm.applied(unet, PUBLISHED, schedule=None), atedm.record(unet) as recording:
         unet(**inputs)
     assert "mid_block.attentions.0" in {ranked.block for ranked in recording.ranked}
     assert torch.equal(unet(**inputs).sample, full)
@@ -425,14 +426,14 @@ def test_blocks_that_were_exchanged_are_pruned_anew(unet, inputs):
 
 @pytest.mark.parametrize("extra", [{"attention_mask": torch.ones(2, 96)}, {"cross_attention_kwargs": {"ip_masks": 1}}])
 def test_arguments_that_name_positions_are_refused(unet, inputs, extra):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     with pytest.raises(ValueError, match=next(iter(extra))):
         unet(**inputs, **extra)
 
 
 def test_gligen_is_refused(make_unet):
     with pytest.raises(ValueError, match=r"down_blocks\.1\.attentions\.0 cannot be pruned: .*GLIGEN"):
-        atedm.apply(make_unet(attention_type="gated"))
+        atedm.apply(make_unet(attention_type="gated"), PUBLISHED)
 
 
 def test_record_needs_pruning(unet):

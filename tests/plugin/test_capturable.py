@@ -6,6 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_map_only
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 # In the GPU's place: tensors on it have no values, so that to read one is an error, and nothing else is on it.
 DEVICE = torch.device("meta")
@@ -35,7 +36,7 @@ def test_all_of_the_graph_is_on_the_device_and_writes_over_none_of_its_inputs(
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), make_inputs())
     inputs["timestep"] = torch.empty((), device=DEVICE)
     compiled = torch.compile(unet, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
-    atedm.apply(compiled, schedule=None, **options)
+    atedm.apply(compiled, PUBLISHED, schedule=None, **options)
     with torch.inference_mode():
         assert compiled(**inputs).sample.device == DEVICE
     (graph,) = graphs

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.unet.block import PrunedBlock
 
 
@@ -89,14 +90,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_refused_in_either_order(unet, inputs, change):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
     CHANGES[change](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned: its|the"):
         unet(**inputs)
     atedm.remove(unet)
     with pytest.raises(ValueError, match=r"attentions\.\d cannot be pruned: its|the"):
-        atedm.apply(unet, schedule=None)
+        atedm.apply(unet, PUBLISHED, schedule=None)
 
 
 def compile_forward(unet):
@@ -123,7 +124,7 @@ def test_a_compiled_unet_refuses_it_too(unet_to_compile, fresh_compiler, inputs,
     unet = unet_to_compile
     if compiled == "UNet":
         COMPILED[compiled](unet)
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     if compiled != "UNet":
         COMPILED[compiled](unet)
     unet(**inputs)
@@ -147,7 +148,7 @@ def double(module):
 
 def test_an_exchanged_class_is_refused_or_taken_never_left_out(unet, inputs):
     options = {"schedule": None}
-    atedm.apply(unet, **options)
+    atedm.apply(unet, PUBLISHED, **options)
     unet(**inputs)
     kind = type(block_of(unet))
     double(block_of(unet))
@@ -156,17 +157,17 @@ def test_an_exchanged_class_is_refused_or_taken_never_left_out(unet, inputs):
     ):
         unet(**inputs)
     atedm.remove(unet)
-    atedm.apply(unet, **options)  # the same settings as those that were removed, but of another class
+    atedm.apply(unet, PUBLISHED, **options)  # the same settings as those that were removed, but of another class
     doubled = unet(**inputs).sample
     block_of(unet).__class__ = kind
-    atedm.apply(unet, **options)
+    atedm.apply(unet, PUBLISHED, **options)
     assert not torch.allclose(unet(**inputs).sample, doubled)
 
 
 @pytest.mark.parametrize("change", ["class", "module"])
 def test_an_exchanged_stage_is_refused(make_unet, unet, inputs, change):
     options, timesteps = {"schedule": ["whole", "reused"], "ratio": 0}, torch.tensor([999.0, 1.0])
-    atedm.apply(unet, **options)
+    atedm.apply(unet, PUBLISHED, **options)
     for timestep in timesteps:
         unet(**{**inputs, "timestep": timestep})
     if change == "class":
@@ -176,7 +177,7 @@ def test_an_exchanged_stage_is_refused(make_unet, unet, inputs, change):
     with pytest.raises(ValueError, match="can no longer be reused: it, or its class, is another"):
         unet(**inputs)
     if change == "module":
-        atedm.apply(unet, **options)  # equal settings, another module
+        atedm.apply(unet, PUBLISHED, **options)  # equal settings, another module
         for timestep in timesteps.clone():
             assert unet(**{**inputs, "timestep": timestep}).sample.isfinite().all()
 
@@ -184,7 +185,7 @@ def test_an_exchanged_stage_is_refused(make_unet, unet, inputs, change):
 def test_projections_that_diffusers_left_behind_fused_are_not_used(unet, inputs):
     unet.fuse_qkv_projections()
     unet.unfuse_qkv_projections()
-    atedm.apply(unet, schedule=None, ratio=0.5)
+    atedm.apply(unet, PUBLISHED, schedule=None, ratio=0.5)
     before = unet(**inputs).sample
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -198,7 +199,7 @@ def test_projections_that_diffusers_left_behind_fused_are_not_used(unet, inputs)
 
 def test_any_cleared_hook_is_said_under_hooks_of_accelerate_too(unet, inputs):
     full = unet(**inputs).sample
-    atedm.apply(unet, schedule=None, recovery="cached")
+    atedm.apply(unet, PUBLISHED, schedule=None, recovery="cached")
     unet._forward_hooks.clear()
     with pytest.raises(RuntimeError, match=r"the forward hooks that atedm\.apply put on the UNet are gone"):
         unet(**inputs)
@@ -213,11 +214,11 @@ def test_any_cleared_hook_is_said_under_hooks_of_accelerate_too(unet, inputs):
 def test_cleared_hooks_are_said_and_apply_and_remove_still_work(unet, inputs):
     full = unet(**inputs).sample
     for options in ({}, {"schedule": None}, {"schedule": ["whole", "reused"], "ratio": 0}):
-        atedm.apply(unet, **options)
+        atedm.apply(unet, PUBLISHED, **options)
         unet._forward_pre_hooks.clear()
         with pytest.raises(RuntimeError, match=r"the forward hooks that atedm\.apply put on the UNet are gone"):
             unet(**inputs)
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     assert not torch.equal(unet(**inputs).sample, full)
     unet._forward_pre_hooks.clear()
     unet._forward_hooks.clear()
@@ -227,25 +228,25 @@ def test_cleared_hooks_are_said_and_apply_and_remove_still_work(unet, inputs):
 
 
 def test_hooks_of_accelerate_are_no_change(unet, inputs):
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     expected = unet(**inputs).sample
     for name, module in unet.named_modules():
         if name.endswith(("attn1", "attn2", "ff")):
             add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
     assert torch.equal(unet(**inputs).sample, expected)
     atedm.remove(unet)
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     assert torch.equal(unet(**inputs).sample, expected)
 
 
 def test_a_block_exchanged_for_a_copy_of_itself_is_restored(unet, inputs):
     full = unet(**inputs).sample
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     unet.mid_block.attentions[0] = copy.deepcopy(block_of(unet))
     atedm.remove(unet)
     assert all("forward" not in module.__dict__ for module in unet.modules())
     assert torch.equal(unet(**inputs).sample, full)
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     assert len(atedm.pruned_blocks(unet)) == 11
 
 
@@ -256,10 +257,10 @@ def test_tracing_keeps_one_call_so_calls_must_be_alike(unet, inputs):
         wrapped = Traced(unet, conditions)
         return torch.jit.trace(wrapped, (sample, torch.tensor(500.0), text), check_trace=False), (sample, text)
 
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace keeps what one call does"):
         trace()
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     traced, (sample, text) = trace()
     assert torch.allclose(traced(sample, torch.tensor(500.0), text), unet(**inputs).sample, rtol=1e-4, atol=1e-5)
 
@@ -276,16 +277,16 @@ class Traced(nn.Module):
 def test_exporting_keeps_one_call_too(unet_to_compile, inputs):
     unet = unet_to_compile
     arguments = ({**inputs, "timestep": torch.tensor(500.0)},)
-    atedm.apply(unet)
-    with pytest.raises(Exception, match=r"torch\.export keeps what one call does"):
+    atedm.apply(unet, PUBLISHED, schedule=atedm.DSAP())
+    with pytest.raises(Exception, match=r"for torch\.export, settings with which every step is alike"):
         torch.export.export(unet, (), *arguments, strict=False)
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None, recovery="similarity", staleness=None)
     torch.export.export(unet, (), *arguments, strict=False)
 
 
 def test_blocks_of_applied_end_in_any_order(unet):
-    first, second = atedm.applied(unet, ratio=0.3), atedm.applied(unet, levels=(3,))
-    atedm.apply(unet, ratio=0.5)
+    first, second = atedm.applied(unet, PUBLISHED, ratio=0.3), atedm.applied(unet, PUBLISHED, levels=(3,))
+    atedm.apply(unet, PUBLISHED, ratio=0.5)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -297,7 +298,7 @@ def test_blocks_of_applied_end_in_any_order(unet):
 
 def test_another_task_inside_applied_is_refused(unet):
     async def job(ratio, seconds):
-        with atedm.applied(unet, ratio=ratio):
+        with atedm.applied(unet, PUBLISHED, ratio=ratio):
             await asyncio.sleep(seconds)
             return len(atedm.pruned_blocks(unet))
 
@@ -314,12 +315,12 @@ def test_so_is_another_thread(unet):
 
     def job():
         try:
-            with atedm.applied(unet, ratio=0.5):
+            with atedm.applied(unet, PUBLISHED, ratio=0.5):
                 found.append("applied")
         except RuntimeError as error:
             found.append(str(error))
 
-    with atedm.applied(unet, ratio=0.3):
+    with atedm.applied(unet, PUBLISHED, ratio=0.3):
         thread = threading.Thread(target=job)
         thread.start()
         thread.join()
@@ -328,17 +329,17 @@ def test_so_is_another_thread(unet):
 
 
 def test_a_scope_that_could_not_be_left_does_not_lock_the_unet(unet):
-    with pytest.raises(RuntimeError, match="has been replaced since"), atedm.applied(unet, ratio=0.3):
+    with pytest.raises(RuntimeError, match="has been replaced since"), atedm.applied(unet, PUBLISHED, ratio=0.3):
         pruned = block_of(unet).forward
         block_of(unet).forward = lambda *args, **kwargs: None
     block_of(unet).forward = pruned
     atedm.remove(unet)
-    with atedm.applied(unet, ratio=0.3):
+    with atedm.applied(unet, PUBLISHED, ratio=0.3):
         assert len(atedm.pruned_blocks(unet)) == 11
 
 
 def test_recordings_end_in_any_order_and_compiling_works_again(unet):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     first, second = atedm.record(unet), atedm.record(unet)
     first.__enter__()
     second.__enter__()
@@ -351,7 +352,7 @@ def test_recordings_end_in_any_order_and_compiling_works_again(unet):
 
 def test_nan_is_named_by_row_block_and_step(unet, inputs):
     timesteps = torch.tensor([999.0, 500.0, 1.0])
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     inputs["sample"][1, 0, 0, 0] = float("nan")
     with pytest.raises(
         ValueError, match=r"blocks\.1\.attentions\.0 ranks NaN in row 1 of the batch, at an unknown step"
@@ -366,7 +367,7 @@ def test_nan_is_named_by_row_block_and_step(unet, inputs):
 
 def test_a_block_without_layers_stays_whole_and_a_warning_says_so(unet, inputs, caplog):
     block_of(unet).transformer_blocks = nn.ModuleList()
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     assert "mid_block.attentions.0" not in atedm.pruned_blocks(unet)
     assert caplog.messages == ["mid_block.attentions.0: without layers there is nothing to prune, so it stays whole"]
     assert unet(**inputs).sample.isfinite().all()

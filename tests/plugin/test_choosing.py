@@ -9,6 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.unet.memory import Picture
 from atedm.unet.steps import step_of
 
@@ -66,9 +67,9 @@ def test_a_phase_begins_with_a_choice():
 @rankings
 def test_a_choice_stays_for_the_steps_between(unet, inputs, ranking):
     scheduler = scheduler_of(10)
-    atedm.apply(unet, scheduler=scheduler, ranking=ranking)
+    atedm.apply(unet, PUBLISHED, scheduler=scheduler, ranking=ranking)
     anew = recorded(unet, unet, inputs, scheduler.timesteps)
-    atedm.apply(unet, scheduler=scheduler, ranking=ranking, rank_every=3)
+    atedm.apply(unet, PUBLISHED, scheduler=scheduler, ranking=ranking, rank_every=3)
     kept = recorded(unet, unet, inputs, scheduler.timesteps)
     assert kept.keys() == anew.keys()
     changed = 0
@@ -95,9 +96,9 @@ def choices(unet, scheduler):
 def test_a_choice_serves_calls_that_compute_the_same_as_without(unet, inputs):
     scheduler = scheduler_of(4)
     timesteps = scheduler.timesteps
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     expected = unet(**{**inputs, "timestep": timesteps[0]}).sample
-    atedm.apply(unet, schedule=None, rank_every=2)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=2)
     assert torch.equal(unet(**{**inputs, "timestep": timesteps[0]}).sample, expected)
     stored = choices(unet, scheduler)
     assert list(stored) == atedm.pruned_blocks(unet)
@@ -106,14 +107,14 @@ def test_a_choice_serves_calls_that_compute_the_same_as_without(unet, inputs):
 
 
 def test_a_picture_is_forgotten_with_its_timesteps(unet, inputs):
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     for _ in range(20):
         scheduler = scheduler_of(3)
         for timestep in scheduler.timesteps[:2]:
             unet(**{**inputs, "timestep": timestep})
         assert len(memory_of(unet)) == 1
         del timestep
-    atedm.remove(atedm.apply(unet, schedule=None, rank_every=3))
+    atedm.remove(atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3))
     del scheduler
     gc.collect()
 
@@ -121,7 +122,7 @@ def test_a_picture_is_forgotten_with_its_timesteps(unet, inputs):
 def test_a_block_that_was_skipped_when_a_choice_was_due_chooses_when_it_runs_next(unet, inputs, monkeypatch):
     """As tools do that reuse deep features: what it holds is a choice of steps long past."""
     scheduler = scheduler_of(7)
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     forward = unet.mid_block.forward
     with atedm.record(unet) as recording:
         for step, timestep in enumerate(scheduler.timesteps):
@@ -139,7 +140,7 @@ def test_two_pictures_in_turn_have_their_own_choices(unet, make_inputs):
         sample = inputs[n]["sample"] * (1 + step)
         return unet(**{**inputs[n], "sample": sample, "timestep": scheduler.timesteps[step]}).sample
 
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     alone = []
     for n in range(2):
         scheduler = scheduler_of(5 + n)
@@ -161,7 +162,7 @@ def test_threads_that_share_a_unet_have_their_own_calls(unet, make_inputs):
         return sample
 
     for options in ({}, {"rank_every": 2}, {"schedule": None}):
-        atedm.apply(unet, **options)
+        atedm.apply(unet, PUBLISHED, **options)
         alone = [picture(n) for n in range(2)]
         for _ in range(3):
             with ThreadPoolExecutor(2) as pool:
@@ -174,7 +175,7 @@ UNKNOWN = {"int": 500, "copy": torch.tensor(500.0), "rising": torch.arange(1000.
 
 @pytest.mark.parametrize("timestep", UNKNOWN.values(), ids=UNKNOWN)
 def test_where_the_picture_is_unknown_every_call_chooses_and_says_so_once(unet, inputs, caplog, timestep):
-    atedm.apply(unet, schedule=None, rank_every=4)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4)
     kept = recorded(unet, unet, inputs, [timestep] * 3)
     assert all(ranked.iterations is not None for ranked in kept.values())
     assert len([message for message in caplog.messages if "may belong to any picture" in message]) == 1
@@ -186,7 +187,7 @@ def pruned(unet):
 
 def test_a_phase_and_an_image_begin_with_a_choice(unet, inputs):
     scheduler = scheduler_of(10)
-    atedm.apply(unet, scheduler=scheduler, schedule=atedm.DSAP(0.1), rank_every=5)
+    atedm.apply(unet, PUBLISHED, scheduler=scheduler, schedule=atedm.DSAP(0.1), rank_every=5)
     kept = recorded(unet, unet, inputs, [*scheduler.timesteps, *scheduler.timesteps])
     whole_at_first = "down_blocks.1.attentions.0"
     assert (0, whole_at_first) not in kept
@@ -196,7 +197,7 @@ def test_a_phase_and_an_image_begin_with_a_choice(unet, inputs):
 
 def test_each_call_of_a_second_order_step_is_an_entry_of_the_timesteps(unet, inputs):
     scheduler = scheduler_of(4, HeunDiscreteScheduler)
-    atedm.apply(unet, schedule=None, rank_every=2)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=2)
     kept = recorded(unet, unet, inputs, scheduler.timesteps)
     chosen = sorted({kept[key].step for key in kept if kept[key].iterations is not None})
     assert chosen == [0, 2, 4, 6]
@@ -204,11 +205,11 @@ def test_each_call_of_a_second_order_step_is_an_entry_of_the_timesteps(unet, inp
 
 def test_another_batch_or_size_chooses_anew(unet, make_inputs):
     scheduler = scheduler_of(4)
-    atedm.apply(unet, scheduler=scheduler, schedule=None, rank_every=4)
+    atedm.apply(unet, PUBLISHED, scheduler=scheduler, schedule=None, rank_every=4)
     expected = {}
     for step, inputs in enumerate([make_inputs(), make_inputs(batch=1), make_inputs(height=24, batch=1)]):
         expected[step] = unet(**{**inputs, "timestep": scheduler.timesteps[step]}).sample
-        with atedm.applied(unet, schedule=None):
+        with atedm.applied(unet, PUBLISHED, schedule=None):
             assert torch.equal(expected[step], unet(**{**inputs, "timestep": scheduler.timesteps[step]}).sample)
 
 
@@ -216,11 +217,11 @@ def test_another_shape_with_as_many_tokens_chooses_again(unet, make_inputs):
     scheduler = scheduler_of(4)
     sides = [{"height": 16, "width": 24}, {"height": 24, "width": 16}, {"height": 16, "width": 20}]
     for keep_multiple in (1, 32):
-        atedm.apply(unet, schedule=None, rank_every=4, keep_multiple=keep_multiple)
+        atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4, keep_multiple=keep_multiple)
         for step, size in enumerate(sides):
             call = {**make_inputs(**size), "timestep": scheduler.timesteps[step]}
             found = unet(**call).sample
-            with atedm.applied(unet, schedule=None, keep_multiple=keep_multiple):
+            with atedm.applied(unet, PUBLISHED, schedule=None, keep_multiple=keep_multiple):
                 assert torch.equal(found, unet(**call).sample)
         scheduler = scheduler_of(4)
 
@@ -242,12 +243,12 @@ def test_steps_are_found_in_views_and_nothing_else(context):
 
 def test_a_unet_that_another_one_calls_ends_its_own_call_alone(make_unet, inputs):
     outer, inner = make_unet(), make_unet(seed=1)
-    atedm.apply(outer)
+    atedm.apply(outer, PUBLISHED)
     scheduler = scheduler_of(10)
     call = {**inputs, "timestep": scheduler.timesteps[0]}
     expected = outer(**call).sample
     for options in ({"schedule": None}, {}):
-        atedm.apply(inner, **options)
+        atedm.apply(inner, PUBLISHED, **options)
         hook = outer.mid_block.register_forward_pre_hook(lambda *_: inner(**call) and None)
         with atedm.record(outer) as recording:
             assert torch.equal(outer(**call).sample, expected)
@@ -259,7 +260,7 @@ def test_an_interrupted_call_leaves_nothing_running(unet, inputs):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     with atedm.record(unet) as recording:
         hook = unet.mid_block.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -272,6 +273,6 @@ def test_an_interrupted_call_leaves_nothing_running(unet, inputs):
 
 def test_a_copy_has_no_choice_of_the_originals(unet, inputs):
     scheduler = scheduler_of(4)
-    atedm.apply(unet, schedule=None, rank_every=2)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=2)
     unet(**{**inputs, "timestep": scheduler.timesteps[0]})
     assert len(memory_of(unet)) == 1 and len(memory_of(copy.deepcopy(unet))) == 0

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.unet.graphs import graphs_per_size
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -44,41 +46,41 @@ BY_KEYS = {"ranking": "keys", "recovery": "keys", "grid": 2}
 @pytest.mark.parametrize("options", [{}, {"placement": "paper"}, BY_KEYS], ids=["early", "paper", "keys"])
 def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options):
     counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
-    atedm.apply(unet, schedule=None, **options)
+    atedm.apply(unet, PUBLISHED, schedule=None, **options)
     expected = unet(**inputs).sample
     unet.compile(fullgraph=True, backend=counter)
     for timestep in (NOISE, 600, ALMOST_DONE):
         unet(**at(inputs, timestep))
     assert_same(unet(**at(inputs, inputs["timestep"])).sample, expected)
-    assert counter.frame_count == 1 == graphs_per_size(atedm.Options(schedule=None, **options))
+    assert counter.frame_count == 1 == graphs_per_size(replace(PUBLISHED, schedule=None, **options))
 
 
 def test_a_constant_light_phase_is_compiled_as_such(unet, inputs, counter):
-    atedm.apply(unet, schedule=atedm.DSAP(1.0))
+    atedm.apply(unet, PUBLISHED, schedule=atedm.DSAP(1.0))
     compiled = torch.compile(unet, fullgraph=True, backend=counter)(**inputs).sample  # before any eager call
     assert_same(compiled, unet(**inputs).sample)
 
 
 @ways
 def test_a_schedule_takes_two_graphs_a_size(unet, inputs, make_inputs, counter, compile_whole):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     sizes = [inputs, make_inputs(height=24, width=16)]
     expected = [unet(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
     atedm.remove(unet)
     compiled = compile_whole(unet, counter)
-    assert atedm.apply(compiled) is compiled
+    assert atedm.apply(compiled, PUBLISHED) is compiled
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         got = [compiled(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
         for one, other in zip(got, expected, strict=True):
             assert_same(one, other)
-        assert counter.frame_count == 2 * graphs_per_size(atedm.Options()) == 4
+        assert counter.frame_count == 2 * graphs_per_size(PUBLISHED) == 4
         for t in (ALMOST_DONE, NOISE, 800, 2):
             compiled(**at(inputs, t))
     assert counter.frame_count == 4
 
 
 def test_regions_take_no_more_graphs_than_kinds_of_layers(unet, inputs, counter):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     expected = [unet(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
     unet.compile_repeated_blocks(fullgraph=True, backend=counter)
     for timestep, sample in zip((NOISE, ALMOST_DONE), expected, strict=True):
@@ -92,7 +94,7 @@ def test_regions_take_no_more_graphs_than_kinds_of_layers(unet, inputs, counter)
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor wants a C++ compiler")
 def test_regions_through_inductor(unet, inputs):
     """In the mode that uses CUDA graphs on a GPU; on a CPU it is inductor's own code, with strides of its choice."""
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     with torch.inference_mode():
         expected = unet(**inputs).sample
         unet.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
@@ -101,11 +103,11 @@ def test_regions_through_inductor(unet, inputs):
 
 @ways
 def test_a_unet_compiled_after_apply_says_what_to_do(unet, inputs, counter, compile_whole):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     compiled = compile_whole(unet, counter)
     with pytest.raises(Exception, match=r"expected atedm\.apply once more, now on the compiled UNet"):
         compiled(**at(inputs, NOISE))
-    atedm.apply(compiled)
+    atedm.apply(compiled, PUBLISHED)
     got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
     with torch.compiler.set_stance("force_eager"):
         for sample, timestep in zip(got, (NOISE, ALMOST_DONE), strict=True):
@@ -114,7 +116,7 @@ def test_a_unet_compiled_after_apply_says_what_to_do(unet, inputs, counter, comp
 
 def test_compiling_again_in_place_is_noticed(unet, inputs, counter):
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     unet(**at(inputs, NOISE))
     unet.compile(fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"expected atedm\.apply once more"):
@@ -127,7 +129,7 @@ def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, co
     compiled = compile_whole(unet, counter)
     call = unet._compiled_call_impl
     assert_same(compiled(**inputs).sample, full)
-    atedm.apply(compiled)
+    atedm.apply(compiled, PUBLISHED)
     assert not torch.allclose(compiled(**inputs).sample, full)
     atedm.remove(compiled)
     assert unet._compiled_call_impl is call
@@ -143,9 +145,9 @@ def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, comp
     expected = []
     for cycle in range(10):  # more than torch makes graphs of one function before it gives up
         assert_same(compiled(**inputs).sample, full)
-        with atedm.applied(compiled, **twice[0]):
+        with atedm.applied(compiled, PUBLISHED, **twice[0]):
             got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
-            with atedm.applied(compiled, **twice[1]):
+            with atedm.applied(compiled, PUBLISHED, **twice[1]):
                 got.append(compiled(**inputs).sample)
             got.append(compiled(**at(inputs, ALMOST_DONE)).sample)
         expected = expected or got
@@ -156,21 +158,21 @@ def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, comp
 
 
 def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet, counter, caplog):
-    atedm.apply(unet, ratio=0.1)
+    atedm.apply(unet, PUBLISHED, ratio=0.1)
     for n in range(10):
-        atedm.apply(unet, ratio=0.05 * n)  # not compiled: there are no graphs
+        atedm.apply(unet, PUBLISHED, ratio=0.05 * n)  # not compiled: there are no graphs
     unet.compile(fullgraph=True, backend=counter)
     for n in (1, 2, 3, 1, 2, 3):
-        atedm.apply(unet, ratio=0.1 * n)
+        atedm.apply(unet, PUBLISHED, ratio=0.1 * n)
     assert not caplog.messages
-    atedm.apply(unet, ratio=0.5)
+    atedm.apply(unet, PUBLISHED, ratio=0.5)
     assert len(caplog.messages) == 1 and "takes up to 9 graphs" in caplog.messages[0]
     assert "recompile_limit to at least 9" in caplog.messages[0]
 
 
 def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, caplog):
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, keep_multiple=4096)
+    atedm.apply(unet, PUBLISHED, keep_multiple=4096)
     for timestep in (NOISE, ALMOST_DONE):
         unet(**at(inputs, timestep))
     assert len([message for message in caplog.messages if "nothing is pruned there" in message]) == 1
@@ -178,7 +180,7 @@ def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, ca
 
 def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter):
     compiled = torch.compile(unet, fullgraph=True, backend=counter)
-    atedm.apply(compiled)
+    atedm.apply(compiled, PUBLISHED)
     compiled(**at(inputs, NOISE))
     with atedm.record(compiled) as recording:
         for timestep in (NOISE, ALMOST_DONE):
@@ -192,7 +194,7 @@ def test_a_recording_of_a_compiled_unet_chooses_as_often(unet, inputs, counter):
     unet.compile(fullgraph=True, backend=counter)
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(6)
-    atedm.apply(unet, scheduler=scheduler, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, scheduler=scheduler, schedule=None, rank_every=3)
     with atedm.record(unet) as recording:
         for timestep in scheduler.timesteps:
             unet(**{**inputs, "timestep": timestep})
@@ -202,7 +204,7 @@ def test_a_recording_of_a_compiled_unet_chooses_as_often(unet, inputs, counter):
 
 def test_a_copy_of_a_compiled_pruned_unet_runs(unet, inputs, counter):
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     expected = unet(**at(inputs, ALMOST_DONE)).sample
     twin = copy.deepcopy(unet)
     assert_same(twin(**at(inputs, ALMOST_DONE)).sample, expected)
@@ -214,15 +216,15 @@ def steps_of(*values):
 
 
 def test_a_choice_for_several_steps_takes_a_graph_to_choose_and_one_to_reuse(unet, inputs, counter):
-    atedm.apply(unet, rank_every=2)
+    atedm.apply(unet, PUBLISHED, rank_every=2)
     values = (NOISE, 950, 900, 400, 300, 200, 100, 50, 20)  # three light ones
     expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, rank_every=2)
+    atedm.apply(unet, PUBLISHED, rank_every=2)
     for _ in range(2):  # the second image takes no graph more
         for t, sample in zip(steps_of(*values), expected, strict=True):
             assert_same(unet(**{**inputs, "timestep": t}).sample, sample)
-        assert counter.frame_count == graphs_per_size(atedm.Options(rank_every=2)) == 4  # in each of the two phases
+        assert counter.frame_count == graphs_per_size(replace(PUBLISHED, rank_every=2)) == 4
 
 
 PARTS = {
@@ -233,7 +235,7 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_that_are_compiled_follow_the_phase(unet, inputs, part):
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
     timesteps = steps_of(NOISE, 700, 500, ALMOST_DONE)
     expected = [unet(**{**inputs, "timestep": t}).sample for t in timesteps]
     for module in PARTS[part](unet):
@@ -244,11 +246,11 @@ def test_parts_that_are_compiled_follow_the_phase(unet, inputs, part):
 
 def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inputs, counter):
     values, mirrored = (NOISE, 950, 900), {**inputs, "sample": -inputs["sample"]}
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     first, second, alone = (steps_of(*values) for _ in range(3))
     expected = [unet(**{**mirrored, "timestep": t}).sample for t in alone][1]
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     for t in first[:2]:
         unet(**{**inputs, "timestep": t})
     with atedm.record(unet):  # runs uncompiled
@@ -256,7 +258,7 @@ def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inp
     got = unet(**{**mirrored, "timestep": second[1]}).sample
     atedm.remove(unet)
     with torch.compiler.set_stance("force_eager"):
-        atedm.apply(unet, schedule=None)
+        atedm.apply(unet, PUBLISHED, schedule=None)
         fresh = unet(**{**mirrored, "timestep": second[1]}).sample
     assert any(torch.allclose(got, right, rtol=1e-4, atol=1e-4) for right in (expected, fresh))
 
@@ -264,12 +266,12 @@ def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inp
 def test_of_two_pictures_in_turn_on_a_compiled_unet_the_second_chooses_in_every_call(unet, inputs, counter):
     values = (NOISE, 950, 900, 850)
     mirrored = {**inputs, "sample": -inputs["sample"]}
-    atedm.apply(unet, schedule=None)
+    atedm.apply(unet, PUBLISHED, schedule=None)
     always = [unet(**at(mirrored, value)).sample for value in values]
-    atedm.apply(unet, schedule=None, rank_every=4)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4)
     once = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, schedule=None, rank_every=4)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4)
     first, second = steps_of(*values), steps_of(*values)
     for step in range(len(values)):
         assert_same(unet(**{**inputs, "timestep": first[step]}).sample, once[step])
@@ -295,11 +297,11 @@ def overwriting():
 
 
 def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, inputs, overwriting):
-    atedm.apply(unet, schedule=None, rank_every=3)
+    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     values = (NOISE, 950, 900, 850, 400)
     expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
     compiled = torch.compile(unet, fullgraph=True, backend=overwriting)
-    atedm.apply(compiled, schedule=None, rank_every=3)
+    atedm.apply(compiled, PUBLISHED, schedule=None, rank_every=3)
     for t, sample in zip(steps_of(*values), expected, strict=True):
         assert_same(compiled(**{**inputs, "timestep": t}).sample, sample)
 
@@ -307,10 +309,10 @@ def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, input
 def test_so_does_that_of_a_compiled_forward(unet, inputs, overwriting):
     values = (NOISE, 950, 900, 850, 400)
     with torch.inference_mode():
-        atedm.apply(unet, rank_every=2)
+        atedm.apply(unet, PUBLISHED, rank_every=2)
         expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
         atedm.remove(unet)
         unet.forward = torch.compile(unet.forward, fullgraph=True, backend=overwriting)
-        atedm.apply(unet, rank_every=2)
+        atedm.apply(unet, PUBLISHED, rank_every=2)
         for t, sample in zip(steps_of(*values), expected, strict=True):
             assert_same(unet(**{**inputs, "timestep": t}).sample.clone(), sample)

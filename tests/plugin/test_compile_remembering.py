@@ -6,6 +6,7 @@ from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.unet.attach import calls_of
 from atedm.unet.graphs import graphs_per_size
 
@@ -46,11 +47,11 @@ def test_a_kind_is_a_graph_and_the_next_picture_takes_no_more(unet, make_inputs,
     counter = CompileCounterWithBackend("aot_eager")
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     with torch.no_grad():
-        atedm.apply(unet, **OURS)
+        atedm.apply(unet, PUBLISHED, **OURS)
         expected = [run(unet, inputs) for inputs in (first, second)]
         atedm.remove(unet)
         compiled = compile_whole(unet, counter)
-        atedm.apply(compiled, **OURS)
+        atedm.apply(compiled, PUBLISHED, **OURS)
         assert_same(run(compiled, first), expected[0])
         slot = next(iter(calls_of(unet).memory._of_graphs.values()))
         places = [x.data_ptr() for x in slot.tensors()]
@@ -65,11 +66,11 @@ def test_adaptive_steps_are_those_of_the_uncompiled_unet(unet, inputs):
     options = {**OURS, "schedule": schedule}
     timesteps = timesteps_of(9)
     with torch.no_grad():
-        atedm.apply(unet, **options)
+        atedm.apply(unet, PUBLISHED, **options)
         with atedm.record(unet, tokens=False) as eager:
             expected = run(unet, inputs, timesteps)
         unet.compile(fullgraph=True, backend="eager")
-        atedm.apply(unet, **options)
+        atedm.apply(unet, PUBLISHED, **options)
         with atedm.record(unet, tokens=False) as recording:
             assert_same(run(unet, inputs, timesteps_of(9)), expected)
     assert recording.kinds == eager.kinds and len(set(eager.kinds)) == 3
@@ -79,10 +80,10 @@ def test_a_second_live_picture_is_whole_and_that_is_said_once(unet, make_inputs,
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     with torch.no_grad():
         full = run(unet, second)
-        atedm.apply(unet, **OURS)
+        atedm.apply(unet, PUBLISHED, **OURS)
         expected = run(unet, first)
         unet.compile(fullgraph=True, backend="eager")
-        atedm.apply(unet, **OURS)
+        atedm.apply(unet, PUBLISHED, **OURS)
         pictures = [(first, timesteps_of(6)), (second, timesteps_of(6))]
         found = [[], []]
         for step in range(6):
@@ -110,17 +111,17 @@ def test_what_is_remembered_outlives_the_memory_of_a_graph(unet, inputs):
         return call
 
     with torch.no_grad():
-        atedm.apply(unet, **OURS, rank_every=2)
+        atedm.apply(unet, PUBLISHED, **OURS, rank_every=2)
         expected = run(unet, inputs)
         unet.compile(fullgraph=True, backend=overwriting)
-        atedm.apply(unet, **OURS, rank_every=2)
+        atedm.apply(unet, PUBLISHED, **OURS, rank_every=2)
         assert_same(run(unet, inputs), expected)
 
 
 def test_compiled_layers_leave_the_memory_to_their_blocks(unet, inputs):
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
-        atedm.apply(unet, **OURS)
+        atedm.apply(unet, PUBLISHED, **OURS)
         expected = run(unet, inputs)
         unet.compile_repeated_blocks(fullgraph=True, backend=counter)
         assert_same(run(unet, inputs), expected)
@@ -133,7 +134,7 @@ def test_compiled_layers_leave_the_memory_to_their_blocks(unet, inputs):
 def test_parts_that_are_compiled_remember_too(unet, make_inputs, part):
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     with torch.no_grad():
-        atedm.apply(unet, **OURS)
+        atedm.apply(unet, PUBLISHED, **OURS)
         expected = [run(unet, inputs) for inputs in (first, second)]
         blocks = [unet.get_submodule(name) for name in atedm.pruned_blocks(unet)]
         for module in blocks if part == "blocks" else [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 
 def split(x, heads):
@@ -114,7 +115,7 @@ def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similari
 
 
 def run(unet, inputs, **options):
-    with atedm.applied(unet, **options):
+    with atedm.applied(unet, PUBLISHED, **options):
         return unet(**inputs).sample
 
 
@@ -150,7 +151,7 @@ def test_ranking_by_keys_on_a_grid_equals_the_slow_implementation(make_unet, mak
     unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
     expected = slow_unet(unet, inputs, ratio, (2, 3), ranking="keys", recovery="keys", grid=2)
     options = {"ratio": ratio, "schedule": None, "ranking": "keys", "recovery": "keys"}
-    with atedm.record(atedm.apply(unet, grid=2, **options)) as recording:
+    with atedm.record(atedm.apply(unet, PUBLISHED, grid=2, **options)) as recording:
         out = unet(**inputs).sample
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(out, run(unet, inputs, **options), atol=1e-3)
@@ -165,7 +166,7 @@ def test_ranking_by_keys_on_a_grid_equals_the_slow_implementation(make_unet, mak
 @pytest.mark.parametrize("stride", [2, 3, 50])
 def test_a_grid_has_its_crossings_at_odd_sizes(make_unet, make_inputs, stride):
     unet, inputs = make_unet(torch.float32), make_inputs(torch.float32, height=18, width=26)
-    with atedm.applied(unet, ratio=0.5, grid=stride, schedule=None), atedm.record(unet) as recording:
+    with atedm.applied(unet, PUBLISHED, ratio=0.5, grid=stride, schedule=None), atedm.record(unet) as recording:
         unet(**inputs)
     sizes = {(ranked.height, ranked.width) for ranked in recording.ranked}
     assert sizes == {(9, 13), (5, 7)}
@@ -213,14 +214,14 @@ def test_fused_projections_change_nothing(make_unet, make_inputs):
 
 
 def test_levels_have_their_own_ratios(unet, inputs):
-    with atedm.applied(unet, ratio={2: 0.25, 3: 0.75}, schedule=None), atedm.record(unet) as recording:
+    with atedm.applied(unet, PUBLISHED, ratio={2: 0.25, 3: 0.75}, schedule=None), atedm.record(unet) as recording:
         unet(**inputs)
     kept = {(ranked.level, ranked.tokens, ranked.index.shape[1]) for ranked in recording.ranked}
     assert kept == {(2, 8 * 12, 72), (3, 4 * 6, 6)}
 
 
 def test_keep_multiple(unet, inputs):
-    with atedm.applied(unet, ratio=0.63, keep_multiple=8, schedule=None), atedm.record(unet) as recording:
+    with atedm.applied(unet, PUBLISHED, ratio=0.63, keep_multiple=8, schedule=None), atedm.record(unet) as recording:
         unet(**inputs)
     # 0.37 · 96 = 35.5 and 0.37 · 24 = 8.9
     assert {(ranked.level, ranked.index.shape[1]) for ranked in recording.ranked} == {(2, 32), (3, 8)}
@@ -231,7 +232,7 @@ def test_zeros_leave_dropped_tokens_at_what_zeros_project_to(make_unet, make_inp
     seen = {}
     block = unet.mid_block.attentions[0]
     handle = block.register_forward_hook(lambda module, args, out: seen.update(before=args[0], after=out[0]))
-    with atedm.applied(unet, ratio=0.5, recovery="zeros", schedule=None), atedm.record(unet) as recording:
+    with atedm.applied(unet, PUBLISHED, ratio=0.5, recovery="zeros", schedule=None), atedm.record(unet) as recording:
         unet(**inputs)
     handle.remove()
     mask = next(ranked for ranked in recording.ranked if ranked.block.startswith("mid")).mask()

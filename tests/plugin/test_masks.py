@@ -5,6 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.unet.attention import masks_of_kept
 
 HEIGHT, WIDTH, KEEP, DIM, TEXT, BATCH = 6, 10, 17, 16, 12, 2
@@ -64,7 +65,7 @@ def test_a_padded_prompt_is_masked_as_without_pruning(make_unet, make_inputs, pl
     options = {"ratio": 0.5, "schedule": None, "placement": placement}
     short = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"][:, :4]}
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]] * 2)
-    with atedm.applied(unet, **options):
+    with atedm.applied(unet, PUBLISHED, **options):
         expected = unet(**short).sample
         masked = unet(**inputs, encoder_attention_mask=mask).sample
         unmasked = unet(**inputs).sample

@@ -1,11 +1,13 @@
 """Options as a value: JSON, presets, changes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 CHOSEN = [
     atedm.Options(),
@@ -71,16 +73,16 @@ def test_apply_takes_presets_options_and_changes(unet, inputs):
         with atedm.applied(unet, *arguments, **changes):
             return unet(**inputs).sample
 
-    expected = sample(ratio=0.5, placement="paper", levels=(3,))
+    published = replace(PUBLISHED, ratio=0.5, levels=(3,), placement="paper")
+    expected = sample(published)
     assert torch.equal(sample("paper-dagger", ratio=0.5), expected)
-    assert torch.equal(sample(atedm.Options(ratio=0.5, levels=(3,), placement="paper")), expected)
     assert not torch.equal(sample("paper", ratio=0.5), expected)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ("papper", ValueError, "options is 'papper'; expected an atedm.Options or a preset: paper, "),
+        ("papper", ValueError, "options is 'papper'; expected an atedm.Options or a preset: default, paper, "),
         (0.5, TypeError, "options is a float; expected an atedm.Options or the name of a preset"),
     ],
 )
@@ -93,3 +95,44 @@ def test_unknown_options_are_refused_and_nothing_is_applied(unet, options, error
 def test_presets_cannot_be_changed():
     with pytest.raises(TypeError):
         atedm.PRESETS["mine"] = atedm.Options()
+
+
+def test_the_papers_presets_are_the_published_method():
+    for name, levels in (("paper", None), ("paper-dagger", (3,))):
+        options = atedm.PRESETS[name]
+        assert options == atedm.Options(
+            ratio=0.63,
+            levels=levels,
+            schedule=atedm.DSAP(0.3),
+            placement="paper",
+            ranking="self",
+            recovery="similarity",
+            reduction="rms",
+            rank_every=1,
+            staleness=None,
+        )
+
+
+def test_the_default_prunes_by_attention_and_the_other_presets_reuse_alone():
+    default = atedm.Options()
+    assert default.ranking == "self" and default.prunes and "reused" in default.steps.kinds
+    for name in ("quality", "fast"):
+        assert atedm.PRESETS[name].steps.kinds == {"whole", "reused"} and not atedm.PRESETS[name].prunes
+
+
+def test_a_recovery_that_does_not_fit_the_papers_placement_says_what_does():
+    with pytest.raises(ValueError, match="placement is 'paper' with recovery='cached'; expected 'early', or the pub"):
+        atedm.Options(placement="paper")
+
+
+def test_a_ratio_of_zero_changes_nothing_unless_a_schedule_asks_for_it(unet, inputs):
+    def samples(**options):
+        with atedm.applied(unet, **options), atedm.record(unet, tokens=False) as recording:
+            found = [unet(**{**inputs, "timestep": t}).sample for t in torch.tensor([999.0, 500.0, 1.0])]
+        return torch.stack(found), recording.kinds
+
+    full = torch.stack([unet(**{**inputs, "timestep": t}).sample for t in torch.tensor([999.0, 500.0, 1.0])])
+    for options in ({}, {"schedule": None}, {"schedule": atedm.DSAP()}):
+        assert torch.equal(samples(ratio=0, **options)[0], full)
+    found, kinds = samples(ratio=0, schedule=["whole", "reused", "reused"])
+    assert kinds == ["whole", "reused", "reused"] and not torch.equal(found, full)

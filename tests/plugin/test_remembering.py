@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
 from atedm.app.models import SDXL_UNET, meta_unet
+from atedm.policy.options import PUBLISHED
 from atedm.policy.staleness import DRIFT_WIDTH, Drift
 
 WHOLE_WHEN_LIGHT = (
@@ -150,7 +151,7 @@ def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, rankin
     timesteps = scheduler_of(len(KINDS)).timesteps
     expected = [slow(kind, call) for kind, call in zip(KINDS, calls_of(inputs, timesteps), strict=True)]
     slow.remove()
-    atedm.apply(unet, schedule=KINDS, ranking=ranking, staleness=staleness, **CACHED)
+    atedm.apply(unet, PUBLISHED, schedule=KINDS, ranking=ranking, staleness=staleness, **CACHED)
     with atedm.record(unet) as recording:
         found = run(unet, inputs)
     for one, other in zip(found, expected, strict=True):
@@ -162,7 +163,7 @@ def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, rankin
 def test_the_first_call_is_whole_and_equals_the_full_unet_bit_for_bit(unet, inputs):
     full = run(unet, inputs)
     for schedule in (None, atedm.DSAP(1.0), atedm.Every(3), ["reused"]):
-        atedm.apply(unet, schedule=schedule, recovery="cached", staleness="drift")
+        atedm.apply(unet, PUBLISHED, schedule=schedule, recovery="cached", staleness="drift")
         found = run(unet, inputs)
         assert torch.equal(found[0], full[0])
         assert not torch.allclose(found[1], full[1], rtol=1e-3, atol=1e-3)
@@ -170,13 +171,13 @@ def test_the_first_call_is_whole_and_equals_the_full_unet_bit_for_bit(unet, inpu
 
 def test_every_step_whole_is_the_full_unet(unet, inputs):
     full = run(unet, inputs)
-    atedm.apply(unet, schedule=atedm.Adaptive(tolerance=1e-6))
+    atedm.apply(unet, PUBLISHED, schedule=atedm.Adaptive(tolerance=1e-6))
     assert atedm.pruned_blocks(unet) == []
     assert all(torch.equal(a, b) for a, b in zip(run(unet, inputs), full, strict=True))
 
 
 def test_unpruned_tokens_are_not_remembered(unet, inputs):
-    atedm.apply(unet, schedule=atedm.Every(2), recovery="cached", staleness="drift")
+    atedm.apply(unet, PUBLISHED, schedule=atedm.Every(2), recovery="cached", staleness="drift")
     with atedm.record(unet, tokens=False) as recording:
         run(unet, inputs)
     feature = 2 * 4 * inputs["sample"][0, 0].numel() * 16  # of float32: 16 channels enter the last layer
@@ -190,7 +191,7 @@ OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift"}
 def test_pictures_in_turn_and_second_order_steps_have_their_own_memory(unet, make_inputs):
     inputs = [make_inputs(seed=seed) for seed in (1, 2)]
     kinds = [EulerDiscreteScheduler, HeunDiscreteScheduler]
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     alone = [run(unet, inputs[n], scheduler_of(7, kinds[n])) for n in range(2)]
     schedulers = [scheduler_of(7, kind) for kind in kinds]
     calls = [list(calls_of(inputs[n], schedulers[n].timesteps)) for n in range(2)]
@@ -203,7 +204,7 @@ def test_pictures_in_turn_and_second_order_steps_have_their_own_memory(unet, mak
 def test_tiles_and_halves_of_guidance_are_whole_and_say_so_once(unet, make_inputs, caplog):
     inputs = [make_inputs(seed=seed, batch=1) for seed in (1, 2)]
     full = [unet(**{**inputs[n], "timestep": t}).sample for t in scheduler_of(7).timesteps for n in range(2)]
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     timesteps = scheduler_of(7).timesteps
     found = [unet(**{**inputs[n], "timestep": t}).sample for t in timesteps for n in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(found, full, strict=True))
@@ -212,7 +213,7 @@ def test_tiles_and_halves_of_guidance_are_whole_and_say_so_once(unet, make_input
 
 def test_where_the_picture_is_unknown_every_step_is_whole(unet, inputs, caplog):
     full = unet(**{**inputs, "timestep": 500}).sample
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     assert all(torch.equal(unet(**{**inputs, "timestep": 500}).sample, full) for _ in range(3))
     assert len([m for m in caplog.messages if "may belong to any picture" in m]) == 1
 
@@ -229,7 +230,7 @@ def spoiled(calls, row, since):
 @pytest.mark.parametrize("ranking", ["self", None])
 @pytest.mark.parametrize("since", [0, 3])  # a whole step, which is remembered, or the first that prunes
 def test_drift_names_nan(unet, inputs, ranking, since):
-    atedm.apply(unet, **{**OURS, "schedule": ["whole", "reused", "reused", "pruned"]}, ranking=ranking)
+    atedm.apply(unet, PUBLISHED, **{**OURS, "schedule": ["whole", "reused", "reused", "pruned"]}, ranking=ranking)
     calls = spoiled(calls_of(inputs, scheduler_of(4).timesteps), 1, since)
     for _ in range(3):
         unet(**next(calls))
@@ -239,7 +240,7 @@ def test_drift_names_nan(unet, inputs, ranking, since):
 
 
 def test_features_that_are_not_finite_are_computed_and_a_warning_says_so_once(unet, inputs, caplog):
-    atedm.apply(unet, schedule=atedm.Adaptive(1e9))
+    atedm.apply(unet, PUBLISHED, schedule=atedm.Adaptive(1e9))
     with atedm.record(unet, tokens=False) as recording:
         for call in spoiled(calls_of(inputs, scheduler_of(9).timesteps), 1, 5):
             unet(**call)
@@ -251,8 +252,8 @@ def test_features_that_are_not_finite_are_computed_and_a_warning_says_so_once(un
 
 
 def test_an_adaptive_schedule_that_prunes_names_nan(unet, inputs):
-    atedm.apply(unet, schedule=atedm.Adaptive(1e9, pruned_from=0))
-    calls = spoiled(calls_of(inputs, scheduler_of(9).timesteps), 0, 1)
+    atedm.apply(unet, PUBLISHED, schedule=atedm.Adaptive(1e9, pruned_from=0))
+    calls = spoiled(calls_of(inputs, scheduler_of(12).timesteps), 0, 1)
     for _ in range(2):
         unet(**next(calls))
     with pytest.raises(atedm.RankedNaN, match="ranks NaN in row 0 of the batch, at step 2"):
@@ -264,7 +265,7 @@ def test_image_to_image_and_a_batch_that_shrinks_begin_whole(unet, make_inputs):
     half = {name: x[:1] if torch.is_tensor(x) else x for name, x in inputs.items()}
     half["added_cond_kwargs"] = {name: x[:1] for name, x in inputs["added_cond_kwargs"].items()}
     timesteps = scheduler_of(7).timesteps
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     with atedm.record(unet, tokens=False) as recording:
         for n, timestep in enumerate(timesteps[2:]):
             last = unet(**{**(inputs if n < 2 else half), "timestep": timestep}).sample
@@ -275,7 +276,7 @@ def test_image_to_image_and_a_batch_that_shrinks_begin_whole(unet, make_inputs):
 
 def test_an_interrupted_picture_leaves_nothing_to_the_next(unet, make_inputs):
     first, second = make_inputs(seed=1), make_inputs(seed=2)
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     expected = run(unet, second)
     for call in list(calls_of(first, scheduler_of(7).timesteps))[:3]:
         unet(**call)
@@ -292,7 +293,7 @@ def tensors():
 
 
 def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet, inputs):
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     memory = atedm.unet.attach.calls_of(unet).memory
     run(unet, inputs)
     gc.collect()
@@ -312,7 +313,7 @@ def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet,
 
 def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
     before = set(unet.state_dict())
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     scheduler = scheduler_of(7)
     for call in list(calls_of(inputs, scheduler.timesteps))[:2]:
         unet(**call)
@@ -322,7 +323,7 @@ def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
 
 def test_training_modes_do_not_reach_the_memory(unet, inputs):
     unet.requires_grad_(True)
-    atedm.apply(unet, **OURS)
+    atedm.apply(unet, PUBLISHED, **OURS)
     with torch.enable_grad():
         run(unet, inputs)
     scheduler = scheduler_of(7)
@@ -346,7 +347,7 @@ def test_what_a_picture_takes_at_sdxl_size():
         ({"schedule": None, "recovery": "cached", "staleness": "drift"}, updates + drift, 85),
         ({"schedule": ["whole", "pruned", "reused"], "recovery": "cached"}, updates + feature, 105),
     ):
-        with atedm.applied(unet, **options):
+        with atedm.applied(unet, PUBLISHED, **options):
             planner = atedm.unet.attach.calls_of(unet).planner
             with planner.all_of_kind("pruned", sample):
                 assert planner.forced.slot.nbytes == expected

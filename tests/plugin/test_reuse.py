@@ -7,6 +7,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import atedm
+from atedm.policy.options import PUBLISHED
 from atedm.policy.schedule import Adaptive, Every, Listed, Progress
 from atedm.unet.attach import calls_of
 from tests.helpers.running import latents
@@ -63,7 +64,7 @@ def test_of_a_controlnet_the_first_residual_acts(unet, inputs):
     call = {**inputs, "timestep": timesteps_of(4)[0], **control}
     feature = entering(unet, call)
     timesteps = timesteps_of(4)
-    atedm.apply(unet, schedule=KINDS)
+    atedm.apply(unet, PUBLISHED, schedule=KINDS)
     unet(**{**call, "timestep": timesteps[0]})
     later = {**call, "sample": inputs["sample"] * 0.9, "timestep": timesteps[1]}
     expected = reused_by_hand(unet, feature, later, down[0])
@@ -79,7 +80,7 @@ def test_a_t2i_adapter_adds_in_place_to_nothing_that_is_read(unet, inputs):
 
     timesteps = timesteps_of(4)
     feature = entering(unet, call(timesteps[0], inputs["sample"]))
-    atedm.apply(unet, schedule=KINDS)
+    atedm.apply(unet, PUBLISHED, schedule=KINDS)
     unet(**call(timesteps[0], inputs["sample"]))
     later = call(timesteps[1], inputs["sample"] * 0.9)
     expected = reused_by_hand(unet, feature, later)
@@ -95,7 +96,7 @@ def test_freeu_changes_no_feature_that_is_kept(make_unet, inputs):
         attention_head_dim=(1, 2),
     )
     unet.enable_freeu(s1=0.6, s2=0.4, b1=1.3, b2=1.4)
-    atedm.apply(unet, schedule=["whole", "reused", "reused"])
+    atedm.apply(unet, PUBLISHED, schedule=["whole", "reused", "reused"])
     timesteps = timesteps_of(3)
     with torch.no_grad():
         unet(**{**inputs, "timestep": timesteps[0]})
@@ -123,7 +124,7 @@ def test_where_the_last_layer_has_attention_it_runs(make_unet, inputs):
     hidden = attention(hidden, encoder_hidden_states=inputs["encoder_hidden_states"]).sample
     expected = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
     for options in ({}, {"recovery": "cached", "staleness": "drift", "ranking": None}):
-        atedm.apply(unet, schedule=KINDS, **options)
+        atedm.apply(unet, PUBLISHED, schedule=KINDS, **options)
         timesteps = timesteps_of(4)
         unet(**{**call, "timestep": timesteps[0]})
         found = unet(**{**later, "timestep": timesteps[1]}).sample
@@ -135,14 +136,14 @@ def test_where_the_last_layer_has_attention_it_runs(make_unet, inputs):
 def test_unets_of_other_stages_are_refused_before_anything_is_changed(make_unet):
     unet = make_unet(up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D"))
     with pytest.raises(ValueError, match="features cannot be reused: it has a AttnUpBlock2D"):
-        atedm.apply(unet, schedule=atedm.Every(2))
+        atedm.apply(unet, PUBLISHED, schedule=atedm.Every(2))
     assert not unet._forward_pre_hooks and "forward" not in unet.mid_block.__dict__
 
 
 def test_removal_leaves_the_stages_as_they_were(unet, inputs):
     before = {name: sorted(module.__dict__) for name, module in unet.named_modules()}
     full = unet(**inputs).sample
-    atedm.apply(unet, schedule=KINDS, recovery="cached")
+    atedm.apply(unet, PUBLISHED, schedule=KINDS, recovery="cached")
     atedm.remove(unet)
     assert {name: sorted(module.__dict__) for name, module in unet.named_modules()} == before
     assert torch.equal(unet(**inputs).sample, full)
@@ -150,7 +151,7 @@ def test_removal_leaves_the_stages_as_they_were(unet, inputs):
 
 @pytest.mark.parametrize("part", ["mid_block", "up_blocks.2", "up_blocks.2.resnets.0", "down_blocks.0"])
 def test_a_forward_that_is_replaced_later_is_refused_at_the_next_call(unet, inputs, part):
-    atedm.apply(unet, schedule=KINDS)
+    atedm.apply(unet, PUBLISHED, schedule=KINDS)
     module = unet.get_submodule(part)
     before = module.forward
     module.forward = lambda *args, **kwargs: before(*args, **kwargs)
@@ -177,13 +178,13 @@ def test_deepcache_on_top_works_without_reused_steps_and_is_refused_with_them(pi
     helper = deepcache()
     alone = latents(pipe)
     helper.disable()
-    with atedm.applied(pipe, ratio=0.3, recovery="cached", staleness="drift", schedule=None):
+    with atedm.applied(pipe, PUBLISHED, ratio=0.3, recovery="cached", staleness="drift", schedule=None):
         helper = deepcache()
         first, second = latents(pipe), latents(pipe)
         helper.disable()
     assert torch.equal(first, second) and not torch.equal(first, alone)
     assert torch.cosine_similarity(first.flatten(), alone.flatten(), dim=0) > 0.5
-    atedm.apply(pipe, schedule=atedm.Every(2))
+    atedm.apply(pipe, PUBLISHED, schedule=atedm.Every(2))
     helper = deepcache()
     with pytest.raises(ValueError, match="can no longer be reused: its forward has been replaced by another tool"):
         latents(pipe)
@@ -191,7 +192,7 @@ def test_deepcache_on_top_works_without_reused_steps_and_is_refused_with_them(pi
     atedm.remove(pipe)
     helper = deepcache()
     with pytest.raises(ValueError, match="features cannot be reused: the forward of"):
-        atedm.apply(pipe, schedule=atedm.Every(2))
+        atedm.apply(pipe, PUBLISHED, schedule=atedm.Every(2))
     helper.disable()
 
 
@@ -218,9 +219,11 @@ def test_an_adaptive_schedule_follows_the_rate_of_change():
     assert kinds_of(Adaptive(0.3, max_gap=1), 25, CHANGES) == "w" * 25
     pruned = kinds_of(Adaptive(0.3, pruned_from=0.5), 25, CHANGES)
     assert pruned.replace("p", "w") == found and [pruned[n] for n in (12, 16, 20, 24)] == ["w", "p", "w", "p"]
-    first = kinds_of(Adaptive(0.3, first_gap=0.08), 25, CHANGES)
-    assert first.startswith("wrw") and kinds_of(Adaptive(0.3, first_gap=0.079), 25, CHANGES) == found
-    assert kinds_of(Adaptive(1e9, first_gap=0.34), 9, [0.1] * 9) == "wrrwrrrwr"
+    apart = kinds_of(Adaptive(0.3, min_gap=2), 25, CHANGES)
+    assert apart.startswith("wrwrw") and "ww" not in apart
+    assert kinds_of(Adaptive(1e9, min_gap=3), 36, [0.1] * 36).startswith("wrrwrrrwr")
+    assert kinds_of(Adaptive(0.3, min_gap=2), 24, [math.nan] * 24) == "wrw" + "w" * 21
+    assert kinds_of(Adaptive(0.3, min_gap=2), 23, [0.3] * 23) == "w" * 23  # too short for that
     assert kinds_of(Adaptive(1e9), 9, [0.0] * 9) == "wwrrrwrrr"  # a feature that stands still
     assert kinds_of(Adaptive(1e9), 9, [5e-324] * 9) == "wwrrrwrrr"
 
@@ -231,7 +234,8 @@ def test_features_that_are_not_finite_are_not_reused(rate):
     kinds = kinds_of(Adaptive(0.3), 25, changes)
     assert kinds[:17] == kinds_of(Adaptive(0.3), 25, CHANGES)[:17]  # the step that shows it is computed as ever
     assert kinds[16:18] == "ww" and kinds[18:] == "rrrwrrr"
-    assert kinds_of(Adaptive(0.3, pruned_from=0), 9, [rate] * 9) == "wwpwpwpwp"
+    assert kinds_of(Adaptive(0.3, pruned_from=0), 12, [rate] * 12) == "wwpwpwpwpwpw"
+    assert kinds_of(Adaptive(0.3, pruned_from=0), 11, [rate] * 11) == "w" * 11  # too short to prune
 
 
 def test_fixed_schedules_say_what_they_plan():
@@ -252,9 +256,11 @@ def test_what_does_not_fit_is_named():
         ),
         (lambda: Adaptive(0), "tolerance is 0; expected a finite number above 0"),
         (lambda: Adaptive(0.3, max_gap=0), "max_gap is 0"),
+        (lambda: Adaptive(0.3, min_gap=0), "min_gap is 0; expected an integer of at least 1"),
+        (lambda: Adaptive(0.3, max_gap=2, min_gap=3), "min_gap is 3; expected at most max_gap, 2"),
         (lambda: Adaptive(0.3, pruned_from=2), "pruned_from is 2; expected 0 to 1"),
-        (lambda: atedm.Options(ranking=None), "ranking is None and staleness is None"),
-        (lambda: atedm.Options(ranking=None, staleness="drift"), "recovery is 'similarity' with ranking=None"),
+        (lambda: atedm.Options(ranking=None, staleness=None), "ranking is None and staleness is None"),
+        (lambda: atedm.Options(ranking=None, recovery="similarity"), "recovery is 'similarity' with ranking=None"),
         (lambda: atedm.Options(recovery="cached", placement="paper"), "placement is 'paper' with recovery='cached'"),
         (lambda: atedm.Options(staleness="age"), "staleness is 'age'; expected one of 'drift', 'steps'"),
     ]:
@@ -274,7 +280,7 @@ def test_a_schedule_of_the_users_own(unet, inputs):
         def kind(self, progress):
             return "whole" if progress.step < progress.total / 2 else "reused"
 
-    atedm.apply(unet, schedule=LastHalf())
+    atedm.apply(unet, PUBLISHED, schedule=LastHalf())
     with atedm.record(unet, tokens=False) as recording:
         for timestep in timesteps_of(6):
             unet(**{**inputs, "timestep": timestep})

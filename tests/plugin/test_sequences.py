@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import atedm
 from atedm.embedded import embedded_pipeline
+from atedm.policy.options import PUBLISHED
 
 OPTIONS = st.fixed_dictionaries(
     {"ratio": st.sampled_from([0.0, 0.2, 0.63, 0.95])},
@@ -80,13 +81,13 @@ def fail(pipe, step, timestep, tensors):
 
 def do(pipe, full, action, argument):
     if action == "apply":
-        atedm.apply(pipe, **argument)
+        atedm.apply(pipe, PUBLISHED, **argument)
     elif action == "applied":
-        with atedm.applied(pipe, **argument):
+        with atedm.applied(pipe, PUBLISHED, **argument):
             generate(pipe)
     elif action == "refused":
         with pytest.raises((ValueError, TypeError)):
-            atedm.apply(pipe, **argument)
+            atedm.apply(pipe, PUBLISHED, **argument)
     elif action == "remove":
         atedm.remove(pipe)
     elif action == "generate":
@@ -125,7 +126,7 @@ def test_any_sequence_ends_where_it_began(pipe, actions):
 
 def test_two_hundred_calls_take_no_more_memory_than_twenty(unet, inputs):
     process = psutil.Process()
-    atedm.apply(unet)
+    atedm.apply(unet, PUBLISHED)
 
     def after(calls):
         for n in range(calls):

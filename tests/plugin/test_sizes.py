@@ -8,6 +8,7 @@ import torch
 
 import atedm
 from atedm.app.models import SDXL_UNET, latent_size, meta_unet, unet_inputs
+from atedm.policy.options import PUBLISHED
 
 SIDES = range(512, 2048 + 1, 8)
 CORNERS = [(512, 512), (512, 2048), (2048, 512), (2048, 2048), (1024, 1024), (1920, 1080), (1000, 1304), (520, 2040)]
@@ -35,7 +36,7 @@ def test_every_block_prunes_the_tokens_it_has(sdxl, width, height):
         return torch.empty_like(lse)
 
     arguments, options = unet_inputs(sdxl, width=width, height=height)
-    with torch.inference_mode(), atedm.applied(sdxl, schedule=None, ranking=rank):
+    with torch.inference_mode(), atedm.applied(sdxl, PUBLISHED, schedule=None, ranking=rank):
         (sample,) = sdxl(*arguments, **options)
     assert sample.shape == arguments[0].shape
     assert len(ranked) == 11 and set(ranked) == tokens_of(width, height)
@@ -49,7 +50,7 @@ def test_large_pictures_are_computed(make_unet, make_inputs, width, height):
     inputs = make_inputs(height=latent[0], width=latent[1], batch=1)
 
     def pruned(placement):
-        with atedm.applied(unet, schedule=None, placement=placement), atedm.record(unet) as recording:
+        with atedm.applied(unet, PUBLISHED, schedule=None, placement=placement), atedm.record(unet) as recording:
             sample = unet(**inputs).sample
         assert {ranked.tokens for ranked in recording.ranked} == tokens_of(width, height)
         return sample

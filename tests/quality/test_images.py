@@ -11,8 +11,8 @@ from atedm import RankedNaN
 from atedm.app import prompts
 from atedm.app.prompts import PromptCase, Sampling
 from atedm.embedded import embedded_pipeline
+from atedm_bench.methods import Ours
 from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
-from atedm_bench.quality.methods import Ours
 from atedm_bench.quality.settings import FULL, Setting
 
 CASES = [PromptCase(f"prompt {n}", n) for n in range(7)]

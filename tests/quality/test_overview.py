@@ -24,7 +24,7 @@ def test_dropped_tokens_fade_and_kept_ones_stay():
 
 
 def test_it_draws_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(overview, "STEPS", 2)
+    monkeypatch.setattr(overview, "STEPS", 12)  # fewer are not pruned
     result = CliRunner().invoke(app, ["overview", "--images", "2", "--output", str(tmp_path / "new" / "overview.png")])
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "new" / "overview.png") as image:

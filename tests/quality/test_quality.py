@@ -18,14 +18,15 @@ from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE, unet_config
 from atedm.app.prompts import picture_path
 from atedm.embedded import WEIGHTS, embedded_pipeline
+from atedm.policy.options import PUBLISHED
 from atedm_bench.cli import app
+from atedm_bench.methods import Costs
 from atedm_bench.quality import session
 from atedm_bench.quality.checker_training import held_out_renders
 from atedm_bench.quality.claims import CLAIMS
 from atedm_bench.quality.lab import CHOSEN, scene_cases
-from atedm_bench.quality.methods import Costs
 from atedm_bench.quality.samplers import SCHEDULERS, set_scheduler, timesteps_of
-from atedm_bench.quality.settings import BUDGETS, PUBLISHED, Plan
+from atedm_bench.quality.settings import BUDGETS, Plan
 from atedm_bench.scenes.split import held_out
 
 SETTINGS = "DeepCache 2,ours c,tomesd c,random c"

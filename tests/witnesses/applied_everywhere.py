@@ -10,6 +10,7 @@ import os
 from diffusers import UNet2DConditionModel
 
 import atedm
+from atedm.policy.options import PUBLISHED
 
 logging.getLogger("atedm").setLevel(logging.ERROR)  # that nothing is pruned is meant
 
@@ -20,7 +21,7 @@ _build = UNet2DConditionModel.__init__
 def _build_pruned(self, *args, **kwargs):
     _build(self, *args, **kwargs)
     try:
-        atedm.apply(self, ratio=0.0)
+        atedm.apply(self, PUBLISHED, ratio=0.0)
         outcome = "in force"
     except ValueError as error:  # a UNet without attention blocks that can be pruned
         outcome = " ".join(str(error).split())

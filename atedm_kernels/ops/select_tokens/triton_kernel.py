@@ -169,7 +169,7 @@ def select_launch(scores: Tensor, importance: Tensor | None, out: Tensor, reduct
             "BITS": 2 if two_bits else 1,
             "COUNT_BITS": 21 if two_bits else 62,
         },
-        # Few values per thread: the row is read once, and many warps hide its latency. With fewer, Triton 3.6 spills.
+        # Few values per thread: the row is read once, and many warps hide its latency. With more Triton 3.6 spills.
         num_warps=max(4, min(16, block // 512)),
         num_stages=1,
     )

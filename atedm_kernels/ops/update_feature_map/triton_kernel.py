@@ -26,8 +26,7 @@ from atedm_kernels.ops.triton_feature_map import (
 def _find_slots(index, positions, slots, HALVINGS: tl.constexpr):
     """The last slot of each position in an ascending index, and whether it is there; else any slot and False.
 
-    ``HALVINGS`` is log2 of ``slots``, rounded up: Triton 3.6 compiles no loop until the size is 1 where it is 1 at
-    once.
+    ``HALVINGS`` is log2 of ``slots``, rounded up: Triton 3.6 fails on ``while size > 1`` where it is 1 from the start.
     """
     slot = tl.zeros_like(positions)
     size = tl.zeros([], tl.int32) + slots

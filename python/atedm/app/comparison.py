@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
     from PIL.Image import Image
 
-# Enough to meet both phases of the schedule once, so that neither is timed cold.
+# At least this many steps; a warm-up meets every kind of step once, so that none is timed cold.
 WARM_UP_STEPS = 2
 
-# A mean call this much slower than the fastest one was disturbed; the phases of the schedule differ by far less.
+# A run is disturbed if its mean call takes this many times the fastest call of its kind.
 DISTURBED = 2.0
 
 COLUMNS = {
@@ -238,24 +238,28 @@ def compare(
 
     with _progress(console) as progress:
         if with_full:
-            _warm_up(pipe, request, progress, "full")
+            _warm_up(pipe, request, progress, "full", len(warm_up_kinds(options)))
             full = _timed(pipe, request, progress, "full")
             keep("full.png", lambda path: save_image(full.image, path))
+        with atedm.applied(pipe, options, schedule=warm_up_kinds(options)):
+            _warm_up(pipe, request, progress, "pruned", len(warm_up_kinds(options)))
         with atedm.applied(pipe, options):
-            _warm_up(pipe, request, progress, "pruned")
             # On a CPU the recording keeps tensors that are there anyway. On a GPU it copies them: not while timing.
             free = pipe.unet.device.type == "cpu"
-            with atedm.record(pipe) if free else contextlib.nullcontext() as recording:
+            with atedm.record(pipe, tokens=free) as recording:
                 pruned = _timed(pipe, request, progress, "pruned")
+            kinds = recording.kinds
             keep("pruned.png", lambda path: save_image(pruned.image, path))
-            recording = recording or _recorded(pipe, request, progress)
+            if not free:
+                recording = _recorded(pipe, request, progress)
     result.recording = recording
     keep("tokens.png", lambda path: pictures.plot(recording, pruned.images[-1], path=path))
 
-    flops = tflops_of(pipe, request.width, request.height, options, recording.kinds)
-    row = _row("pruned", pruned, pipe, request, flops["pruned"], options)
+    flops = tflops_of(pipe, request.width, request.height, options, kinds)
+    row = _row("pruned", pruned, kinds, pipe, request, flops["pruned"], options)
     if full is not None:
-        result.rows.append({**_row("full", full, pipe, request, flops["full"]), "speedup": 1.0})
+        whole = ["whole"] * len(full.call_seconds)
+        result.rows.append({**_row("full", full, whole, pipe, request, flops["full"]), "speedup": 1.0})
         row["speedup"] = sum(full.call_seconds) / sum(pruned.call_seconds)
         row["psnr_db"] = psnr_db(pruned.image, full.image)
     result.rows.append(row)
@@ -269,9 +273,16 @@ def _progress(console: Console | None) -> Iterator[Progress]:
         yield progress
 
 
-def _warm_up(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress, name: str) -> None:
-    task = progress.add_task(f"{name}: warm-up", total=WARM_UP_STEPS)
-    _run(pipe, request, lambda: progress.advance(task), num_inference_steps=WARM_UP_STEPS, output_type="latent")
+def warm_up_kinds(options: Options) -> list[str]:
+    """A schedule that meets every kind of step of ``options`` once."""
+    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
+    found = [kind for kind in atedm.KINDS if kind in kinds]
+    return found + found[-1:] * (WARM_UP_STEPS - len(found))
+
+
+def _warm_up(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress, name: str, steps: int) -> None:
+    task = progress.add_task(f"{name}: warm-up", total=steps)
+    _run(pipe, request, lambda: progress.advance(task), num_inference_steps=steps, output_type="latent")
 
 
 def _timed(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress, name: str) -> Generated:
@@ -303,6 +314,7 @@ def tflops_of(
 def _row(
     name: str,
     run: Generated,
+    kinds: Sequence[str],
     pipe: StableDiffusionXLPipeline,
     request: ImageRequest,
     tflops: float,
@@ -317,7 +329,7 @@ def _row(
         "batch": run.batch,
         "unet_seconds": sum(run.call_seconds),
         "seconds_per_call": sum(run.call_seconds) / calls,
-        "fastest_call_seconds": min(run.call_seconds),
+        "undisturbed_seconds_per_call": _undisturbed(run.call_seconds, kinds),
         "tflops": tflops,
         "tflops_per_image": tflops * run.batch * calls / request.images,
         "speedup": None,
@@ -326,7 +338,7 @@ def _row(
     latent = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
     for level in sorted({block.level for block in attention_blocks(pipe.unet)}):
         tokens = math.prod(feature_map_size(level, *latent))
-        pruned = options is not None and (options.levels is None or level in options.levels)
+        pruned = options is not None and options.prunes and (options.levels is None or level in options.levels)
         ratio = options.ratio_at(level) if pruned else 0.0
         row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if pruned else 1)
     return row
@@ -334,11 +346,19 @@ def _row(
 
 def describe(request: ImageRequest, options: Options, **more: Any) -> dict[str, Any]:
     """The ``settings`` of the JSON report: the request, the pruning as applied, and ``more``."""
-    return {**more, **asdict(request), **options.to_dict(), "warm_up_steps": WARM_UP_STEPS}
+    return {**more, **asdict(request), **options.to_dict(), "warm_up_steps": len(warm_up_kinds(options))}
+
+
+def _undisturbed(seconds: Sequence[float], kinds: Sequence[str]) -> float:
+    """Mean seconds of calls of these ``kinds`` if each took as long as the fastest of its kind."""
+    fastest: dict[str, float] = {}
+    for taken, kind in zip(seconds, kinds, strict=True):
+        fastest[kind] = min(taken, fastest.get(kind, taken))
+    return sum(fastest[kind] for kind in kinds) / len(kinds)
 
 
 def _is_disturbed(row: dict[str, Any]) -> bool:
-    return row["seconds_per_call"] > DISTURBED * row["fastest_call_seconds"]
+    return row["seconds_per_call"] > DISTURBED * row["undisturbed_seconds_per_call"]
 
 
 def write_report(
@@ -357,7 +377,7 @@ def write_report(
     if disturbed:
         console.print(
             f"Do not trust these times: calls of the {' and the '.join(disturbed)} UNet took more than {DISTURBED:g} "
-            "times the fastest one on average, so something else is using this machine."
+            "times as long as the fastest of their kind on average, so something else is using this machine."
         )
     elif speedup is not None and speedup <= 1:
         console.print(why_slower)

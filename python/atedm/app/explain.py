@@ -82,6 +82,21 @@ _REFILLS = {
 }
 
 
+_STEPS = {
+    "whole": "computed every token",
+    "light": "dropped tokens in most blocks",
+    "pruned": "dropped tokens in every pruned block",
+    "reused": "reused the deep features of an earlier step",
+}
+
+
+def _told(kinds: Sequence[str], settings: dict[str, Any]) -> str:
+    """What the calls of a run did, by kind, and how tokens were chosen where any were dropped."""
+    told = [f"{kinds.count(kind)} {what}" for kind, what in _STEPS.items() if kind in kinds]
+    calls = f"Of {len(kinds)} calls of the UNet, {', '.join(told)}."
+    return f"{calls} {_method(settings)}" if {"light", "pruned"} & set(kinds) else calls
+
+
 def _method(settings: dict[str, Any]) -> str:
     grid = settings["grid"]
     first = "" if grid is None else f", after one in each square of {grid}×{grid} (wider where fewer are kept)"
@@ -108,7 +123,7 @@ def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.d
         device=html.escape(report.device_name(device)),
         images="".join(_figure(row, folder) for row in comparison.rows),
         figures=_table(COLUMNS.values(), [[report.cell(row.get(key)) for key in COLUMNS] for row in comparison.rows]),
-        method=html.escape(_method(settings)),
+        method=html.escape(_told(recording.kinds, settings)),
         kept=_plotted(recording, image, "kept"),
         scores=_plotted(recording, image, "scores"),
         blocks=_blocks(recording),

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
 from atedm.app.models import meta_unet, unet_inputs
-from atedm.policy.options import Options
+from atedm.policy.options import PUBLISHED, Options
 from atedm.policy.schedule import DSAP
 from atedm.policy.selection import kept_tokens
 from atedm.unet.attach import calls_of
@@ -139,7 +139,7 @@ class UNetFlops:
                 handle.remove()
 
     def pruned(self, ratio: float | Mapping[int, float], *, light: bool = False, **settings: Any) -> Flops:
-        """FLOPs of a call pruned by :func:`atedm.apply` with ``ratio`` and ``settings``.
+        """FLOPs of a call pruned by the published method, early, with ``ratio`` and ``settings`` in place of its own.
 
         Args:
             light: count the light phase of DSAP instead of the one that prunes every block.
@@ -147,7 +147,7 @@ class UNetFlops:
         Raises:
             ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
         """
-        return self.of_kind(Options(ratio=ratio, **settings), "light" if light else "pruned")
+        return self.of_kind(replace(PUBLISHED, ratio=ratio, **settings), "light" if light else "pruned")
 
     def of_kind(self, options: Options, kind: str) -> Flops:
         """FLOPs of a call with ``options`` in a step of ``kind``, see :mod:`atedm.policy.schedule`.
@@ -215,12 +215,12 @@ class UNetFlops:
         return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 
     def average(self, ratio: float | Mapping[int, float], *, steps: int, **settings: Any) -> Flops:
-        """Mean FLOPs of a call over a run of ``steps`` steps pruned with ``ratio`` and ``settings``.
+        """Mean FLOPs of a call over a run of ``steps`` steps, pruned as :meth:`pruned` is.
 
         Raises:
             ValueError: the schedule chooses as it runs; see :meth:`mean`.
         """
-        options = Options(ratio=ratio, **settings)
+        options = replace(PUBLISHED, ratio=ratio, **settings)
         return self.mean(options, options.kinds_of(steps))
 
     def mean(self, options: Options, kinds: Sequence[str]) -> Flops:

@@ -33,7 +33,7 @@ SDXL_UNET: dict[str, Any] = {
 LATENT_SCALE = 8
 
 # Numbers in SDXL's micro-conditioning: original size, crop, target size.
-_TIME_IDS = 6
+TIME_IDS = 6
 
 
 def unet_config(model: str) -> dict[str, Any]:
@@ -135,8 +135,8 @@ def unet_inputs(
 
     kwargs: dict[str, Any] = {"return_dict": False}
     if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=device).expand(batch, _TIME_IDS)
+        pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=device).expand(batch, TIME_IDS)
         kwargs["added_cond_kwargs"] = {"text_embeds": normal(batch, pooled), "time_ids": ids}
     elif config.addition_embed_type is not None:
         raise ValueError(f"the UNet has addition_embed_type {config.addition_embed_type!r}; expected text_time or none")

@@ -76,11 +76,11 @@ def plot(
     from matplotlib.figure import Figure
 
     _check(recording, what, row)
-    masks, steps = _masks(recording, row), recording.steps
-    blocks = recording.blocks
-    always = [name for name, _, pruned in blocks if pruned and all((name, step) in masks for step in range(steps))]
-    light = _light_steps(masks, [name for name, _, pruned in blocks if pruned and name not in always], steps)
-    shown = steps_to_show(steps, light)
+    masks, kinds, blocks = _masks(recording, row), _kinds(recording), recording.blocks
+    # A reused step runs no attention block.
+    computed = [step for step, kind in kinds.items() if kind != "reused"]
+    light = list(kinds.values()).count("light") if set(kinds.values()) <= {"light", "pruned"} else None
+    shown = [computed[n] for n in steps_to_show(len(computed), light or 0)]
 
     columns = len(shown) + 1
     small = _background(recording) if image is None else _thumbnail(image)
@@ -113,15 +113,21 @@ def plot(
             if mask is None:
                 _frame(axes)
             if i == 0:
-                axes.set_title(f"{step + 1}", fontsize=9, color=_INK, pad=3)
+                kind = "" if light is not None else f" {kinds[step]}"
+                axes.set_title(f"{step + 1}{kind}", fontsize=9, color=_INK, pad=3)
             if j == 0:
                 _label(axes, block)
         axes = _bare(figure.add_subplot(grid[i, len(shown) + 1]))
-        frequency = _frequency(masks, block[0], steps, small)
+        frequency = _frequency(masks, block[0], computed, small)
         axes.imshow(frequency, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         if i == 0:
-            axes.set_title("all steps", fontsize=9, color=_INK, pad=3)
-    _write_around(figure, _TITLES[what], _KEYS[what].format(factor=factor), shown, light, steps, (width, height, top))
+            axes.set_title("all of them", fontsize=9, color=_INK, pad=3)
+    columns_are = f"columns: {len(shown)} of {len(computed)} steps"
+    if len(computed) < len(kinds):
+        columns_are += f" that are computed ({len(kinds) - len(computed)} reuse features)"
+    _write_around(figure, _TITLES[what], _KEYS[what].format(factor=factor), columns_are, (width, height, top))
+    if light is not None:
+        _write_phases(figure, shown, light, (height, top))
     if path is not None:
         with whole_file(Path(path)) as partial:
             figure.savefig(partial, format="png")
@@ -136,6 +142,11 @@ def _check(recording: Recording, what: str, row: int) -> None:
     rows = min((ranked.index.shape[0] for ranked in recording.ranked), default=1)
     if not -rows <= row < rows:
         raise ValueError(f"row is {row}; expected one of the batch's {rows}")
+
+
+def _kinds(recording: Recording) -> dict[int, str]:
+    """The kind of each step that was run; of a step with two UNet calls that of the last."""
+    return {recording.step_of(call): kind for call, kind in enumerate(recording.kinds)}
 
 
 def _masks(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
@@ -158,14 +169,6 @@ def _score_factor(scores: list[np.ndarray]) -> float:
         return _SCORE_FACTORS[1]
     sizes = np.abs(np.log(np.concatenate([np.maximum(values, 1e-6).ravel() for values in scores])))
     return float(np.clip(np.exp(np.quantile(sizes, _SCORES_WITHIN)), *_SCORE_FACTORS))
-
-
-def _light_steps(masks: dict[tuple[str, int], np.ndarray], sometimes: list[str], steps: int) -> int:
-    """How many steps the run begins with in which some of the blocks are left whole."""
-    for step in range(steps):
-        if all((name, step) in masks for name in sometimes):
-            return step
-    return steps
 
 
 def _thumbnail(image: Image) -> np.ndarray:
@@ -204,12 +207,12 @@ def _show_scores(axes: Axes, scores: np.ndarray, small: np.ndarray, factor: floa
     axes.imshow(logarithm, cmap="inferno", vmin=-1, vmax=1, interpolation="nearest")
 
 
-def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: int, small: np.ndarray) -> np.ndarray:
-    """In which part of the steps each token was kept; a block left whole keeps all."""
-    found = [masks[name, step] for step in range(steps) if (name, step) in masks]
+def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: list[int], small: np.ndarray) -> np.ndarray:
+    """In which part of ``steps`` each token was kept; a block left whole keeps all."""
+    found = [masks[name, step] for step in steps if (name, step) in masks]
     if not found:
         return np.ones(small.shape[:2])
-    return _enlarged((np.sum(found, axis=0) + steps - len(found)) / steps, small)
+    return _enlarged((np.sum(found, axis=0) + len(steps) - len(found)) / len(steps), small)
 
 
 def _bare(axes: Axes) -> Axes:
@@ -233,25 +236,25 @@ def _label(axes: Axes, block: Block) -> None:
     axes.text(-0.08, 0.36, note, transform=axes.transAxes, ha="right", va="center", fontsize=7.5, color=_FAINT)
 
 
-def _write_around(
-    figure: Figure,
-    title: str,
-    key: str,
-    shown: list[int],
-    light: int,
-    steps: int,
-    layout: tuple[float, float, float],
-) -> None:
-    """Title, the phases above the columns and the key, all placed in inches from the top left."""
-    width, height, top = layout
+def _write_around(figure: Figure, title: str, key: str, columns: str, layout: tuple[float, float, float]) -> None:
+    """Title, what the columns are and the key, all placed in inches from the top left."""
+    width, height, _ = layout
 
     def write(x: float, y: float, text: str, size: float, color: str, **style: object) -> None:
         figure.text(x / width, 1 - y / height, text, fontsize=size, color=color, va="center", **style)
 
     write(0.2, 0.28, title, 14, _INK, weight="bold")
-    write(
-        0.2, 0.54, f"columns: {len(shown)} of {steps} steps · rows: blocks in the order in which they run", 8.5, _FAINT
-    )
+    write(0.2, 0.54, f"{columns} · rows: blocks in the order in which they run", 8.5, _FAINT)
+    for above_edge, text in (
+        (0.36, key),
+        (0.18, "red frame: block left whole · right: how often kept, black never, white always"),
+    ):
+        write(0.2, height - above_edge, text, 8, _FAINT)
+
+
+def _write_phases(figure: Figure, shown: list[int], light: int, layout: tuple[float, float]) -> None:
+    """DSAP's phases above the columns of ``shown`` steps, of which the first ``light`` of the run are light."""
+    height, top = layout
     before = sum(step < light for step in shown)
     phases = [(0, before - 1, "light phase: some blocks whole", "light")] if before else []
     if before < len(shown):
@@ -262,11 +265,6 @@ def _write_around(
         figure.add_artist(_line([x0, x1], [y, y]))
         text = text if end - start > 0 else short
         figure.text((x0 + x1) / 2, y + 0.12 / height, text, fontsize=8.5, color=_INK, ha="center", va="center")
-    for above_edge, text in (
-        (0.36, key),
-        (0.18, "red frame: block left whole · right: how often kept, black never, white always"),
-    ):
-        write(0.2, height - above_edge, text, 8, _FAINT)
 
 
 def _column_edges(figure: Figure, column: int) -> tuple[float, float]:

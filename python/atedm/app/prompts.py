@@ -292,6 +292,13 @@ class PromptRun:
                 on_failure=lambda failure: self.failed.append((name, failure)),
             )
 
+    def _kinds_run(self) -> list[str] | None:
+        """Of the steps; None where no picture was made in this run and only a run could tell."""
+        steps = self.sampling.steps
+        if self.kinds or self.options.steps.planned(steps) is None:
+            return self.kinds or None
+        return self.options.kinds_of(steps)
+
     def write_report(self, device: torch.device, path: Path) -> None:
         """Print a table and write the JSON: UNet seconds are the median over the batches made in this run.
 
@@ -299,9 +306,11 @@ class PromptRun:
         """
         if not PartialState().is_main_process:
             return
-        # Where every picture was there already, no step was run.
-        kinds = self.kinds or self.options.steps.planned(self.sampling.steps) or ["whole"]
-        tflops = tflops_of(self.pipe, self.sampling.width, self.sampling.height, self.options, kinds)
+        size = self.sampling.width, self.sampling.height
+        kinds = self._kinds_run()
+        tflops: dict[str, float | None] = {**tflops_of(self.pipe, *size, self.options, kinds or ["whole"])}
+        if kinds is None:
+            tflops["pruned"] = None
         rows = [
             {
                 "name": name,

@@ -31,7 +31,9 @@ PAPER_SETTINGS = {"model": "sdxl", "size": "1024x1024", "batch": 1, "tokens": 77
 def flops(
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (a pipeline's or a UNet's).")] = "sdxl",
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
-    preset: Annotated[str | None, typer.Option(help="Pruning by name, see atedm.PRESETS.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Pruning by name, see atedm.PRESETS. Default: the published method.")
+    ] = None,
     options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
     ratio: Annotated[
         float | None, typer.Option(help="Part of the tokens to drop, if not the default or theirs.")
@@ -53,6 +55,7 @@ def flops(
     from atedm import DSAP
     from atedm.app import report
     from atedm.app.flops import UNetFlops
+    from atedm.policy.options import PUBLISHED
 
     if preset is not None and options is not None:
         raise bad("preset", "is given with --options; expected one of the two")
@@ -62,7 +65,7 @@ def flops(
         raise bad("budget", f"{budget}; expected a positive number of TFLOPs")
     chosen = parse_levels(levels)
     named = preset if options is None else load_options(options)
-    base = check_options(named, {"ratio": ratio, "levels": chosen})
+    base = check_options(PUBLISHED if named is None else named, {"ratio": ratio, "levels": chosen})
     if placement is None:
         placement = "both" if named is None else base.placement
     where = ("early", "paper") if placement == "both" else (placement,)
@@ -129,6 +132,10 @@ def _rows(counter: UNetFlops, options: Options, steps: int, status: Any) -> Iter
     phases = {PHASES.get(kind, kind): counter.of_kind(options, kind) for kind in KINDS if kind in kinds}
     if options.steps.planned(steps) is not None:
         phases["average"] = counter.mean(options, options.kinds_of(steps))
+    if not options.prunes:
+        for phase, flops in phases.items():
+            yield _row(phase, flops, counter, phase=phase)
+        return
     ratio = options.ratio if isinstance(options.ratio, float | int) else str(options.ratio)
     where = {"ratio": ratio, "levels": _levels(counter, options.levels), "placement": options.placement}
     for phase, flops in phases.items():
@@ -233,6 +240,8 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], options: Option
                     f"{row['placement']} placement: ratio {row['ratio']:.4f} needs {row['tflops']:.3f} TFLOPs a call "
                     f"on average (asked: {budget:g})"
                 )
+    if not options.prunes:
+        return
     console.print(
         f"Levels pruned: {rows[-1]['levels']}. Scoring (ranking and source map, every iteration counted: an upper "
         "bound) is not in TFLOPs.",

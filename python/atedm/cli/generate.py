@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from atedm.app.comparison import ImageRequest
     from atedm.policy.options import Options
 
-WHY_SLOWER = (
-    "Pruning did not pay here: at this size, on this device, choosing and refilling tokens costs more than it saves."
-)
+WHY_SLOWER = "Not faster here: at this size, on this device, what is added to a call costs more than it saves."
 
 
 def generate(
@@ -50,16 +48,18 @@ def generate(
     ] = 0,
     size: Annotated[str, typer.Option(help="Pixels: 1024 or WIDTHxHEIGHT such as 1216x832.")] = "1024",
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: images at a time.")] = 1,
-    preset: Annotated[str | None, typer.Option(help="Pruning by name, see atedm.PRESETS.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings by name, see atedm.PRESETS.")] = None,
     options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Part of the tokens to drop. Default: 0.63.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
-    placement: Annotated[str | None, typer.Option(help="Where a block is pruned: early (default) or paper.")] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")
+    ] = None,
     ranking: Annotated[
         str | None, typer.Option(help="What ranks: attention, self (default) or cross, or keys.")
     ] = None,
     recovery: Annotated[
-        str | None, typer.Option(help="Dropped tokens: similarity (default), keys, zeros or bicubic.")
+        str | None, typer.Option(help="Dropped tokens: cached (default), similarity, keys, zeros or bicubic.")
     ] = None,
     grid: Annotated[
         int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")

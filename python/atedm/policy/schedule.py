@@ -18,6 +18,9 @@ from typing import Any
 
 KINDS = ("whole", "light", "pruned", "reused")
 
+# Steps. In shorter runs features change a lot from one step to the next.
+LONG_RUN = 12
+
 # Timesteps that a diffusion model is trained with; used where no scheduler is at hand to count steps.
 TRAIN_TIMESTEPS = 1000
 
@@ -213,9 +216,10 @@ class Adaptive(Schedule):
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.
         max_gap: the largest distance of two computed steps.
-        first_gap: that of the first two, as a fraction of the run, rounded down to steps; at least one. No rate is
-            known before the second.
-        pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none.
+        min_gap: the smallest, also that of the first two, before which no rate is known. A run of fewer than
+            ``LONG_RUN · min_gap`` steps takes 1 in its place.
+        pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
+            ``LONG_RUN`` steps is not pruned.
         whole_every: from there on, every such computed step is whole and those between are pruned.
 
     Raises:
@@ -226,16 +230,18 @@ class Adaptive(Schedule):
     max_gap: int = 4
     pruned_from: float = 1.0
     whole_every: int = 2
-    first_gap: float = 0.0
+    min_gap: int = 1
 
     def __post_init__(self) -> None:
         _check_number("tolerance", self.tolerance, 0, math.inf, "the relative change of the feature")
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number above 0")
         _check_count("max_gap", self.max_gap, 1)
+        _check_count("min_gap", self.min_gap, 1)
+        if self.min_gap > self.max_gap:
+            raise ValueError(f"min_gap is {self.min_gap}; expected at most max_gap, {self.max_gap}")
         _check_number("pruned_from", self.pruned_from, 0, 1, "a fraction of the run")
         _check_count("whole_every", self.whole_every, 1)
-        _check_number("first_gap", self.first_gap, 0, 1, "a fraction of the run")
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -245,11 +251,10 @@ class Adaptive(Schedule):
     def kind(self, progress: Progress) -> str:
         computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
         if len(computed) < 2:
-            first = max(int(self.first_gap * progress.total + 1e-9), 1)
-            return "whole" if not computed or progress.step >= computed[0] + first else "reused"
-        if progress.step < computed[-1] + self._gap(progress.rate()):
+            return "whole" if not computed or progress.step >= computed[0] + self._least(progress) else "reused"
+        if progress.step < computed[-1] + self._gap(progress):
             return "reused"
-        if progress.step < self.pruned_from * progress.total:
+        if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
         since_whole = 1
         for step in reversed(computed):
@@ -258,14 +263,18 @@ class Adaptive(Schedule):
             since_whole += 1
         return "whole" if since_whole >= self.whole_every else "pruned"
 
-    def _gap(self, rate: float | None) -> int:
+    def _least(self, progress: Progress) -> int:
+        return self.min_gap if progress.total >= LONG_RUN * self.min_gap else 1
+
+    def _gap(self, progress: Progress) -> int:
         """How many steps after the last computed one the next is."""
+        rate = progress.rate()
         if not rate:
             return self.max_gap
         if not math.isfinite(rate):
-            return 1
+            return 1  # whatever min_gap is: there is nothing to reuse
         # Bounded before it is rounded: at a tiny rate the quotient may be infinite.
-        return int(min(max(self.tolerance / rate, 1), self.max_gap))
+        return int(min(max(self.tolerance / rate, self._least(progress)), self.max_gap))
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive": Adaptive}

@@ -177,7 +177,10 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
 def apply(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Pipeline:
-    """Prune the tokens of a Stable Diffusion XL pipeline's UNet from now on (AT-EDM); inference only.
+    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it); inference only.
+
+    By default some steps reuse deep features, and from 30 % of the run on every other computed step prunes tokens, by
+    PageRank and drift; a dropped token keeps its last update. The published method is the preset ``"paper"``.
 
     The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
     :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
@@ -187,26 +190,27 @@ def apply(
         options: all of what follows but ``scheduler``, as an :class:`atedm.Options`, or the name of a preset in
             ``atedm.PRESETS``. Keywords change single ones of it.
         ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
-            does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with: the
-            pictures are the same bit for bit, and it works on UNets that cannot be pruned too.
+            does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with:
+            under the default schedule the pictures are the same bit for bit, on UNets that cannot be pruned too.
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
-            Default: all. ``(3,)`` is the paper's AT-EDM†.
-        schedule: the kind of each denoising step, see :mod:`atedm.policy.schedule`: an :class:`atedm.DSAP` (default:
-            the paper's, light for the first 0.3 of the steps), :class:`atedm.Every`, :class:`atedm.Adaptive`, another
-            :class:`atedm.Schedule`, a list of kinds, one for each step, or None to prune everywhere at every step.
-            Where a step needs what an earlier one computed, the first step of a picture is whole.
+            Default: all. ``(3,)`` as in the paper's AT-EDM†, the preset ``"paper-dagger"``.
+        schedule: the kind of each denoising step, see :mod:`atedm.policy.schedule`: an :class:`atedm.Adaptive`
+            (default: tolerance 0.25, from 0.3 of the run on every other computed step pruned), :class:`atedm.Every`,
+            the paper's :class:`atedm.DSAP`, another :class:`atedm.Schedule`, a list of kinds, one for each step, or
+            None to prune everywhere at every step. Where a step needs what an earlier one computed, the first step of
+            a picture is whole.
         placement: ``"early"`` prunes right after the first layer's self-attention and recovers after the output
             projection; ``"paper"`` prunes after that layer and recovers before the projection. The result is the same
             up to rounding; early does less work.
-        ranking: what the kept tokens are chosen by. ``"self"``: PageRank on self-attention (the paper's), ``"cross"``:
-            on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); a function
-            from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores ``[B, H', N]``
-            (float32, not negative); or None, to choose by ``staleness`` alone, before self-attention.
+        ranking: what the kept tokens are chosen by. ``"self"``: PageRank on self-attention (the paper's, default),
+            ``"cross"``: on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); a
+            function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores
+            ``[B, H', N]`` (float32, not negative); or None, to choose by ``staleness`` alone, before self-attention.
         staleness: what the ranking's scores are multiplied with (ours). ``"drift"``: how far the input of a token has
-            moved since it was last computed; ``"steps"``: in how many calls it was not; None for nothing.
-        recovery: what a dropped token gets. ``"similarity"``: a copy of the kept token that attends to it most (the
-            paper's); ``"cached"``: what the block added to it when it was last computed (ours); ``"keys"``: a copy of
-            the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
+            moved since it was last computed (default); ``"steps"``: in how many calls it was not; None for nothing.
+        recovery: what a dropped token gets. ``"cached"``: what the block added to it when it was last computed (ours,
+            default); ``"similarity"``: a copy of the kept token that attends to it most (the paper's); ``"keys"``: a
+            copy of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
             kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
         rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
@@ -232,7 +236,10 @@ def apply(
         raise ValueError("scheduler is given with a pipeline; expected None: atedm follows the pipeline's own")
     reason = why_not_reusable(unet) if "reused" in settings.steps.kinds else None
     if reason is not None:
-        raise ValueError(f"the UNet's features cannot be reused: {reason}")
+        raise ValueError(
+            f"the UNet's features cannot be reused: {reason}; expected a schedule without 'reused' steps, such as "
+            "schedule=None or the preset 'paper'"
+        )
     blocks = blocks_to_prune(unet, settings, lambda module: bool(_parts_on(module)))
     earlier = calls_of(unet)
     recordings = [] if earlier is None else earlier.recordings  # an open recording continues

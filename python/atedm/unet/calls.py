@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
     from atedm.unet.reuse import UNetStage
 
-_ONE_KIND = "{} keeps what one call does, and {} makes calls differ; expected settings with which every step is alike"
+_TRACED = "torch.jit.trace keeps what one call does, and {} makes calls differ; expected settings by which none does"
 
 _UNTOLD_GRAPH = (
-    "{} makes calls differ by their step, of which a graph of the whole UNet knows nothing unless it is told; expected "
-    "atedm.apply once more, now on the compiled UNet or pipeline, or, for torch.export, settings with which every step "
-    "is alike"
+    "{} makes calls differ, and a graph of the whole UNet that was compiled after atedm.apply cannot tell them apart; "
+    "expected atedm.apply once more, now on the compiled UNet or pipeline, or, for torch.export, settings with which "
+    "every step is alike"
 )
 
 # The call that runs, and of which UNet: threads that share a UNet have one each.
@@ -109,7 +109,7 @@ class UNetCalls:
             # Runs once, while a graph of the whole UNet is made. What `graph` says is then an attribute that torch
             # guards the graph by, so there is a graph for each; one for "not told" is never made.
             if not self.is_constant:
-                # Not by torch.compiler.is_exporting(), which torch before 2.13 takes for true in torch.compile too.
+                # torch.compiler.is_exporting() would not tell: before torch 2.13 it is true inside torch.compile too.
                 if not self.is_told:
                     raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
                 self.is_told = False
@@ -120,7 +120,7 @@ class UNetCalls:
         if self.is_constant and not self.recordings and self.planner.forced is None:
             return
         if torch.jit.is_tracing():
-            raise RuntimeError(_ONE_KIND.format("torch.jit.trace", self.planner.differ))
+            raise RuntimeError(_TRACED.format(self.planner.differ))
         if forward_is_compiled(unet):
             self._tell_graph(args, kwargs)
             self.is_told = False

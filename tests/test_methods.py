@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import atedm
 from atedm.app.flops import UNetFlops
 from atedm.app.models import SDXL_UNET, unet_inputs
-from atedm.policy.options import resolve
-from atedm_bench.quality.methods import Costs, DeepCache, Ours, RandomTokens, ToMe
+from atedm_bench.methods import Costs, DeepCache, Ours, RandomTokens, ToMe
 from atedm_bench.quality.settings import FULL, Plan
 from atedm_bench.random_unet import random_unet
 
@@ -121,7 +120,7 @@ def test_a_method_changes_the_unet_and_leaves_it_as_it_was(unet, method):
     ],
 )
 def test_lines_of_the_plot(changes, line):
-    asked = {"ranking": "self", "recovery": "similarity", **changes}
+    asked = {"ranking": "self", "recovery": "similarity", "staleness": None, **changes}
     assert Ours(options(**asked)).line == line
 
 
@@ -135,7 +134,7 @@ def costs(counter):
 def test_presets_are_settings_as_they_are(costs):
     found = Plan(costs).settings(["presets"])
     assert found[0] == FULL
-    assert {s.name: s.method.options for s in found[1:]} == {"default": resolve(None, {}), **atedm.PRESETS}
+    assert {s.name: s.method.options for s in found[1:]} == dict(atedm.PRESETS)
 
 
 def test_settings_of_a_share_cost_as_much_in_mean_over_a_run(costs):

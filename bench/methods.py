@@ -1,4 +1,4 @@
-"""The methods to make a UNet cheaper that the lab compares: each puts itself in force and counts its FLOPs."""
+"""The methods to make a UNet cheaper that the benchmarks compare: each puts itself in force and counts its FLOPs."""
 
 from __future__ import annotations
 
