@@ -220,7 +220,9 @@ def test_an_adaptive_schedule_follows_the_rate_of_change():
     pruned = kinds_of(Adaptive(0.3, pruned_from=0.5), 25, CHANGES)
     assert pruned.replace("p", "w") == found and [pruned[n] for n in (12, 16, 20, 24)] == ["w", "p", "w", "p"]
     apart = kinds_of(Adaptive(0.3, min_gap=2), 25, CHANGES)
-    assert apart.startswith("wrwrw") and "ww" not in apart
+    assert apart.startswith("wrwrwrwrw") and "ww" not in apart[:9]
+    late = kinds_of(Adaptive(0.3, min_gap=2), 25, [0.05] * 15 + [0.4] * 10)  # as under Karras
+    assert late.startswith("wrwrrrwrrr") and late.endswith("wwwwww")
     assert kinds_of(Adaptive(1e9, min_gap=3), 36, [0.1] * 36).startswith("wrrwrrrwr")
     assert kinds_of(Adaptive(0.3, min_gap=2), 24, [math.nan] * 24) == "wrw" + "w" * 21
     assert kinds_of(Adaptive(0.3, min_gap=2), 23, [0.3] * 23) == "w" * 23  # too short for that

@@ -18,6 +18,10 @@ from typing import Any
 
 KINDS = ("whole", "light", "pruned", "reused")
 
+# A part of the run. Where features change most at its end (Karras), steps that are computed and reused by turns there
+# ruin pictures.
+EARLY = 0.3
+
 # Steps. In shorter runs features change a lot from one step to the next.
 LONG_RUN = 12
 
@@ -216,8 +220,8 @@ class Adaptive(Schedule):
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.
         max_gap: the largest distance of two computed steps.
-        min_gap: the smallest, also that of the first two, before which no rate is known. A run of fewer than
-            ``LONG_RUN · min_gap`` steps takes 1 in its place.
+        min_gap: the smallest in the first ``EARLY`` of the run, also that of the first two, before which no rate is
+            known. Later, and in a run of fewer than ``LONG_RUN · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
             ``LONG_RUN`` steps is not pruned.
         whole_every: from there on, every such computed step is whole and those between are pruned.
@@ -264,7 +268,8 @@ class Adaptive(Schedule):
         return "whole" if since_whole >= self.whole_every else "pruned"
 
     def _least(self, progress: Progress) -> int:
-        return self.min_gap if progress.total >= LONG_RUN * self.min_gap else 1
+        is_early = progress.step < EARLY * progress.total and progress.total >= LONG_RUN * self.min_gap
+        return self.min_gap if is_early else 1
 
     def _gap(self, progress: Progress) -> int:
         """How many steps after the last computed one the next is."""

@@ -17,7 +17,7 @@ from torch import nn
 from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
 from atedm.unet.blocks import AttentionBlock, attention_blocks, blocks_to_prune
-from atedm.unet.calls import UNetCalls
+from atedm.unet.calls import Following, UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
 from atedm.unet.reuse import UNetStage, make_stages, stages_of, why_not_reusable
@@ -58,7 +58,7 @@ def calls_of(unet: nn.Module) -> UNetCalls | None:
             return hook
     for module in unet.modules():  # its hooks may have been cleared
         for part in _parts_on(module).values():
-            if not part.calls.is_followed:
+            if not part.calls.following.is_in_place:
                 return part.calls
     return None
 
@@ -115,7 +115,8 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
         unet.register_forward_pre_hook(calls, with_kwargs=True),
         unet.register_forward_hook(calls.end, always_call=True),
     ]
-    calls.follow(target, hooks, _around_graph(target, unet, calls.begin_outside, calls.end_outside))
+    undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
+    calls.following = Following(target, hooks, undo)
     if is_compiled(target, unet):
         count_graphs(unet, calls)
 
@@ -313,7 +314,8 @@ class _Scope:
         if self.before is not None:
             calls, state = self.before
             vars(calls).update(state)
-            _install(unet if calls.target is None else calls.target, unet, calls)
+            target = calls.following.target
+            _install(unet if target is None else target, unet, calls)
 
 
 # The open scopes of each UNet, innermost last; and those that this task or thread is inside of.
@@ -324,7 +326,7 @@ _entered: ContextVar[tuple[_Scope, ...]] = ContextVar("atedm_scopes", default=()
 def _set_aside(unet: nn.Module) -> tuple[UNetCalls, dict[str, Any]] | None:
     """What is in force, with the state that taking it out clears."""
     calls = calls_of(unet)
-    return None if calls is None else (calls, {**vars(calls), "_hooks": [], "_undo": []})
+    return None if calls is None else (calls, {**vars(calls), "following": Following(calls.following.target)})
 
 
 def pruned_blocks(pipe: object) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,41 @@ _UNTOLD_GRAPH = (
 _running: ContextVar[tuple[UNetCalls, Call] | None] = ContextVar("atedm_call", default=None)
 
 
+@dataclass
+class Following:
+    """What :func:`atedm.apply` has put on a UNet to follow its calls.
+
+    Attributes:
+        target: what is called: the UNet, or what wraps it. hooks: of the UNet itself, which a copy of it has too.
+        undo: takes away the rest.
+    """
+
+    target: nn.Module | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def is_in_place(self) -> bool:
+        return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self.hooks)
+
+    def end(self) -> None:
+        self.target = None
+        while self.hooks:
+            self.hooks.pop().remove()
+        while self.undo:
+            self.undo.pop()()
+
+    def of_a_copy(self) -> Following:
+        """For a copy of the UNet, which is not compiled."""
+        return replace(self, target=None, undo=[])
+
+
 class UNetCalls:
     """The calls of one UNet that was pruned by ``options``: a forward pre-hook of it, shared by its parts.
 
     Attributes:
         blocks: the pruned ones. stages: those that can reuse features. recordings: those that are open.
-        planner: knows what each call is, and what is remembered.
+        planner: knows what each call is, and what is remembered. following: how its calls are followed.
         graph: what a graph of the whole UNet reads instead of a call of its own; torch guards graphs by it.
         is_told: whether ``graph`` has been set for the call that comes next, from outside of the graph.
     """
@@ -51,10 +81,7 @@ class UNetCalls:
         # Decided once: an attribute is what a compiled graph can be guarded by.
         self.is_constant = options.is_constant
         self.begin(scheduler)
-        # Hooks of the UNet itself, which a copy of it has too, and how to undo the rest that follows its calls.
-        self.target: nn.Module | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._undo: list[Callable[[], None]] = []
+        self.following = Following()
 
     def begin(self, scheduler: object | None) -> None:
         """As it is before the first call."""
@@ -81,7 +108,7 @@ class UNetCalls:
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""
         own = {"graph": self._untold(), "_outside": Call(), "is_told": False, "_watch": Watch()}
-        return {**self.__dict__, "_undo": [], "target": None, "recordings": [], **own}
+        return {**self.__dict__, "following": self.following.of_a_copy(), "recordings": [], **own}
 
     @property
     def memory(self) -> Memory:
@@ -100,7 +127,7 @@ class UNetCalls:
         running = _running.get()
         if running is not None and running[0] is self:
             return running[1]
-        self._check_followed()
+        self.check_followed()
         return self.planner.forced or self.graph
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,7 +142,7 @@ class UNetCalls:
                 self.is_told = False
             return
         self._stop_running()  # what an interrupt left
-        self._check_followed()
+        self.check_followed()
         self.check_unchanged()
         if self.is_constant and not self.recordings and self.planner.forced is None:
             return
@@ -160,34 +187,18 @@ class UNetCalls:
         """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
         self._watch.look((block for block in self.blocks if self.options.ratio_at(block.level) > 0), self.stages)
 
-    @property
-    def is_followed(self) -> bool:
-        """Whether the hooks are where they were put; others can clear those of a module."""
-        return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self._hooks)
-
-    def _check_followed(self) -> None:
-        if not self.is_followed:
+    def check_followed(self) -> None:
+        """Refuse calls that cannot be followed: others can clear a module's hooks."""
+        if not self.following.is_in_place:
             raise RuntimeError(
                 "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
                 "expected them there: call atedm.apply again, or atedm.remove"
             )
 
-    def follow(self, target: nn.Module, hooks: list[RemovableHandle], undo: list[Callable[[], None]]) -> None:
-        """Note what :func:`atedm.apply` has put on a UNet to follow its calls, to take it away again.
-
-        Args:
-            target: what is called. hooks: of the UNet itself. undo: takes away the rest.
-        """
-        self.target, self._hooks, self._undo = target, hooks, undo
-
     def stop_following(self) -> None:
-        """Undo :meth:`follow`, and let go of what belongs to calls."""
+        """Take away what follows the calls, and let go of what belongs to them."""
         self._stop_running()
-        self.target = None
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._undo:
-            self._undo.pop()()
+        self.following.end()
         self.begin(None)
 
     def end_outside(self) -> None:
