@@ -4,10 +4,9 @@
 #   bash bench/gpu.sh [RESULTS [WHEELS]]      (default: outputs/gpu and .whl)
 #
 # Requires Python with torch, triton, pytest, pytest-xdist and diffusers; what is missing is installed from the wheels in
-# WHEELS, and
-# peers that are missing there get a row that says so. Ends within nine minutes; $MINUTES sets another limit. The most
-# important steps run first, each step has its own limit, and finished results stay when the rest is cut.
-# RESULTS/log.txt shows how each step ended; RESULTS.tar.gz holds the folder.
+# WHEELS, and peers that are missing there get a row that tells it. Ends within nine minutes; $MINUTES sets another
+# limit, in whole minutes. The most important steps run first, each step has its own limit, and finished results stay
+# when the rest is cut. RESULTS/log.txt shows how each step ended; RESULTS.tar.gz holds the folder.
 # STEPS="tests ops" runs only these of: doctor tests tune unet ops compiled unet-8 unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1

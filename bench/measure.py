@@ -7,9 +7,12 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 # Interval between samples of the resident memory while a call runs on a CPU.
 _SAMPLING_SECONDS = 0.002
@@ -36,6 +39,12 @@ def seconds_of(call: Callable[[], object], device: torch.device, before: Callabl
         end.record()
         end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def by_turns(items: Sequence[T], round_number: int) -> list[T]:
+    """``items`` beginning with another one in each round, so that what slows the machine slows all of them."""
+    first = round_number % max(1, len(items))
+    return [*items[first:], *items[:first]]
 
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:

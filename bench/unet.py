@@ -21,7 +21,7 @@ import atedm
 from atedm.app.flops import STAGES, Flops, UNetFlops
 from atedm.app.models import unet_inputs
 from atedm_bench import host
-from atedm_bench.measure import Graphs, error_line, op_seconds_of, peak_memory_of, seconds_of
+from atedm_bench.measure import Graphs, by_turns, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.peers import tomesd_flops
 from atedm_bench.random_unet import attention_kernels, calibrate_attention, random_unet, sharing_weights
 from atedm_bench.unet_rows import average_row, ranking_facts
@@ -157,8 +157,7 @@ class UNetBench:
                 variants += self._captured(variant)
         done = 0
         while done < self.settings.repeats and _has_time(variants, end - time.monotonic()):
-            first = done % max(1, len(variants))
-            for variant in variants[first:] + variants[:first]:
+            for variant in by_turns(variants, done):
                 notify(f"{variant.name}: round {done + 1} of {self.settings.repeats}")
                 variant.seconds.append(seconds_of(variant.call, self.settings.device))
             done += 1

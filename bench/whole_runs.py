@@ -21,7 +21,7 @@ import atedm
 from atedm.app.flops import UNetFlops
 from atedm.app.models import TIME_IDS, latent_size
 from atedm.policy.options import Options, resolve
-from atedm_bench.measure import error_line, seconds_of
+from atedm_bench.measure import by_turns, error_line, seconds_of
 from atedm_bench.methods import Costs, DeepCache, Method, Ours, ToMe
 
 PREFIX = "run: "
@@ -144,8 +144,7 @@ class WholeRuns:
                 self._runs.remove(run)
         done = 0
         while done < repeats and (done == 0 or sum(r.seconds[-1] for r in self._runs) < end - time.monotonic()):
-            first = done % max(1, len(self._runs))
-            for run in self._runs[first:] + self._runs[:first]:
+            for run in by_turns(self._runs, done):
                 notify(f"{run.name}: round {done + 1} of {repeats}")
                 with run.method.in_force(self._pipe):
                     run.seconds.append(seconds_of(self._call, self._pipe.unet.device))

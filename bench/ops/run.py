@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import atedm_kernels
-from atedm_bench.measure import Graphs, attention_backend_of, error_line, peak_memory_of, seconds_of
+from atedm_bench.measure import Graphs, attention_backend_of, by_turns, error_line, peak_memory_of, seconds_of
 from atedm_bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, OpCase, OpInputs, attention_case, cases
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
 from atedm_bench.ops.shapes import Shape
@@ -129,8 +129,7 @@ class OpsBench:
         for done in range(self.settings.repeats):
             if done >= _MIN_ROUNDS and time.monotonic() > end:
                 break
-            first = done % max(1, len(variants))
-            for variant in variants[first:] + variants[:first]:
+            for variant in by_turns(variants, done):
                 if not self._tried(variant, shape, dtype, lambda variant=variant: self._time(variant)):
                     variants = [other for other in variants if other is not variant]
         self._rows += self._rows_of(variants, shape, dtype, compiled)

@@ -236,13 +236,14 @@ def compare(
         write(folder / name)
         result.files.append(folder / name)
 
+    warm_up = warm_up_kinds(options)
     with _progress(console) as progress:
         if with_full:
-            _warm_up(pipe, request, progress, "full", len(warm_up_kinds(options)))
+            _warm_up(pipe, request, progress, "full", len(warm_up))
             full = _timed(pipe, request, progress, "full")
             keep("full.png", lambda path: save_image(full.image, path))
-        with atedm.applied(pipe, options, schedule=warm_up_kinds(options)):
-            _warm_up(pipe, request, progress, "pruned", len(warm_up_kinds(options)))
+        with atedm.applied(pipe, options, schedule=warm_up):
+            _warm_up(pipe, request, progress, "pruned", len(warm_up))
         with atedm.applied(pipe, options):
             # On a CPU the recording keeps tensors that are there anyway. On a GPU it copies them: not while timing.
             free = pipe.unet.device.type == "cpu"
@@ -275,8 +276,7 @@ def _progress(console: Console | None) -> Iterator[Progress]:
 
 def warm_up_kinds(options: Options) -> list[str]:
     """A schedule that meets every kind of step of ``options`` once."""
-    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
-    found = [kind for kind in atedm.KINDS if kind in kinds]
+    found = [kind for kind in atedm.KINDS if kind in options.kinds]
     return found + found[-1:] * (WARM_UP_STEPS - len(found))
 
 

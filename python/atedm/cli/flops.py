@@ -128,8 +128,7 @@ def _rows(counter: UNetFlops, options: Options, steps: int, status: Any) -> Iter
     from atedm.policy.schedule import KINDS
 
     status.update(f"counting: {options.placement} placement")
-    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
-    phases = {PHASES.get(kind, kind): counter.of_kind(options, kind) for kind in KINDS if kind in kinds}
+    phases = {PHASES.get(kind, kind): counter.of_kind(options, kind) for kind in KINDS if kind in options.kinds}
     if options.steps.planned(steps) is not None:
         phases["average"] = counter.mean(options, options.kinds_of(steps))
     if not options.prunes:

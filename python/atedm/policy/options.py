@@ -91,6 +91,11 @@ class Options:
         by_blocks = self.prunes and (RECOVERIES[self.recovery].remembers or self.staleness is not None)
         return by_blocks or "reused" in self.steps.kinds
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All kinds that the steps of a run may be."""
+        return self.steps.kinds | ({"whole"} if self.remembers else set())
+
     def kinds_of(self, steps: int) -> list[str]:
         """The kinds of a run of ``steps`` steps.
 

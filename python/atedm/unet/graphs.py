@@ -24,9 +24,9 @@ def graphs_per_size(options: Options) -> int:
     """How many graphs of a whole UNet ``options`` take for one image size: one for each kind of call."""
     if options.is_constant:
         return 1
-    kinds = options.steps.kinds | ({"whole"} if options.remembers else set())
-    chosen = len(kinds & {"light", "pruned"}) if options.rank_every > 1 else 0  # with a choice, and with an earlier one
-    return len(kinds) + chosen
+    # With a choice, and with an earlier one.
+    chosen = len(options.kinds & {"light", "pruned"}) if options.rank_every > 1 else 0
+    return len(options.kinds) + chosen
 
 
 def forward_is_compiled(unet: nn.Module) -> bool:
