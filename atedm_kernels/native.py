@@ -23,7 +23,7 @@ SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 PATH = Path(__file__).with_name("libatedm" + SUFFIX)
 
 # ATEDM_ABI of csrc/atedm.h, raised with every changed signature: a library from an older build is refused.
-ABI = 3
+ABI = 4
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"rms": 0, "mean": 1}
@@ -82,8 +82,8 @@ _map = ctypes.POINTER(AttentionMapStruct)
 _feature_map = ctypes.POINTER(FeatureMapStruct)
 _SIGNATURES = {
     "atedm_attention_column_sums": (_map, _pointer, _pointer, _pointer, _int32),
-    "atedm_weighted_page_rank": (_map, _int32, _double, _pointer, _pointer, _int32),
-    "atedm_weighted_page_rank_cross": (_map, _int32, _double, _pointer, _pointer, _int32),
+    "atedm_weighted_page_rank": (_map, _int32, _double, _pointer, _pointer, _pointer, _pointer, _int32),
+    "atedm_weighted_page_rank_cross": (_map, _int32, _double, _pointer, _pointer, _pointer, _pointer, _int32),
     "atedm_similarity_source": (_map, _pointer, _pointer, _int64, _pointer, _int32),
     "atedm_select_tokens": (_pointer, _pointer, _int64, _int64, _int64, _int64, _int32, _pointer, _int32),
     "atedm_gather_rows": (

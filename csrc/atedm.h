@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or a structure below changes: the Python side checks it before it calls anything else. */
-#define ATEDM_ABI 3
+#define ATEDM_ABI 4
 
 enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
 enum atedm_dtype { ATEDM_FLOAT32 = 0, ATEDM_BFLOAT16 = 1, ATEDM_FLOAT16 = 2 };
@@ -58,13 +58,16 @@ ATEDM_API int32_t atedm_attention_column_sums(const atedm_map *map, const float 
  * each iteration recomputes it. A negative number restores the default. */
 ATEDM_API void atedm_set_map_limits(int64_t float_bytes, int64_t sixteen_bit_bytes);
 
-/* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. */
+/* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. initial [batch, heads,
+ * queries], not negative, is normalised; NULL stands for uniform scores. */
 ATEDM_API int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_iterations, double tolerance,
-                                           float *scores, int32_t *iterations, int32_t threads);
+                                           const float *initial, const int64_t initial_stride[3], float *scores,
+                                           int32_t *iterations, int32_t threads);
 
-/* scores [batch, heads, queries], iterations [batch, heads], contiguous. */
+/* scores [batch, heads, queries], iterations [batch, heads], contiguous; initial as above. */
 ATEDM_API int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance,
-                                                 float *scores, int32_t *iterations, int32_t threads);
+                                                 const float *initial, const int64_t initial_stride[3], float *scores,
+                                                 int32_t *iterations, int32_t threads);
 
 /* source [batch, queries], contiguous: a kept token's own slot, else that of the largest sum over the heads of
  * A[index[slot], token]; index [batch, keep], clamped to valid tokens. */

@@ -163,14 +163,18 @@ int32_t atedm_attention_column_sums(const atedm_map *map, const float *weights, 
   return atedm::kernels().attention_column_sums(*map, weights, weights_stride, out, threads);
 }
 
-int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_iterations, double tolerance, float *scores,
-                                 int32_t *iterations, int32_t threads) {
-  return atedm::kernels().weighted_page_rank(*map, max_iterations, tolerance, scores, iterations, threads);
+int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_iterations, double tolerance, const float *initial,
+                                 const int64_t initial_stride[3], float *scores, int32_t *iterations,
+                                 int32_t threads) {
+  return atedm::kernels().weighted_page_rank(*map, max_iterations, tolerance, initial, initial_stride, scores,
+                                             iterations, threads);
 }
 
-int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance, float *scores,
+int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t max_iterations, double tolerance,
+                                       const float *initial, const int64_t initial_stride[3], float *scores,
                                        int32_t *iterations, int32_t threads) {
-  return atedm::kernels().weighted_page_rank_cross(*map, max_iterations, tolerance, scores, iterations, threads);
+  return atedm::kernels().weighted_page_rank_cross(*map, max_iterations, tolerance, initial, initial_stride, scores,
+                                                   iterations, threads);
 }
 
 int32_t atedm_similarity_source(const atedm_map *map, const int64_t *index, const int64_t index_stride[2],

@@ -15,8 +15,8 @@ namespace atedm {
 
 struct Kernels {
   int32_t (*attention_column_sums)(const atedm_map &, const float *, const int64_t *, float *, int32_t);
-  int32_t (*weighted_page_rank)(const atedm_map &, int32_t, double, float *, int32_t *, int32_t);
-  int32_t (*weighted_page_rank_cross)(const atedm_map &, int32_t, double, float *, int32_t *, int32_t);
+  int32_t (*weighted_page_rank)(const atedm_map &, int32_t, double, const float *, const int64_t *, float *, int32_t *, int32_t);
+  int32_t (*weighted_page_rank_cross)(const atedm_map &, int32_t, double, const float *, const int64_t *, float *, int32_t *, int32_t);
   int32_t (*similarity_source)(const atedm_map &, const int64_t *, const int64_t *, int64_t, int64_t *, int32_t);
   int32_t (*recover_feature_map)(const atedm_feature_map &, int32_t);
   int32_t (*update_feature_map)(const atedm_feature_map &, void *, const int64_t *, int32_t);

@@ -6,6 +6,29 @@
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
+// Where a ranking starts, [batch, heads, tokens]; a null pointer stands for uniform scores.
+struct Start {
+  const float *values;
+  const int64_t *stride;
+
+  const float *of(const atedm_map &map, int64_t pair) const {
+    if (values == nullptr) return nullptr;
+    return values + pair / map.heads * stride[0] + pair % map.heads * stride[1];
+  }
+  int64_t token_stride() const { return values == nullptr ? 0 : stride[2]; }
+};
+
+// scores <- initial / sum(initial), or 1 / count where there is no initial.
+inline void start_from(const float *initial, int64_t stride, float *scores, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = initial == nullptr ? 1.0f : load_as<float>(initial + i * stride);
+    sum += scores[i];
+  }
+  const float total = static_cast<float>(sum);
+  for (int64_t i = 0; i < count; ++i) scores[i] /= total;
+}
+
 // scores <- raw / sum(raw). True if the sum of changes is below `tolerance`; never if one of them is NaN.
 inline bool normalise(float *scores, const float *raw, int64_t count, double tolerance) {
   constexpr int64_t kParts = 16;  // independent sums, in a fixed order, that a compiler can vectorise

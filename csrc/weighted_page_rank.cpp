@@ -5,7 +5,8 @@
 // time, and a 1024-token head twice what the second-level cache holds: both are kept in 16 bits. The exact column sums
 // of the first step are known, so each column is corrected for the digits cut off. Scores of five iterations then
 // differ from float64 by 2e-5 (rms) to 2e-4 (largest) where logits spread as in SDXL, and by 6e-4 at most on far more
-// peaked maps, where two or three entries decide a sum; with float32 or without a kept map, by 1e-5.
+// peaked maps, where two or three entries decide a sum; with float32 or without a kept map, by 1e-5. Given scores to
+// start from, the first step reads what it has just kept.
 #include "kept_map.h"
 #include "power_iteration.h"
 
@@ -18,7 +19,9 @@ constexpr int64_t kCacheBytes = 16 << 20;
 template <class Dot, class Kept>
 struct Ranking {
   const atedm_map &map;
+  const Start start;
   const bool keeps;  // the map; else every step recomputes it
+  const int32_t first_weighted = start.values == nullptr ? 1 : 0;  // the first step whose weights are not all the same
   const int64_t tokens = map.queries, pairs = map.batch * map.heads;
   const int64_t blocks = (tokens + kBlockKeys - 1) / kBlockKeys, columns = blocks * kBlockKeys;
   const int64_t padded = round_up(tokens, 2);
@@ -55,11 +58,15 @@ struct Ranking {
     char *kept = maps + slot * map_bytes + first_key / kPanel * panel_bytes;
     float *sums = raw + slot * columns + first_key, *factor = correction + slot * columns + first_key;
     const float *weights = scores + slot * padded;
-    if (iteration == 0 && keeps) {
-      fits[slot * blocks + block] = keep_block<Dot, Kept>(head, first_key, keys, work, kept, sums);
+    const bool fills = iteration == 0 && keeps;
+    uint8_t &fit = fits[slot * blocks + (fills ? block : 0)];  // after the first step the first block's is the head's
+    if (fills) {
+      fit = keep_block<Dot, Kept>(head, first_key, keys, work, kept, sums);
       __builtin_memcpy(factor, sums, static_cast<size_t>(keys) * 4);
-    } else if (iteration > 0 && keeps && fits[slot * blocks]) {
-      const bool plain = Kept::kCuts && iteration == 1;
+      if (first_weighted > 0) return;
+    }
+    if (keeps && fit) {
+      const bool plain = Kept::kCuts && iteration == first_weighted;
       alignas(64) float cut_sums[kBlockKeys];
       for (int64_t j = 0; j < keys; j += kPanel, kept += panel_bytes) {
         (plain ? panel_sums<Kept, true> : panel_sums<Kept, false>)(kept, weights, padded / 2, sums + j, cut_sums + j);
@@ -73,8 +80,12 @@ struct Ranking {
 
   void rank(int64_t base, int64_t heads, int32_t max_iterations, double tolerance, int32_t *iterations,
             int32_t threads) {
-    for (int64_t i = 0; i < heads * padded; ++i) scores[i] = i % padded < tokens ? 1.0f / tokens : 0.0f;
-    for (int64_t slot = 0; slot < heads; ++slot) running[slot] = slot;
+    for (int64_t slot = 0; slot < heads; ++slot) {
+      float *own = scores + slot * padded;
+      start_from(start.of(map, base + slot), start.token_stride(), own, tokens);
+      for (int64_t i = tokens; i < padded; ++i) own[i] = 0;
+      running[slot] = slot;
+    }
     for (int64_t slot = 0; slot < heads; ++slot) iterations[base + slot] = 0;
     for (int32_t iteration = 0; iteration < max_iterations && heads > 0; ++iteration) {
       const int64_t items = heads * blocks;
@@ -95,13 +106,13 @@ struct Ranking {
   }
 };
 
-int32_t weighted_page_rank(const atedm_map &map, int32_t max_iterations, double tolerance, float *scores,
-                           int32_t *iterations, int32_t threads) {
+int32_t weighted_page_rank(const atedm_map &map, int32_t max_iterations, double tolerance, const float *initial,
+                           const int64_t *initial_stride, float *scores, int32_t *iterations, int32_t threads) {
   if (!valid(map) || map.queries != map.keys) return ATEDM_INVALID;
   const int64_t tokens = map.queries, pairs = map.batch * map.heads;
   if (pairs == 0 || tokens == 0) return ATEDM_OK;
   const auto rank_all = [&](auto dot, auto kept, bool keeps) -> int32_t {
-    Ranking<decltype(dot), decltype(kept)> ranking{map, keeps};
+    Ranking<decltype(dot), decltype(kept)> ranking{map, {initial, initial_stride}, keeps};
     threads = threads_for(threads, pairs * ranking.blocks, tokens * kBlockKeys * map.head_dim);
     if (!ranking.prepare(threads)) return ATEDM_OUT_OF_MEMORY;
     for (int64_t base = 0; base < pairs; base += ranking.group) {

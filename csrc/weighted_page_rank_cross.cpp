@@ -29,6 +29,7 @@ ATEDM_INLINE float sum_of_lanes(Vf x) {
 template <class Dot>
 struct CrossRanking {
   const atedm_map &map;
+  const Start start;
   const int64_t rows = map.queries, keys = map.keys, pairs = map.batch * map.heads;
   const int64_t width = round_up(keys, kPanel);
   const int64_t chunk_rows = smaller<int64_t>(512, larger<int64_t>(16, kChunkBytes / 4 / width));
@@ -136,8 +137,10 @@ struct CrossRanking {
 
   void rank(int64_t base, int64_t heads, int32_t max_iterations, double tolerance, int32_t *iterations,
             int32_t threads) {
-    for (int64_t i = 0; i < heads * rows; ++i) scores[i] = 1.0f / static_cast<float>(rows);
-    for (int64_t slot = 0; slot < heads; ++slot) running[slot] = slot, iterations[base + slot] = 0;
+    for (int64_t slot = 0; slot < heads; ++slot) {
+      start_from(start.of(map, base + slot), start.token_stride(), scores + slot * rows, rows);
+      running[slot] = slot, iterations[base + slot] = 0;
+    }
     for (int32_t iteration = 0; iteration < max_iterations && heads > 0; ++iteration) {
       parallel(threads, heads * chunks, [&](int32_t worker, int64_t item) {
         const int64_t slot = running[item / chunks], chunk = item % chunks;
@@ -161,13 +164,13 @@ struct CrossRanking {
 
 }  // namespace
 
-int32_t weighted_page_rank_cross(const atedm_map &map, int32_t max_iterations, double tolerance, float *scores,
-                                 int32_t *iterations, int32_t threads) {
+int32_t weighted_page_rank_cross(const atedm_map &map, int32_t max_iterations, double tolerance, const float *initial,
+                                 const int64_t *initial_stride, float *scores, int32_t *iterations, int32_t threads) {
   if (!valid(map)) return ATEDM_INVALID;
   if (map.batch * map.heads == 0 || map.queries == 0) return ATEDM_OK;
   if (map.keys == 0) return ATEDM_INVALID;  // a distribution over nothing
   return with_dot(map.dtype, [&](auto dot) -> int32_t {
-    CrossRanking<decltype(dot)> ranking{map};
+    CrossRanking<decltype(dot)> ranking{map, {initial, initial_stride}};
     threads = threads_for(threads, ranking.pairs * ranking.chunks, ranking.chunk_rows * map.keys * map.head_dim);
     if (!ranking.prepare(threads)) return ATEDM_OUT_OF_MEMORY;
     for (int64_t base = 0; base < ranking.pairs; base += ranking.group) {

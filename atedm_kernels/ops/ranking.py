@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from atedm_kernels._checks import check_attention_map, check_iteration, check_scale, score_dtype, softmax_scale
+from atedm_kernels._checks import (
+    check_attention_map,
+    check_iteration,
+    check_scale,
+    check_shape,
+    check_tensor,
+    score_dtype,
+    softmax_scale,
+    values_are_checked,
+)
 
 # Chosen on the trained maps of the embedded model (quality-bf16-256-convergence.json in bench/results), by the overlap
 # (Jaccard index) of the kept set with the converged one, mean over blocks and steps: 0.958 after 3 iterations, 0.979
@@ -16,27 +27,49 @@ DEFAULT_MAX_ITERATIONS = 5
 DEFAULT_TOLERANCE = 1e-2
 
 SCHEMA = (
-    "(Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance) -> (Tensor scores, "
-    "Tensor iterations)"
+    "(Tensor q, Tensor k, Tensor lse, float? scale, int max_iterations, float tolerance, Tensor? initial=None) -> "
+    "(Tensor scores, Tensor iterations)"
 )
 
 
 def check_ranking(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    max_iterations: int,
+    tolerance: float,
+    initial: Tensor | None,
 ) -> None:
     check_attention_map(q, k, lse)
     check_scale(scale)
     check_iteration(max_iterations, tolerance)
+    if initial is not None:
+        check_tensor("initial", initial, "B H M", (lse.dtype,), q.device)
+        check_shape("initial", initial, tuple(lse.shape), "the shape of lse")
 
 
-def fake_ranking(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
+def check_initial_values(*arguments: Any) -> None:
+    """None is negative, none NaN, and each head's sum is a positive number."""
+    initial = arguments[-1]
+    if initial is None or not values_are_checked(initial):
+        return
+    low, sums = initial.amin(), initial.sum(-1)
+    if not low >= 0:
+        raise ValueError(f"initial holds {low.item()}; expected scores of at least 0")
+    wrong = ~((sums > 0) & sums.isfinite())
+    if wrong.any():
+        head = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"initial sums to {sums[head].item()} at (batch row, head) {head}; expected a positive, finite sum in each "
+            "head"
+        )
+
+
+def fake_ranking(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     """Uninitialised scores ``[B, H, M]`` and int32 iterations ``[B, H]``."""
     return q.new_empty(q.shape[:3], dtype=score_dtype(q)), q.new_empty(q.shape[:2], dtype=torch.int32)
 
 
-def prepare_ranking(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor, float, int, float]:
-    return q, k, lse, softmax_scale(q, scale), max_iterations, tolerance
+def prepare_ranking(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, *others: Any) -> tuple[Any, ...]:
+    return q, k, lse, softmax_scale(q, scale), *others

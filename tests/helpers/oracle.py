@@ -53,12 +53,15 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None) -> Te
     return torch.einsum("bhm,bhmn->bhn", weights.double(), attention_map(q, k, lse))
 
 
-def page_rank(q: Tensor, k: Tensor, lse: Tensor, iterations: Tensor, cross: bool = False) -> tuple[Tensor, Tensor]:
+def page_rank(
+    q: Tensor, k: Tensor, lse: Tensor, iterations: Tensor, cross: bool = False, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores after the given iterations ``[B, H]`` of each head, and the L1 change in each ``[steps, B, H]``."""
     log_map = logits(q, k) - lse.double()[..., None]
     a = log_map.exp()
     entropy = -(a * log_map).sum(-1)
-    scores = torch.full_like(lse, 1.0, dtype=torch.float64) / lse.shape[-1]
+    scores = torch.ones_like(lse, dtype=torch.float64) if initial is None else initial.double()
+    scores = scores / scores.sum(-1, keepdim=True)
     changes = []
     for step in range(int(iterations.max())):
         new = torch.einsum("bhm,bhmn->bhn", scores, a)

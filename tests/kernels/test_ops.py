@@ -46,8 +46,8 @@ def inputs(device: torch.device, dtype: torch.dtype = torch.float16) -> dict[str
 CALLS = {
     "attention_with_logsumexp": lambda t: (t["q"], t["k"], t["v"]),
     "attention_column_sums": lambda t: (t["q"], t["k"], t["lse"], t["weights"], 0.3),
-    "weighted_page_rank": lambda t: (t["q"], t["k"], t["lse"], None, 3, 1e-3),
-    "weighted_page_rank_cross": lambda t: (t["q"], t["k"][:, :, :7], t["lse"], None, 3, 1e-3),
+    "weighted_page_rank": lambda t: (t["q"], t["k"], t["lse"], None, 1, 1e-3),
+    "weighted_page_rank_cross": lambda t: (t["q"], t["k"][:, :, :7], t["lse"], None, 1, 1e-3, t["scores"]),
     "select_tokens": lambda t: (t["scores"], 4, "rms"),
     "gather_tokens": lambda t: (t["x"], t["index"]),
     "similarity_source": lambda t: (t["q"], t["k"], t["lse"], t["index"]),
@@ -78,8 +78,8 @@ def test_opcheck_channels_last(backend, device):
 def prune_and_recover(q, k, v, x, residual):
     """Every op, as an attention block uses them."""
     out, lse = atedm_kernels.attention_with_logsumexp(q, k, v)
-    scores, _ = atedm_kernels.weighted_page_rank(q, k, lse)
-    cross, _ = atedm_kernels.weighted_page_rank_cross(q, k[:, :, :7], lse)
+    scores, _ = atedm_kernels.weighted_page_rank(q, k, lse, max_iterations=2)
+    cross, _ = atedm_kernels.weighted_page_rank_cross(q, k[:, :, :7], lse, max_iterations=2)
     sums = atedm_kernels.attention_column_sums(q, k, lse, scores)
     index = atedm_kernels.select_tokens(scores + sums + cross, 4)
     source = atedm_kernels.similarity_source(q, k, lse, index)
@@ -136,6 +136,9 @@ WRONG = [
     ("weighted_page_rank", {"max_iterations": lambda t: 0}, ValueError, "max_iterations is"),
     ("weighted_page_rank", {"tolerance": lambda t: -1.0}, ValueError, "tolerance is"),
     ("weighted_page_rank", {"tolerance": lambda t: float("nan")}, ValueError, "tolerance is"),
+    ("weighted_page_rank", {"initial": lambda t: t["scores"][..., :3]}, ValueError, "initial has shape"),
+    ("weighted_page_rank", {"initial": lambda t: t["scores"].double()}, TypeError, "initial has dtype"),
+    ("weighted_page_rank_cross", {"initial": lambda t: 1.0}, TypeError, "initial is a float"),
     ("weighted_page_rank_cross", {"max_iterations": lambda t: 0}, ValueError, "max_iterations is"),
     ("weighted_page_rank_cross", {"lse": lambda t: t["lse"][..., :4]}, ValueError, "lse has shape"),
     ("select_tokens", {"keep": lambda t: 0}, ValueError, "keep is 0"),
@@ -170,6 +173,10 @@ WRONG = [
 ]
 WRONG_VALUES = [
     ("select_tokens", {"scores": lambda t: t["scores"].log() * float("nan")}, ValueError, "scores holds"),
+    ("weighted_page_rank", {"initial": lambda t: t["scores"] - 0.5}, ValueError, "initial holds -"),
+    ("weighted_page_rank", {"initial": lambda t: t["scores"].log() * float("nan")}, ValueError, "initial holds nan"),
+    ("weighted_page_rank", {"initial": lambda t: t["scores"] / 0}, ValueError, r"initial sums to inf at .* \(0, 0\)"),
+    ("weighted_page_rank_cross", {"initial": lambda t: t["scores"] * 0}, ValueError, "initial sums to 0"),
     ("gather_tokens", {"index": lambda t: t["index"] + 1}, ValueError, "index holds"),
     ("gather_tokens", {"index": lambda t: t["index"] - 1}, ValueError, "index holds"),
     ("similarity_source", {"index": lambda t: t["index"] + 1}, ValueError, "index holds"),
@@ -207,7 +214,17 @@ def good_arguments(name: str, t: dict[str, torch.Tensor]) -> dict[str, object]:
         arguments["x"] = t["compact"]
     if name == "select_tokens":
         arguments["keep"] = 4
+    if name.startswith("weighted_page_rank"):
+        arguments["initial"] = t["scores"]
     return arguments
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_good_arguments(backend, device, monkeypatch, name):
+    """Those that the next test spoils one by one."""
+    monkeypatch.setenv("ATEDM_CHECK", "1")
+    with atedm_kernels.backend(backend):
+        getattr(atedm_kernels, name)(**good_arguments(name, inputs(device)))
 
 
 @pytest.mark.parametrize(("name", "changes", "error", "message"), WRONG + WRONG_VALUES)
@@ -216,10 +233,8 @@ def test_wrong_arguments(backend, device, monkeypatch, name, changes, error, mes
     t = inputs(device)
     arguments = good_arguments(name, t)
     function = getattr(atedm_kernels, name)
-    with atedm_kernels.backend(backend):
-        function(**arguments)
-        with pytest.raises(error, match=message):
-            function(**{**arguments, **{key: change(t) for key, change in changes.items()}})
+    with atedm_kernels.backend(backend), pytest.raises(error, match=message):
+        function(**{**arguments, **{key: change(t) for key, change in changes.items()}})
 
 
 @pytest.mark.parametrize(("name", "changes", "error", "message"), WRONG)
@@ -237,6 +252,7 @@ def test_wrong_arguments_of_meta_tensors(name, changes, error, message):
         ("attention_column_sums", "k"),
         ("attention_column_sums", "lse"),
         ("weighted_page_rank", "lse"),
+        ("weighted_page_rank", "initial"),
         ("gather_tokens", "index"),
         ("similarity_source", "index"),
         ("recover_feature_map", "residual"),

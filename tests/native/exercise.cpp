@@ -86,28 +86,37 @@ void rank_and_prune(const Problem &p, int32_t threads) {
 
   std::vector<float> sums(columns), scores(rows), alone(rows), weights(rows, 0.5f);
   std::vector<int32_t> iterations(p.batch * p.heads);
+  const float *const starts[] = {nullptr, weights.data()};
   must(atedm_attention_column_sums(&map, nullptr, nullptr, sums.data(), threads));
   must(atedm_attention_column_sums(&map, weights.data(), map.lse_stride, sums.data(), threads));
   for (const int64_t kept : {int64_t{1} << 40, int64_t{0}}) {
     atedm_set_map_limits(kept, kept);
-    const int32_t status = atedm_weighted_page_rank_cross(&map, 3, 1e-3, scores.data(), iterations.data(), threads);
-    ++calls;
-    CHECK(status == (p.keys == 0 && rows > 0 ? ATEDM_INVALID : ATEDM_OK));
+    for (const float *initial : starts) {
+      const int32_t status = atedm_weighted_page_rank_cross(&map, 3, 1e-3, initial, map.lse_stride, scores.data(),
+                                                            iterations.data(), threads);
+      ++calls;
+      CHECK(status == (p.keys == 0 && rows > 0 ? ATEDM_INVALID : ATEDM_OK));
+    }
   }
+  const auto rank = [&](const float *initial, std::vector<float> &out, int32_t with) {
+    return atedm_weighted_page_rank(&map, 3, 0, initial, map.lse_stride, out.data(), iterations.data(), with);
+  };
   if (p.queries != p.keys) {
-    CHECK(atedm_weighted_page_rank(&map, 3, 0, scores.data(), iterations.data(), threads) == ATEDM_INVALID);
+    CHECK(rank(nullptr, scores, threads) == ATEDM_INVALID);
     atedm_set_map_limits(-1, -1);
     return;
   }
   for (const int route : {0, 1, 2}) {
     atedm_set_map_limits(route == 0 ? int64_t{1} << 40 : 0, route == 1 ? int64_t{1} << 40 : 0);
-    must(atedm_weighted_page_rank(&map, 3, 0, alone.data(), iterations.data(), 1));
-    must(atedm_weighted_page_rank(&map, 3, 0, scores.data(), iterations.data(), threads));
-    CHECK(rows == 0 || std::memcmp(alone.data(), scores.data(), rows * 4) == 0);
-    for (int64_t head = 0; !is_special && p.queries > 0 && head < p.batch * p.heads; ++head) {
-      double total = 0;
-      for (int64_t i = 0; i < p.queries; ++i) total += scores[head * p.queries + i];
-      CHECK(std::fabs(total - 1) < 1e-4 && iterations[head] == 3);
+    for (const float *initial : starts) {
+      must(rank(initial, alone, 1));
+      must(rank(initial, scores, threads));
+      CHECK(rows == 0 || std::memcmp(alone.data(), scores.data(), rows * 4) == 0);
+      for (int64_t head = 0; !is_special && p.queries > 0 && head < p.batch * p.heads; ++head) {
+        double total = 0;
+        for (int64_t i = 0; i < p.queries; ++i) total += scores[head * p.queries + i];
+        CHECK(std::fabs(total - 1) < 1e-4 && iterations[head] == 3);
+      }
     }
   }
   atedm_set_map_limits(-1, -1);

@@ -114,7 +114,8 @@ def test_sums_and_rankings(special):
         q, k, lse, scale = attention(fuzz, special)
         weights = fuzz.choice.choice([None, fuzz.laid_out(torch.rand(lse.shape, generator=fuzz.generator))])
         text = k[:, :, : fuzz.choice.randint(1, k.shape[2])]
-        settings = {"scale": scale, "max_iterations": fuzz.choice.randint(1, 4), "tolerance": 0.0}
+        initial = fuzz.choice.choice([None, fuzz.laid_out(torch.rand(lse.shape, generator=fuzz.generator) + 1e-3)])
+        settings = {"scale": scale, "max_iterations": fuzz.choice.randint(1, 4), "tolerance": 0.0, "initial": initial}
         with fuzz.settings():
             assert_same(*both(lambda: ak.attention_column_sums(q, k, lse, weights, scale=scale)), 2e-4)
             rankings = [both(lambda: ak.weighted_page_rank(q, k, lse, **settings))]

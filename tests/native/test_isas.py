@@ -63,6 +63,13 @@ def test_page_rank(isa, dtype, route):
             assert iterations.dtype == torch.int32 and (iterations == 4).all()
             assert relative(scores, oracle.page_rank(q, k, lse, iterations.long())[0]) < tolerance
             assert (scores.double().sum(-1) - 1).abs().max() < 2e-5
+            initial = scores.square()
+            for count in (1, 3):
+                warm, iterations = ak.weighted_page_rank(
+                    q, k, lse, max_iterations=count, tolerance=0.0, initial=initial
+                )
+                exact = oracle.page_rank(q, k, lse, iterations.long(), initial=initial)[0]
+                assert relative(warm, exact) < tolerance
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -95,7 +102,9 @@ def test_entries_that_16_bits_cannot_hold(isa):
     lse[0, 1, 40] -= 9.0
     with native.map_limits(0, EVERYTHING):
         scores, iterations = ak.weighted_page_rank(q, k, lse, max_iterations=4, tolerance=0.0)
+        warm, _ = ak.weighted_page_rank(q, k, lse, max_iterations=4, tolerance=0.0, initial=scores + 1.0)
     assert relative(scores, oracle.page_rank(q, k, lse, iterations.long())[0]) < 1e-3
+    assert relative(warm, oracle.page_rank(q, k, lse, iterations.long(), initial=scores + 1.0)[0]) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from atedm_kernels.ops.ranking import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
     SCHEMA,
+    check_initial_values,
     check_ranking,
     fake_ranking,
     prepare_ranking,
@@ -18,8 +21,8 @@ from atedm_kernels.ops.weighted_page_rank.reference import weighted_page_rank_re
 from atedm_kernels.registry import define_op, lazily
 
 
-def _check(q: Tensor, k: Tensor, lse: Tensor, scale: float | None, max_iterations: int, tolerance: float) -> None:
-    check_ranking(q, k, lse, scale, max_iterations, tolerance)
+def _check(q: Tensor, k: Tensor, *others: Any) -> None:
+    check_ranking(q, k, *others)
     check_self_attention(q, k)
 
 
@@ -37,6 +40,7 @@ _op = define_op(
         "native": weighted_page_rank_native,
         "reference": weighted_page_rank_reference,
     },
+    check_values=check_initial_values,
     prepare=prepare_ranking,
     flops=_flops,
 )
@@ -50,11 +54,13 @@ def weighted_page_rank(
     scale: float | None = None,
     max_iterations: int = DEFAULT_MAX_ITERATIONS,
     tolerance: float = DEFAULT_TOLERANCE,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Importance of the tokens of a self-attention map: its weighted PageRank (AT-EDM, section 3.2).
 
-    ``s ← Aᵀ s`` from ``s = 1/N``, normalised to sum 1, for each head on its own until ``Σ|s − s_previous| <
-    tolerance`` or ``max_iterations``. Convergence is decided on the device: no host synchronisation on a GPU.
+    ``s ← Aᵀ s`` from ``s = 1/N`` or ``initial``, normalised to sum 1, for each head on its own until
+    ``Σ|s − s_previous| < tolerance`` or ``max_iterations``. Convergence is decided on the device: no host
+    synchronisation on a GPU.
 
     Args:
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
@@ -62,6 +68,8 @@ def weighted_page_rank(
         lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
+        initial: ``[B, H, N]``, dtype of ``lse``, where to start, such as the scores of the denoising step before: not
+            negative, the sum of a head positive; normalised inside. Uniform by default.
 
     Returns:
         ``scores`` ``[B, H, N]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
@@ -69,4 +77,4 @@ def weighted_page_rank(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
-    return _op(q, k, lse, scale, max_iterations, tolerance)
+    return _op(q, k, lse, scale, max_iterations, tolerance, initial)

@@ -38,11 +38,25 @@ def power_iteration(
     return scores, iterations
 
 
+def start(q: Tensor, initial: Tensor | None) -> Tensor:
+    """``[P, M]``: ``initial`` ``[B, H, M]``, each head normalised to sum 1; uniform without it."""
+    if initial is None:
+        initial = q.new_ones(q.shape[:3], dtype=score_dtype(q))
+    initial = merge_heads(initial)
+    return initial / initial.sum(dim=-1, keepdim=True)
+
+
 def weighted_page_rank_reference(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    max_iterations: int,
+    tolerance: float,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
-    batch, heads, tokens, _ = q.shape
+    scores, shape = start(q, initial), lse.shape
     q, k, lse = merge_heads(q), merge_heads(k), merge_heads(lse)
 
     def step(running: Tensor, scores: Tensor) -> Tensor:
@@ -51,6 +65,5 @@ def weighted_page_rank_reference(
         )
         return sums[0]
 
-    start = q.new_full((batch * heads, tokens), 1.0 / tokens, dtype=score_dtype(q))
-    scores, iterations = power_iteration(step, start, max_iterations, tolerance)
-    return scores.view(batch, heads, tokens), iterations.view(batch, heads)
+    scores, iterations = power_iteration(step, scores, max_iterations, tolerance)
+    return scores.view(shape), iterations.view(shape[:2])

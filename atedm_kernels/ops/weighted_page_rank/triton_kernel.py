@@ -7,9 +7,9 @@ and the whole iteration can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -117,15 +117,34 @@ def normalise_launch(parts: Tensor, lse: Tensor, state: State, tolerance: float)
 
 
 @triton.jit
-def _start_kernel(lse, scores, bias, iterations, done, tokens, log2_tokens, BLOCK: tl.constexpr):
-    """Start one head with uniform scores and no iterations."""
+def _start_kernel(
+    lse,  # [pairs, tokens]
+    initial,  # [pairs, tokens], or None for uniform scores
+    scores,  # [pairs, tokens], as the next four written
+    bias,
+    iterations,
+    done,
+    tokens,
+    BLOCK: tl.constexpr,
+):
+    """Start one head: ``initial`` normalised, no iterations."""
     pair = tl.program_id(0).to(tl.int64)
+    local = tl.arange(0, BLOCK)
+    score = tl.full([BLOCK], 1.0, tl.float32) / tokens
+    if initial is not None:
+        initial += pair * tokens
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, tokens, BLOCK):
+            sums += tl.load(initial + start + local, mask=start + local < tokens, other=0.0)
+        total = tl.sum(sums, 0)
     for start in range(0, tokens, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
+        offsets = start + local
         inside = offsets < tokens
-        tl.store(scores + pair * tokens + offsets, tl.full([BLOCK], 1.0, tl.float32) / tokens, mask=inside)
+        if initial is not None:
+            score = tl.load(initial + offsets, mask=inside, other=0.0) / total
+        tl.store(scores + pair * tokens + offsets, score, mask=inside)
         shift = tl.load(lse + pair * tokens + offsets, mask=inside, other=0.0) * LOG2E
-        tl.store(bias + pair * tokens + offsets, -log2_tokens - shift, mask=inside)
+        tl.store(bias + pair * tokens + offsets, tl.log2(score) - shift, mask=inside)
     tl.store(iterations + pair, 0)
     tl.store(done + pair, 0)
 
@@ -137,12 +156,13 @@ def empty_state(lse: Tensor) -> State:
     return State(*numbers, *counts)
 
 
-def start_launch(lse: Tensor, state: State) -> Launch:
+def start_launch(lse: Tensor, initial: Tensor | None, state: State) -> Launch:
+    """``lse`` and ``initial`` are contiguous."""
     batch, heads, tokens = lse.shape
     return Launch(
         _start_kernel,
         grid=batch * heads,
-        arguments={"lse": lse, **vars(state), "tokens": tokens, "log2_tokens": math.log2(tokens)},
+        arguments={"lse": lse, "initial": initial, **vars(state), "tokens": tokens},
         constants={"BLOCK": _BLOCK},
     )
 
@@ -164,17 +184,17 @@ def iterate(
     scale: float,
     max_iterations: int,
     tolerance: float,
+    initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the launches of ``iteration`` ``max_iterations`` times; return what the public ops return."""
     lse = lse.contiguous()
     state = empty_state(lse)
     launches = iteration(q, k, lse, state, scale, tolerance)
-    run_all([start_launch(lse, state), *launches * max_iterations], q.device)
+    start = start_launch(lse, None if initial is None else initial.contiguous(), state)
+    run_all([start, *launches * max_iterations], q.device)
     return state.scores, state.iterations
 
 
-def weighted_page_rank_triton(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
-    return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)
+def weighted_page_rank_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``s ← Aᵀ s`` to its fixed point; arguments as in :func:`iterate`."""
+    return iterate(iteration_launches, *arguments)

@@ -8,6 +8,7 @@ from atedm_kernels.ops.ranking import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
     SCHEMA,
+    check_initial_values,
     check_ranking,
     fake_ranking,
     prepare_ranking,
@@ -31,6 +32,7 @@ _op = define_op(
         "native": weighted_page_rank_cross_native,
         "reference": weighted_page_rank_cross_reference,
     },
+    check_values=check_initial_values,
     prepare=prepare_ranking,
     flops=_flops,
 )
@@ -44,12 +46,13 @@ def weighted_page_rank_cross(
     scale: float | None = None,
     max_iterations: int = DEFAULT_MAX_ITERATIONS,
     tolerance: float = DEFAULT_TOLERANCE,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Importance of the queries of a cross-attention map: its weighted PageRank (AT-EDM, section 3.2).
 
-    Image tokens are the queries, text tokens the keys. From ``s_Q = 1/M``: ``s_K ← Aᵀ s_Q``, then ``s_Q(i) ←
-    Σ_j A_ij s_K(j) / Σ_j (−A_ij ln A_ij)`` (entropies under 1e-6 count as 1e-6), normalised to sum 1, for each
-    head on its own until ``Σ|s_Q − s_Q,previous| < tolerance`` or ``max_iterations``.
+    Image tokens are the queries, text tokens the keys. From ``s_Q = 1/M`` or ``initial``: ``s_K ← Aᵀ s_Q``, then
+    ``s_Q(i) ← Σ_j A_ij s_K(j) / Σ_j (−A_ij ln A_ij)`` (entropies under 1e-6 count as 1e-6), normalised to sum 1,
+    for each head on its own until ``Σ|s_Q − s_Q,previous| < tolerance`` or ``max_iterations``.
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
@@ -57,6 +60,8 @@ def weighted_page_rank_cross(
         lse: ``[B, H, M]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
+        initial: ``[B, H, M]``, dtype of ``lse``, where to start, such as the scores of the denoising step before: not
+            negative, the sum of a head positive; normalised inside. Uniform by default.
 
     Returns:
         ``scores`` ``[B, H, M]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
@@ -64,4 +69,4 @@ def weighted_page_rank_cross(
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.
     """
-    return _op(q, k, lse, scale, max_iterations, tolerance)
+    return _op(q, k, lse, scale, max_iterations, tolerance, initial)

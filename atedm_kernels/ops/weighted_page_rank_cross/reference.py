@@ -5,20 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atedm_kernels._checks import score_dtype
 from atedm_kernels.ops.attention_column_sums.reference import attention_column_sums_reference
 from atedm_kernels.ops.attention_map import log_map_blocks, merge_heads
-from atedm_kernels.ops.weighted_page_rank.reference import power_iteration
+from atedm_kernels.ops.weighted_page_rank.reference import power_iteration, start
 
 # A row that attends to only one key has entropy 0. The floor keeps its score finite.
 ENTROPY_FLOOR = 1e-6
 
 
 def weighted_page_rank_cross_reference(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    max_iterations: int,
+    tolerance: float,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as in the public op."""
-    batch, heads, queries, _ = q.shape
+    scores, shape = start(q, initial), lse.shape
     q, k, lse = merge_heads(q), merge_heads(k), merge_heads(lse)
 
     def step(running: Tensor, scores: Tensor) -> Tensor:
@@ -32,6 +37,5 @@ def weighted_page_rank_cross_reference(
             new[pair, rows] = received / entropy.clamp(min=ENTROPY_FLOOR)
         return new
 
-    start = q.new_full((batch * heads, queries), 1.0 / queries, dtype=score_dtype(q))
-    scores, iterations = power_iteration(step, start, max_iterations, tolerance)
-    return scores.view(batch, heads, queries), iterations.view(batch, heads)
+    scores, iterations = power_iteration(step, scores, max_iterations, tolerance)
+    return scores.view(shape), iterations.view(shape[:2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -148,8 +150,6 @@ def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: f
     ]
 
 
-def weighted_page_rank_cross_triton(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; shapes as in the public op."""
-    return iterate(iteration_launches, q, k, lse, scale, max_iterations, tolerance)
+def weighted_page_rank_cross_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``s_K ← Aᵀ s_Q``, ``s_Q(i) ← Σ_j A_ij s_K(j) / entropy(A_i)``; arguments as in :func:`iterate`."""
+    return iterate(iteration_launches, *arguments)
