@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import atedm
 from atedm.app.flops import MAX_RATIO, UNetFlops, count_flops, solve_decreasing
 from atedm.app.models import SDXL_UNET, image_size, meta_unet, unet_config, unet_inputs
 from atedm.policy.options import PUBLISHED
+from atedm.policy.ranking import WARM_ITERATIONS
 from atedm_bench.peers import TOMESD_MAX_RATIO, TomesdFlops
 
 
@@ -22,8 +24,16 @@ def sdxl() -> UNetFlops:
 
 @pytest.fixture(scope="module")
 def small() -> UNetFlops:
-    """SDXL's structure with fewer layers, at a quarter of its side."""
+    """SDXL's structure with fewer layers, at half of its side."""
     return UNetFlops({**SDXL_UNET, "transformer_layers_per_block": (1, 2, 3)}, width=512, height=512)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a UNet that is counted in a moment, for what the command does with any."""
+    folder = tmp_path_factory.mktemp("unet")
+    meta_unet({**ASYMMETRIC, "layers_per_block": 1, "reverse_transformer_layers_per_block": None}).save_config(folder)
+    return str(folder)
 
 
 def _run(*arguments: str):
@@ -69,16 +79,22 @@ ASYMMETRIC = {
 def test_counting_by_blocks_is_exact():
     counter = UNetFlops(ASYMMETRIC, width=264, height=136, batch=2, tokens=7)
     unet = counter.unet
-    for ratio in (0.4, {3: 0.7}, {2: 0.2, 3: 0.9}):
-        for light, placement, ranking in ((False, "early", "self"), (True, "early", "cross"), (False, "paper", "keys")):
-            settings = {"placement": placement, "ranking": ranking}
-            schedule = atedm.DSAP(1.0) if light else None
-            with atedm.applied(unet, PUBLISHED, ratio=ratio, schedule=schedule, **settings):
-                whole = count_flops(lambda: counter.call(unet))
-            by_blocks = counter.pruned(ratio, light=light, **settings)
-            assert by_blocks.unet + by_blocks.scoring == whole.unet + whole.scoring
-            if ranking == "self":
-                assert by_blocks == whole
+    # Every ratio, every way to prune.
+    for ratio, light, placement, ranking in (
+        (0.4, False, "early", "self"),
+        ({3: 0.7}, False, "early", "self"),
+        ({3: 0.7}, True, "early", "cross"),
+        ({2: 0.2, 3: 0.9}, True, "early", "cross"),
+        ({2: 0.2, 3: 0.9}, False, "paper", "keys"),
+    ):
+        settings = {"placement": placement, "ranking": ranking}
+        schedule = atedm.DSAP(1.0) if light else None
+        with atedm.applied(unet, PUBLISHED, ratio=ratio, schedule=schedule, **settings):
+            whole = count_flops(lambda: counter.call(unet))
+        by_blocks = counter.pruned(ratio, light=light, **settings)
+        assert by_blocks.unet + by_blocks.scoring == whole.unet + whole.scoring
+        if ranking == "self":
+            assert by_blocks == whole
 
 
 def test_a_unet_that_projects_its_text_is_counted():
@@ -194,20 +210,24 @@ def test_command_prints_and_writes(tmp_path):
         assert not any(isinstance(value, (list, dict)) for value in row.values())
 
 
-def test_command_solves_a_budget(tmp_path):
+def test_command_solves_a_budget(folder, tmp_path):
     path = tmp_path / "flops.json"
-    run = _run("--size", "256", "--placement", "early", "--budget", "0.25", "--json", str(path))
+    budget = UNetFlops(unet_config(folder), width=256, height=256).average(0.4, steps=50).tflops
+    options = ("--size", "256", "--placement", "early", "--budget", str(budget))
+    run = _run("--model", folder, *options, "--json", str(path))
     assert run.exit_code == 0, run.output
     (average,) = [row for row in json.loads(path.read_text())["rows"] if row["phase"] == "average"]
-    assert average["tflops"] == pytest.approx(0.25, rel=1e-3)
+    assert average["tflops"] == pytest.approx(budget, rel=1e-3)
+    assert average["ratio"] == pytest.approx(0.4, abs=0.02)
     assert f"{average['ratio']:.4f}" in run.output
 
 
-def test_command_counts_what_a_file_of_options_holds(tmp_path):
+def test_command_counts_what_a_file_of_options_holds(folder, tmp_path):
     path, file = tmp_path / "flops.json", tmp_path / "options.json"
     options = atedm.Options(ratio={2: 0.4, 3: 0.6}, recovery="cached", schedule=["whole", "pruned", "reused", "reused"])
     options.save(file)
-    run = _run("--size", "256", "--steps", "8", "--options", str(file), "--json", str(path))
+    common = ("--model", folder, "--size", "256", "--options", str(file))
+    run = _run(*common, "--steps", "8", "--json", str(path))
     assert run.exit_code == 0, run.output
     rows = {row["phase"]: row["tflops"] for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["full", "whole", "all pruned", "reused", "average"]
@@ -215,9 +235,9 @@ def test_command_counts_what_a_file_of_options_holds(tmp_path):
     assert rows["average"] == pytest.approx((2 * rows["whole"] + 2 * rows["all pruned"] + 4 * rows["reused"]) / 8)
     assert "reused: 4 of 8" in run.output
     atedm.Options(schedule=atedm.Adaptive()).save(file)
-    run = _run("--size", "256", "--options", str(file))
+    run = _run(*common)
     assert run.exit_code == 0 and "a run says what it came to" in run.output and "average" not in run.output
-    run = _run("--size", "256", "--options", str(file), "--budget", "0.2")
+    run = _run(*common, "--budget", "0.2")
     assert run.exit_code == 2 and "which chooses as it runs" in run.output
 
 
@@ -233,13 +253,13 @@ def test_command_counts_what_a_file_of_options_holds(tmp_path):
         (("--size", "1001"), "--size"),
         (("--model", "no-such-model"), "--model"),
         (("--budget", "-1"), "--budget"),
-        (("--budget", "900", "--size", "64", "--placement", "early"), "--budget"),
+        (("--model", "{folder}", "--budget", "900", "--size", "64", "--placement", "early"), "--budget"),
         (("--paper", "--size", "512"), "--paper"),
         (("--steps", "0"), "--steps"),
     ],
 )
-def test_errors_name_the_option(arguments, option):
-    run = _run(*arguments)
+def test_errors_name_the_option(folder, arguments, option):
+    run = _run(*(each.format(folder=folder) for each in arguments))
     assert run.exit_code == 2
     assert option in run.output
 
@@ -258,3 +278,21 @@ def test_steps_of_four_kinds(sdxl, small):
     assert small.mean(options, kinds).unet == round(total / 5)
     with pytest.raises(ValueError, match="which chooses as it runs; expected a fixed one"):
         small.average(0.5, steps=5, schedule=atedm.Adaptive())
+
+
+def test_a_warm_start_is_counted_by_its_fewer_iterations(small):
+    """By the same counter, which must not take one setting's ranking for another's."""
+
+    def ranking(**changes):
+        options = replace(PUBLISHED, schedule=None, **changes)
+        return (
+            small.of_kind(options, "pruned").scoring - small.of_kind(replace(options, ranking=_free), "pruned").scoring
+        )
+
+    def _free(q, k, lse):
+        return lse
+
+    one = ranking(max_iterations=1)
+    assert one > 0
+    assert ranking() == 5 * one and ranking(warm_start=True) == WARM_ITERATIONS * one
+    assert ranking(warm_start=True, max_iterations=2) == 2 * one

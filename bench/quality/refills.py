@@ -42,7 +42,7 @@ class Way:
 
 
 def _rank_by_keys(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    return KeyRanking().scores(AttentionMap(q, k, lse, None))[0]
+    return KeyRanking().scores(AttentionMap(q, k, lse, None), None)[0]
 
 
 def _by_keys(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_scores_and_sources(backend, dtype, tolerance):
     k = keys(dtype)
     exact = likeness(k)
     with atedm_kernels.backend(backend):
-        scores = KeyRanking().scores(of(k))[0]
+        scores = KeyRanking().scores(of(k), None)[0]
         index = atedm_kernels.select_tokens(scores, 40)
         source = KeyCopy().source(of(k), index)
     assert scores.dtype == torch.float32
@@ -55,7 +55,7 @@ def test_scores_and_sources(backend, dtype, tolerance):
 def test_a_key_of_zeros_is_like_none(dtype):
     k = keys(dtype)
     k[:, :, 5] = 0
-    scores = KeyRanking().scores(of(k))[0]
+    scores = KeyRanking().scores(of(k), None)[0]
     assert scores.isfinite().all()
     torch.testing.assert_close(scores[:, :, 5], torch.ones(2, 3))  # exp(0) with every other
 
@@ -63,6 +63,6 @@ def test_a_key_of_zeros_is_like_none(dtype):
 def test_scores_are_the_larger_the_fewer_are_alike():
     k = torch.ones(1, 1, 10, 8)
     k[:, :, 9, :4] = -1.0
-    scores = KeyRanking().scores(of(k))[0][0, 0]
+    scores = KeyRanking().scores(of(k), None)[0][0, 0]
     assert scores.argmax() == 9
     assert atedm_kernels.select_tokens(scores[None, None], 2).tolist() == [[0, 9]]

@@ -110,6 +110,7 @@ def test_the_papers_presets_are_the_published_method():
             reduction="rms",
             rank_every=1,
             staleness=None,
+            warm_start=False,
         )
 
 

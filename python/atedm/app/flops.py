@@ -211,6 +211,7 @@ class UNetFlops:
             kept = kept_tokens(math.prod(args[0].shape[-2:]), options.ratio_at(block.level), options.keep_multiple)
             is_whole = options.steps.constant == "light" and block.whole_when_light
             how = (is_whole, options.placement, options.ranking, options.recovery, options.staleness)
+            how += (options.max_iterations, options.warm_start)
         key = (*self._kind(block), kept, *how)
         return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 

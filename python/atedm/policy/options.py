@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from atedm.files import whole_file
-from atedm.policy.ranking import RANKINGS, RankingFunction
+from atedm.policy.ranking import RANKINGS, RankingFunction, make_ranking
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import DSAP, Adaptive, Listed, Schedule, as_schedule, schedule_from_json, schedule_to_json
 from atedm.policy.staleness import STALENESS
@@ -62,6 +62,7 @@ class Options:
     grid: int | None = None
     rank_every: int = 1
     staleness: str | None = "drift"
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):
@@ -84,6 +85,17 @@ class Options:
     def prunes(self) -> bool:
         """Whether any step drops tokens."""
         return bool(self.steps.kinds & {"light", "pruned"})
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether a ranking begins at the scores that an earlier step of the picture came to."""
+        ranking = make_ranking(self.ranking, self.max_iterations, self.tolerance)
+        return self.warm_start and self.prunes and ranking is not None and ranking.iterates
+
+    @property
+    def follows_pictures(self) -> bool:
+        """Whether anything is kept from one step of a picture to the next."""
+        return self.remembers or self.starts_warm or self.rank_every > 1
 
     @property
     def remembers(self) -> bool:
@@ -110,7 +122,7 @@ class Options:
     @property
     def constant_kind(self) -> str | None:
         """The kind of every step, where each call of a UNet is alike, whatever its step and pipeline; else None."""
-        return None if self.remembers or self.rank_every > 1 else self.steps.constant
+        return None if self.follows_pictures else self.steps.constant
 
     @property
     def is_constant(self) -> bool:
@@ -123,6 +135,7 @@ class Options:
             "recovery": self.prunes and RECOVERIES[self.recovery].remembers,
             "staleness": self.prunes and self.staleness is not None,
             "rank_every": self.rank_every > 1,
+            "warm_start": self.starts_warm,
         }
         return ", ".join(f"{name}={getattr(self, name)!r}" for name, does in differ.items() if does)
 
@@ -210,6 +223,8 @@ def _check(options: Options) -> None:
     if grid is not None and (isinstance(grid, bool) or not isinstance(grid, int) or grid < 2):
         raise ValueError(f"grid is {grid!r}; expected None or an integer of at least 2")
     _one_of("reduction", options.reduction, REDUCTIONS)
+    if not isinstance(options.warm_start, bool):
+        raise TypeError(f"warm_start is {options.warm_start!r}; expected True or False")
     for name in ("keep_multiple", "max_iterations", "rank_every"):
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -253,7 +268,9 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 
 # The published method (sections 3 and 4), whatever the defaults are; placed early, which changes FLOPs and no choice.
-PUBLISHED = Options(schedule=DSAP(), placement="early", ranking="self", recovery="similarity", staleness=None)
+PUBLISHED = Options(
+    schedule=DSAP(), placement="early", ranking="self", recovery="similarity", staleness=None, warm_start=False
+)
 
 # ``paper`` and ``paper-dagger`` are AT-EDM and AT-EDM† at the paper's main budget. The last two prune no tokens: on the
 # embedded model, reusing whole features keeps a picture at fewer FLOPs than pruning does.

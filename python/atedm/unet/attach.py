@@ -218,6 +218,8 @@ def apply(
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
+        warm_start: begin it at the scores that the block's ranking came to in an earlier step of the picture, with at
+            most 3 iterations then (ours, default). False for uniform scores, as published.
         scheduler: where ``pipe`` is a UNet that is called with values: its ``timesteps`` tell the step. Pipelines need
             none: they hand the UNet elements of their scheduler's timesteps, whose place is the step. Without either,
             the timestep's size judges.

@@ -81,6 +81,11 @@ class PrunedBlock:
         memory = slot.blocks[self.name] = BlockMemory((batch, *size))
         if self.calls.options.rank_every > 1:
             memory.index = torch.zeros(batch, keep, dtype=torch.int64, device=device)
+        if self.calls.options.starts_warm:
+            first = self.module.transformer_blocks[0]
+            heads = (first.attn1 if self.ranking.attention == "self" else first.attn2).heads
+            precise = torch.promote_types(dtype, torch.float32)
+            memory.ranks = torch.ones(batch, heads, tokens, dtype=precise, device=device)
         if self.recovery.remembers:
             memory.update = torch.zeros(batch, tokens, self.module.out_channels, dtype=dtype, device=device)
         if self.staleness is not None:

@@ -158,9 +158,14 @@ class UNetCalls:
         self._note(call)
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
         # For parts of the UNet that are compiled. A choice that is not their own they cannot see, so they choose.
-        self.graph.kind, self.graph.slot, self.graph.ranks = call.kind, call.slot, True
+        self._tell(replace(call, ranks=True))
         call.before = _running.get()
         _running.set((self, call))
+
+    def _tell(self, call: Call) -> None:
+        """Tell graphs what the call is."""
+        graph = self.graph
+        graph.kind, graph.slot, graph.ranks, graph.is_warm = call.kind, call.slot, call.ranks, call.is_warm
 
     def _note(self, call: Call) -> None:
         for recording in self.recordings:
@@ -214,7 +219,7 @@ class UNetCalls:
         """Tell a graph of the whole UNet what the call is."""
         if not self.is_constant or self.recordings:
             call = self._outside = self.planner.call(args, kwargs, in_graph=True)
-            self.graph.kind, self.graph.slot, self.graph.ranks = call.kind, call.slot, call.ranks
+            self._tell(call)
             # A graph in which nothing depends on the call leaves this as it is.
             self.is_told = not self.is_constant
             if not any(each.tokens for each in self.recordings):  # else the UNet runs uncompiled, and notes it there

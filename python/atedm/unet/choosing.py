@@ -39,6 +39,7 @@ class TokenChoice:
         self.keep = keep
         self.size = tuple(hidden_states.shape[-2:])
         self.index: Tensor | None = None
+        self._ranks: Tensor | None = None  # what the ranking came to
         self.observed: Tensor | None = None
         if block.staleness is not None:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
@@ -55,6 +56,8 @@ class TokenChoice:
         else:
             scores, iterations = self._scores(attention)
             self.index = self._select(scores)
+            if memory is not None and memory.ranks is not None:
+                memory.ranks.copy_(self._ranks)
             if memory is not None and memory.index is not None:
                 memory.index.copy_(self.index)
                 picture = self._call.picture
@@ -74,7 +77,9 @@ class TokenChoice:
         """Scores ``[B, H, N]``, and the iterations of a ranking that iterates."""
         block, scores, iterations = self._block, None, None
         if attention is not None:
-            scores, iterations = block.ranking.scores(attention())
+            initial = self._memory.ranks if self._call.is_warm and self._memory is not None else None
+            scores, iterations = block.ranking.scores(attention(), initial)
+            self._ranks = scores
         if block.staleness is not None:
             stale = block.staleness.scores(self.observed, self._memory.staleness)
             scores = stale if scores is None else scores * stale

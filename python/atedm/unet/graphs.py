@@ -24,9 +24,9 @@ def graphs_per_size(options: Options) -> int:
     """How many graphs of a whole UNet ``options`` take for one image size: one for each kind of call."""
     if options.is_constant:
         return 1
-    # With a choice, and with an earlier one.
-    chosen = len(options.kinds & {"light", "pruned"}) if options.rank_every > 1 else 0
-    return len(options.kinds) + chosen
+    # With a choice, and with an earlier one; from uniform scores, and from earlier ones.
+    choosing = len(options.kinds & {"light", "pruned"})
+    return len(options.kinds) + choosing * (options.rank_every > 1) + choosing * options.starts_warm
 
 
 def forward_is_compiled(unet: nn.Module) -> bool:

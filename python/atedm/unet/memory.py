@@ -22,6 +22,7 @@ class BlockMemory:
         size: batch, height and width of the block's feature map.
         index: int64 ``[B, K]``, the tokens of the last choice. update: ``[B, N, C]``, what the block last added to its
             input, token by token. staleness: what tells how out of date that is.
+        ranks: float32 ``[B, H, N]``, the scores that the ranking last came to, where the next begins; uniform before.
         choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by. A graph leaves both.
     """
 
@@ -29,11 +30,18 @@ class BlockMemory:
     index: Tensor | None = None
     update: Tensor | None = None
     staleness: State = field(default_factory=dict)
+    ranks: Tensor | None = None
     choice: int | None = None
     scores: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (x for x in (self.index, self.update, *self.staleness.values()) if x is not None)
+        yield from (x for x in (self.index, self.update, self.ranks, *self.staleness.values()) if x is not None)
+
+    def forget(self) -> None:
+        """Forget what the first whole call of the next picture does not write over."""
+        self.choice = self.scores = None
+        if self.ranks is not None:
+            self.ranks.fill_(1.0)
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Picture:
             call has written ``slot``.
         is_shared: whether several contents have its timesteps: tiles, halves of guidance one by one, pictures in turn,
             threads. Then what is remembered may be another's.
-        chosen: the step of the last choice of tokens.
+        chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
     """
 
     def __init__(self) -> None:
@@ -87,6 +95,7 @@ class Picture:
         self.slot: Slot | None = None
         self.is_filled = False
         self.chosen: int | None = None
+        self.ranked: set[str] = set()
         self._rate: float | None = None
 
     def begin(self, step: int, total: int) -> None:
@@ -113,6 +122,10 @@ class Picture:
         if due:
             self.chosen = step
         return due
+
+    def has_ranks_for(self, kind: str) -> bool:
+        """Whether every block that ranks in a step of ``kind`` has done so before: some are whole in light ones."""
+        return kind in self.ranked or (kind == "light" and "pruned" in self.ranked)
 
     def rate(self) -> float | None:
         """The change of the feature per step between the last two computed steps; None before there were two."""
@@ -170,7 +183,7 @@ class Memory:
         picture.restart()
         picture.slot, slot.owner = slot, weakref.ref(picture)
         for block in slot.blocks.values():
-            block.choice = block.scores = None
+            block.forget()
         return slot
 
     @property

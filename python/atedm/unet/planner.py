@@ -29,7 +29,8 @@ class Call:
     """One call of the UNet.
 
     Attributes:
-        kind: of its step, see :mod:`atedm.policy.schedule`. ranks: whether tokens are chosen in it.
+        kind: of its step, see :mod:`atedm.policy.schedule`. ranks: whether tokens are chosen in it. is_warm: whether
+            the ranking begins at the scores of an earlier step.
         slot: what is remembered of its picture; None where nothing is, or where that cannot be told.
         picture: the one that ``slot`` belongs to. step: denoising step of ``total``, where it is known.
         recordings: those that see it, and which of their calls it is.
@@ -38,6 +39,7 @@ class Call:
 
     kind: str = "pruned"
     ranks: bool = True
+    is_warm: bool = False
     slot: Slot | None = None
     picture: Picture | None = None
     step: int | None = None
@@ -64,8 +66,14 @@ class Planner:
         self._start = start
         self._said: set[str] = set()
         self.differ = options.why_not_constant()
+        self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
         # What a call does of which nothing can be remembered.
-        self._instead = "every step is whole" if options.remembers else "tokens are chosen in every call"
+        if options.remembers:
+            self._instead = "every step is whole"
+        elif options.rank_every > 1:
+            self._instead = "tokens are chosen in every call"
+        else:
+            self._instead = "every ranking begins at uniform scores"
         self.forced: Call | None = None
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
@@ -75,9 +83,10 @@ class Planner:
 
     @contextlib.contextmanager
     def all_of_kind(self, kind: str, sample: Tensor) -> Iterator[None]:
-        """Make every call one of ``kind`` that follows a whole one with ``sample``: to count FLOPs, and to time."""
-        slot = self._make_slot(_key(sample), sample) if self.options.remembers or kind == "reused" else None
-        self.forced = Call(kind, slot=slot)
+        """Make every call one of ``kind`` that follows others with ``sample``: to count FLOPs, and to time."""
+        needs_slot = self._follows_pictures or kind == "reused"
+        slot = self._make_slot(_key(sample), sample) if needs_slot else None
+        self.forced = Call(kind, is_warm=self._starts_warm and kind in ("light", "pruned"), slot=slot)
         try:
             yield
         finally:
@@ -94,7 +103,7 @@ class Planner:
         if self.forced is not None:
             return replace(self.forced)
         step = step_of(args[1] if len(args) > 1 else kwargs.get("timestep"), self.scheduler)
-        picture = self._picture(step) if options.remembers or options.rank_every > 1 else None
+        picture = self._picture(step) if self._follows_pictures else None
         slot = None if picture is None else self._slot(picture, sample, in_graph)
         if slot is None:
             kind = "whole" if options.remembers else self._kind_of_one(step)
@@ -105,8 +114,10 @@ class Planner:
         if options.remembers and not picture.is_filled:
             kind = "whole"
         picture.begin_kind(step.index, kind)
-        ranks = kind in ("whole", "reused") or picture.is_choice_due(step.index, kind, options.rank_every)
-        return Call(kind, ranks, slot, picture, step.index, step.total)
+        prunes = kind in ("light", "pruned")
+        ranks = not prunes or picture.is_choice_due(step.index, kind, options.rank_every)
+        is_warm = self._starts_warm and prunes and ranks and picture.has_ranks_for(kind)
+        return Call(kind, ranks, is_warm, slot, picture, step.index, step.total)
 
     def _rate(self, picture: Picture, step: int) -> float | None:
         """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
@@ -188,6 +199,8 @@ class Planner:
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
         picture.is_filled = True  # every call before the first whole one is whole
+        if call.ranks and call.kind in ("light", "pruned"):
+            picture.ranked.add(call.kind)
         if picture.is_over:
             if set(picture.kinds.values()) == {"whole"} != self.options.steps.kinds:
                 self.say_once(
