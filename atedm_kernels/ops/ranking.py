@@ -18,11 +18,11 @@ from atedm_kernels._checks import (
     values_are_checked,
 )
 
-# Chosen on the trained maps of the embedded model (quality-bf16-256-convergence.json in bench/results), by the overlap
-# (Jaccard index) of the kept set with the converged one, mean over blocks and steps: 0.958 after 3 iterations, 0.979
-# after 5, 0.993 after 10; at level 2, which converges slowest, 0.924, 0.959, 0.985. Five more iterations would change
-# one token in a hundred and take twice the time. A tolerance of 1e-2 runs 3.7 of the 5 iterations and gives an overlap
-# of 0.978; 1e-3 runs 4.4 and gives 0.979.
+# Chosen on the trained maps of the embedded model (quality-fp32-convergence.json in bench/results), by the overlap
+# (Jaccard index) of the kept set with the converged one, mean over blocks and steps: 0.955 after 3 iterations, 0.977
+# after 5, 0.992 after 10; at level 2, which converges slowest, 0.916, 0.953, 0.982. Five more iterations would change
+# one or two tokens in a hundred and take twice the time. A tolerance of 1e-2 runs 3.7 of the 5 iterations and gives an
+# overlap of 0.976.
 DEFAULT_MAX_ITERATIONS = 5
 DEFAULT_TOLERANCE = 1e-2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 import atedm
 from atedm.app.prompts import PromptCase, Sampling
+from atedm.policy.options import PUBLISHED, Options
 from atedm.policy.selection import kept_tokens
 from atedm.unet.blocks import attention_blocks
 from atedm_bench.quality.images import run_without_decoding
-from atedm_bench.quality.settings import PUBLISHED
+from atedm_kernels import DEFAULT_MAX_ITERATIONS
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 
 # The kept sets after these numbers of iterations are compared with the set after LIMIT.
 ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 LIMIT = 60
+
+# Iterations from the scores that the ranking came to before, each time; a picture's first begins at uniform scores.
+WARM_ITERATIONS = (1, 2, 3, 5)
 
 # With these limits, the study measures what stopping at each tolerance costs in overlap and saves in iterations.
 STOP_LIMITS = (3, 5, 10)
@@ -32,13 +36,15 @@ STOP_LIMITS = (3, 5, 10)
 class _Seen:
     """One block at one step: iterations to each tolerance, per head; Jaccard index at each iteration, per batch row.
 
-    ``stopped``: by (tolerance, limit), the iterations (per head) and the Jaccard index (per batch row).
+    ``stopped``: by (tolerance, limit), the iterations (per head) and the Jaccard index (per batch row). ``warm``: as
+    ``jaccard``, from the scores of the ranking before; nothing at a picture's first.
     """
 
     tokens: int = 0
     iterations: dict[float, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     jaccard: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     stopped: dict[tuple[float, int], list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    warm: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 def _kept(scores: Tensor, keep: int) -> Tensor:
@@ -52,18 +58,28 @@ def _overlap(mask: Tensor, last: Tensor) -> Tensor:
     return ((mask & last).sum(1) / (mask | last).sum(1)).cpu()
 
 
-def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tensor:
-    """Iterate in float64 on the stored map and return the converged scores."""
+def _iterate(scores: Tensor, attention: Tensor, times: int = 1) -> Tensor:
+    for _ in range(times):
+        scores = (scores[:, :, None] @ attention)[:, :, 0]
+        scores = scores / scores.sum(2, keepdim=True)
+    return scores
+
+
+def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen, before: dict[int, Tensor]) -> Tensor:
+    """Iterate in float64 on the stored map and return the converged scores.
+
+    Args:
+        before: by :data:`WARM_ITERATIONS`, the scores of the block's ranking before, which are replaced; empty at the
+            first one of a picture.
+    """
     scale = q.shape[3] ** -0.5
     attention = torch.exp(q.double() @ k.double().transpose(2, 3) * scale - lse.double()[..., None])
     scores = torch.full(q.shape[:3], 1 / q.shape[2], dtype=torch.float64, device=q.device)
     reached = {tolerance: torch.full(q.shape[:2], LIMIT) for tolerance in TOLERANCES}
     masks, history = {}, [scores]
     for iteration in range(1, LIMIT + 1):
-        before = scores
-        scores = (scores[:, :, None] @ attention)[:, :, 0]
-        scores = scores / scores.sum(2, keepdim=True)
-        change = (scores - before).abs().sum(2).cpu()
+        previous, scores = scores, _iterate(scores, attention)
+        change = (scores - previous).abs().sum(2).cpu()
         for tolerance, found in reached.items():
             found[(change < tolerance) & (found == LIMIT)] = iteration
         if iteration <= max(STOP_LIMITS):
@@ -76,6 +92,12 @@ def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen) -> Tenso
         seen.iterations[tolerance].append(found.flatten())
     for iteration, mask in masks.items():
         seen.jaccard[iteration].append(_overlap(mask, last))
+    for times in WARM_ITERATIONS:
+        if times in before:
+            before[times] = _iterate(before[times], attention, times)
+            seen.warm[times].append(_overlap(_kept(before[times], keep), last))
+        else:
+            before[times] = history[DEFAULT_MAX_ITERATIONS]
     series = torch.stack(history)  # [iterations + 1, B, H, N]
     for tolerance, found in reached.items():
         for limit in STOP_LIMITS:
@@ -97,6 +119,9 @@ def _row(name: str, seen: Sequence[_Seen]) -> dict[str, Any]:
         found = torch.cat([x for s in seen for x in s.jaccard[iteration]]).double()
         row[f"jaccard_{iteration}"] = float(found.mean())
         row[f"jaccard_{iteration}_min"] = float(found.min())
+    for times in WARM_ITERATIONS:
+        found = [x for s in seen for x in s.warm[times]]
+        row[f"jaccard_warm_{times}"] = float(torch.cat(found).double().mean()) if found else None
     for tolerance in TOLERANCES:
         for limit in STOP_LIMITS:
             pairs = [pair for s in seen for pair in s.stopped[tolerance, limit]]
@@ -132,16 +157,31 @@ class RunningBlock:
         return remember
 
 
+# Which steps rank tokens. By the first, those of one block follow each other without a gap.
+RUNS: dict[str, Options] = {"published, every step": replace(PUBLISHED, schedule=None), "default": Options()}
+
+
 def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:
-    """Make the pictures of ``cases``, pruned at ``ratio``, and watch every ranking.
+    """Make the pictures of ``cases``, pruned at ``ratio``, by each of :data:`RUNS`, and watch every ranking.
 
     Returns:
-        Flat rows: one per block (its ``step`` is None), then one per block and step. ``iterations_to_T``: iterations
-        until the scores change by less than ``T``, mean over heads (60: never); ``jaccard_n``: overlap between the
-        sets kept after n and after 60 iterations, mean over pictures; ``_max`` and ``_min`` are the worst cases.
-        ``stopped_T_of_n``: with tolerance ``T`` and at most n iterations, the iterations taken and the overlap.
+        Flat rows, ``run`` by ``run``: one per block (its ``step`` is None), then one per block and step.
+        ``iterations_to_T``: iterations until the scores change by less than ``T``, mean over heads (60: never);
+        ``jaccard_n``: overlap between the sets kept after n and after 60 iterations, mean over pictures; ``_max`` and
+        ``_min`` are the worst cases. ``jaccard_warm_n``: the same after n iterations from the scores of the ranking
+        before, itself so begun; None at the first of a picture. ``stopped_T_of_n``: with tolerance ``T`` and at most n
+        iterations, the iterations taken and the overlap.
     """
+    return [
+        {**row, "run": name}
+        for name, options in RUNS.items()
+        for row in _study(pipe, cases, replace(options, ratio=ratio), sampling)
+    ]
+
+
+def _study(pipe: Any, cases: Sequence[PromptCase], options: Options, sampling: Sampling) -> list[dict[str, Any]]:
     seen: dict[tuple[str, int], _Seen] = defaultdict(_Seen)
+    before: dict[str, dict[int, Tensor]] = defaultdict(dict)
     step = 0
 
     def advance(*_: Any) -> dict[str, Any]:
@@ -152,10 +192,10 @@ def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampli
     with RunningBlock(pipe.unet) as running:
 
         def ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-            return _observe(q, k, lse, kept_tokens(q.shape[2], ratio), seen[running.name, step])
+            keep = kept_tokens(q.shape[2], options.ratio)
+            return _observe(q, k, lse, keep, seen[running.name, step], before[running.name])
 
-        # Without a schedule, every block ranks at every step; DSAP would hide some.
-        with atedm.applied(pipe, PUBLISHED, ratio=ratio, ranking=ranking, schedule=None):
+        with atedm.applied(pipe, options, ranking=ranking):
             run_without_decoding(pipe, cases, sampling, callback_on_step_end=advance)
     names = list(dict.fromkeys(name for name, _ in seen))
     rows = [{**_row(name, [s for (block, _), s in seen.items() if block == name]), "step": None} for name in names]

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from atedm.app.comparison import open_image, save_image
 from atedm.app.prompts import PromptCase
 from atedm.files import whole_file
+from atedm_bench.quality import convergence
 from atedm_bench.quality.claims import MEASURES
-from atedm_bench.quality.convergence import ITERATIONS
 from atedm_bench.quality.images import picture_paths
 from atedm_bench.quality.settings import Setting
 
@@ -111,22 +111,33 @@ def _front(points: Sequence[tuple[float, float]], more: bool) -> list[tuple[floa
 
 
 def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Overlap of the kept set after n iterations with the converged set: mean and worst, one line per block."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    blocks = [row for row in rows if row["step"] is None]
-    for axis, suffix, title in ((axes[0], "", "mean"), (axes[1], "_min", "worst picture and step")):
+    """Overlap of the kept set after n iterations with the converged set, one line per block.
+
+    From uniform scores, mean and worst; from those of the ranking before, mean, by each of the runs.
+    """
+    by_run = {run: [row for row in rows if row["step"] is None and row["run"] == run] for run in convergence.RUNS}
+    every, *_ = by_run.values()
+    panels = [("jaccard_{}", convergence.ITERATIONS, every, "mean")]
+    panels += [("jaccard_{}_min", convergence.ITERATIONS, every, "worst picture and step")]
+    panels += [
+        ("jaccard_warm_{}", convergence.WARM_ITERATIONS, blocks, f"mean, from the ranking before ({run})")
+        for run, blocks in by_run.items()
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
+    for axis, (figure_of, iterations, blocks, title) in zip(axes, panels, strict=True):
         for row in blocks:
             dashed = row["tokens"] == max(r["tokens"] for r in blocks)
             axis.plot(
-                ITERATIONS,
-                [row[f"jaccard_{n}{suffix}"] for n in ITERATIONS],
+                iterations,
+                [row[figure_of.format(n)] for n in iterations],
                 marker=".",
                 linestyle="--" if dashed else "-",
                 label=row["name"],
             )
         axis.set_xlabel("iterations")
-        axis.set_title(f"Jaccard overlap with the converged kept set: {title}", fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("Jaccard overlap with the converged kept set")
     axes[1].legend(fontsize=5)
     _save(figure, path)
 

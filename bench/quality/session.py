@@ -292,12 +292,14 @@ def _print(
         report.print_table(
             [row for row in studies["convergence"] if row["step"] is None],
             {
-                **{"name": "block", "tokens": "tokens", "iterations_to_0.01": "its. to 1e-2"},
+                **{"run": "run", "name": "block", "tokens": "tokens", "iterations_to_0.01": "its. to 1e-2"},
                 **{
                     "iterations_to_0.001": "to 1e-3",
                     "jaccard_2": "overlap after 2",
                     "jaccard_3": "3",
                     "jaccard_5": "5",
+                    "jaccard_warm_2": "from the step before, after 2",
+                    "jaccard_warm_3": "3",
                 },
             },
             "The power iteration on this model's maps",

@@ -35,8 +35,10 @@ class Ranking(Protocol):
         ...
 
 
-# Iterations from the scores of an earlier step, in place of DEFAULT_MAX_ITERATIONS = 5 from uniform ones. Overlap
-# (Jaccard index) of the kept set with the converged one on the embedded model, WARM_FIGURES
+# Iterations from the scores of an earlier step; from uniform ones there are 5. Overlap (Jaccard index) of the kept
+# set with the converged one on the embedded model (quality-fp32-convergence.json in bench/results): where every step
+# ranks, 0.976 after 2 and 0.985 after 3, against 0.977 after 5 from uniform ones; where whole and reused steps lie
+# between, 0.963 and 0.975 against 0.968. Under DPM++ 2M Karras 2 are too few there: 0.889 at level 2, against 0.939.
 WARM_ITERATIONS = 3
 
 
