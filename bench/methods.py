@@ -116,9 +116,14 @@ class ToMe(Method):
     def in_force(self, pipe: Any) -> Iterator[StartBatch]:
         import tomesd
 
+        def start(seed: int) -> None:
+            # tomesd draws from a fork of the global generator, which it makes where it has none and keeps.
+            torch.manual_seed(seed)
+            pipe.unet._tome_info["args"]["generator"] = None
+
         apply_tomesd(pipe.unet, self.ratio)
         try:
-            yield torch.manual_seed  # tomesd draws from a fork of the global generator
+            yield start
         finally:
             tomesd.remove_patch(pipe.unet)
 

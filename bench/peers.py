@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -33,19 +34,21 @@ def apply_tomesd(unet: nn.Module, ratio: float) -> None:
 
 
 class TomesdFlops:
-    """Counts calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``; caches each ratio."""
+    """Counts calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``, each once."""
 
     def __init__(self, counter: UNetFlops) -> None:
         self._counter = weakref.proxy(counter)
         # Its own, since tomesd leaves attributes behind on what it patches.
         self._unet = meta_unet(counter.config)
-        self._counted: dict[float, Flops] = {}
+        self._counted: dict[tuple[int, ...], Flops] = {}  # by the tokens merged in each kind of block
 
     def at(self, ratio: float) -> Flops:
         """FLOPs of a call at ``ratio``; token matching counts as ``scoring``."""
-        if ratio not in self._counted:
-            self._counted[ratio] = self._count(ratio)
-        return self._counted[ratio]
+        sizes = (math.prod(args[0].shape[-2:]) for _, _, args, _, _ in self._counter.blocks())
+        merged = tuple(int(tokens * ratio) for tokens in sizes)
+        if merged not in self._counted:
+            self._counted[merged] = self._count(ratio)
+        return self._counted[merged]
 
     def _count(self, ratio: float) -> Flops:
         """As :class:`UNetFlops` does: one block of each kind tells by what a call differs from a whole one."""

@@ -1,6 +1,8 @@
-"""``atedm-bench quality``, end to end: on the embedded model, and with it standing in for a real checkpoint."""
+"""``atedm-bench quality``, end to end: on the embedded model, with fewer layers here, and with it as a checkpoint."""
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,25 +12,26 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
-from atedm.app.flops import UNetFlops
-from atedm.app.models import LATENT_SCALE, unet_config
+from atedm import embedded
 from atedm.app.prompts import picture_path
 from atedm.embedded import WEIGHTS, embedded_pipeline
 from atedm.policy.options import PUBLISHED
 from atedm_bench.cli import app
 from atedm_bench.methods import Costs
-from atedm_bench.quality import session
+from atedm_bench.quality import convergence, lab, session
 from atedm_bench.quality.checker_training import held_out_renders
 from atedm_bench.quality.claims import CLAIMS
 from atedm_bench.quality.lab import CHOSEN, scene_cases
 from atedm_bench.quality.samplers import SCHEDULERS, set_scheduler, timesteps_of
 from atedm_bench.quality.settings import BUDGETS, Plan
 from atedm_bench.scenes.split import held_out
+from tests.helpers.shallow import save_shallow, shallow_pipeline
 
+IMAGES, STEPS, BATCH = 3, 4, 2
+LAYERS = (1, 2, 3)
 SETTINGS = "DeepCache 2,ours c,tomesd c,random c"
 MINE = json.dumps({"schedule": {"name": "Adaptive", "tolerance": 3.0}})
 
@@ -38,19 +41,27 @@ def call(*arguments):
     return result.exit_code, result.output
 
 
+def small_pipeline():
+    """Half as deep as the embedded model; two of the paper's budgets are still within reach."""
+    return shallow_pipeline(layers=LAYERS)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def two_rounds():
-    """Of timing, where a real run makes five."""
+def a_small_run():
+    """The small model, two rounds of timing where a real run makes five, scenes that are drawn once for all runs."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "embedded_pipeline", small_pipeline)
         patch.setattr(session, "ROUNDS", session.QUICK_ROUNDS)
+        for module, name in ((session, "scene_cases"), (lab, "held_out_renders")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    arguments = ("--images", 4, "--steps", 4, "--batch", 2, "--settings", SETTINGS, "--try", f"mine={MINE}")
-    arguments += ("--output", folder / "run")
+    arguments = ("--images", IMAGES, "--steps", STEPS, "--batch", BATCH, "--settings", SETTINGS)
+    arguments += ("--try", f"mine={MINE}", "--output", folder / "run")
     code, output = call(*arguments)
     assert code == 0, output
     return arguments, folder / "run", output
@@ -62,7 +73,7 @@ def test_rows_have_every_figure_with_its_interval(finished):
     assert set(document) == {"command", "device", "versions", "date", "settings", "rows"}
     assert [row["name"] for row in document["rows"]] == ["full", *SETTINGS.split(","), "mine"]
     for row in document["rows"]:
-        assert row["images"] == 4
+        assert row["images"] == IMAGES
         assert 0 < row["unet_seconds_low"] <= row["unet_seconds"] <= row["unet_seconds_high"]
         assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
         assert row["frechet_distance_low"] <= row["frechet_distance_high"]
@@ -90,7 +101,7 @@ def test_rows_have_every_figure_with_its_interval(finished):
     kinds = rows["mine"]["kinds"]
     assert kinds[:2] == "ww" and "r" in kinds
     reused = 2 * rows["DeepCache 2"]["flops_part"] - 1
-    expected = (kinds.count("w") + kinds.count("r") * reused) / 4
+    expected = (kinds.count("w") + kinds.count("r") * reused) / STEPS
     assert rows["mine"]["flops_part"] == pytest.approx(expected, rel=0.02)
     assert document["settings"]["scheduler"] == "euler"
     assert document["settings"]["captions"] == "held-out"
@@ -101,14 +112,14 @@ def test_flops_are_the_mean_over_pictures_that_ran_differently(finished, tmp_pat
     arguments, folder, _ = finished
     again = tmp_path / "run"
     shutil.copytree(folder, again)
-    (again / "mine" / "00002.kinds.json").write_text(json.dumps(["whole"] * 4))
+    (again / "mine" / "00002.kinds.json").write_text(json.dumps(["whole"] * STEPS))
     code, output = call(*arguments[:-1], again, "--settings", "full", "--no-timing", "--no-convergence")
     assert code == 0, output
     rows, before = (
         {row["name"]: row for row in json.loads((f / "quality.json").read_text())["rows"]} for f in (again, folder)
     )
     assert list(rows) == ["full", "mine"]
-    assert rows["mine"]["flops_part"] == pytest.approx((before["mine"]["flops_part"] + 1) / 2)
+    assert rows["mine"]["flops_part"] == pytest.approx((2 * before["mine"]["flops_part"] + 1) / 3)
     assert rows["mine"]["kinds"] == before["mine"]["kinds"]
     assert "unet_seconds" not in rows["mine"]
 
@@ -116,7 +127,7 @@ def test_flops_are_the_mean_over_pictures_that_ran_differently(finished, tmp_pat
 def test_pictures_differ_between_settings_but_not_between_runs(finished, tmp_path):
     arguments, folder, _ = finished
     pictures = {
-        path.name: [np.asarray(Image.open(picture_path(path, n))) for n in range(4)]
+        path.name: [np.asarray(Image.open(picture_path(path, n))) for n in range(BATCH)]
         for path in folder.iterdir()
         if path.is_dir()
     }
@@ -126,7 +137,8 @@ def test_pictures_differ_between_settings_but_not_between_runs(finished, tmp_pat
         for other in names[n + 1 :]:
             assert any(not np.array_equal(a, b) for a, b in zip(pictures[name], pictures[other], strict=True))
     again = tmp_path / "run"
-    code, output = call(*arguments[:-1], again, "--no-convergence")
+    # The first batch; the test below makes a second one again.
+    code, output = call(*arguments[:-1], again, "--images", BATCH, "--no-timing", "--no-convergence")
     assert code == 0, output
     for name, made in pictures.items():
         for n, picture in enumerate(made):
@@ -137,12 +149,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, tmp_path):
     arguments, folder, _ = finished
     again = tmp_path / "run"
     shutil.copytree(folder, again)
-    before = {path: path.read_bytes() for path in again.rglob("*.png") if path.parent.name == "random-c"}
-    lost = [path for n, path in enumerate(sorted(before)) if n >= 2]
+    names = "random-c", "tomesd-c"  # both draw, and the second batch must draw as if it had followed the first
+    before = {path: path.read_bytes() for path in again.rglob("*.png") if path.parent.name in names}
+    lost = [path for path in before if path.name == "00002.png"]
+    assert len(before) == 2 * IMAGES and len(lost) == 2
     for path in lost:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in before if path not in lost}
-    code, output = call(*arguments[:-1], again, "--no-convergence")
+    code, output = call(*arguments[:-1], again, "--settings", "random c,tomesd c", "--no-convergence")
     assert code == 0, output
     assert {path: path.read_bytes() for path in before} == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -156,11 +170,11 @@ def test_pictures_of_another_run_are_refused(finished):
     code, output = call(*arguments, "--seed", 7)
     assert code == 2
     assert "cases" in output
-    assert len(list(folder.rglob("random-c/*.png"))) == 4
+    assert len(list(folder.rglob("random-c/*.png"))) == IMAGES
 
 
 def test_chosen_captions_come_before_the_held_out_ones(tmp_path):
-    assert [*scene_cases(CHOSEN), *scene_cases(3, skip=CHOSEN)] == scene_cases(CHOSEN + 3)
+    assert scene_cases(3, skip=CHOSEN) == scene_cases(CHOSEN + 3)[CHOSEN:]
     code, output = call("--captions", "chosen", "--images", CHOSEN + 1, "--output", tmp_path / "run")
     assert code == 2
     assert f"at most {CHOSEN} of the chosen captions" in output
@@ -174,12 +188,12 @@ def test_another_sampler_makes_other_pictures_elsewhere(finished):
     arguments = finished[0]
     code, output = call(*arguments, "--scheduler", "dpm++")
     assert code == 2 and "scheduler" in output
-    steps = {}
+    steps, pipe = {}, embedded_pipeline()
+    own = pipe.scheduler
     for name in SCHEDULERS:
-        pipe = embedded_pipeline()
-        before = pipe.scheduler.config
+        pipe.scheduler = copy.deepcopy(own)
         set_scheduler(pipe, name)
-        assert dict(pipe.scheduler.config)["prediction_type"] == before["prediction_type"]
+        assert dict(pipe.scheduler.config)["prediction_type"] == own.config["prediction_type"]
         steps[name] = timesteps_of(pipe, 25).tolist()
     assert steps["euler"] == steps["dpm++"] and len(set(steps["dpm++"])) == 25
     assert len(set(steps["dpm++-karras"])) < 25
@@ -190,8 +204,11 @@ def test_another_sampler_makes_other_pictures_elsewhere(finished):
 def test_convergence_rows(finished):
     _, folder, _ = finished
     rows = json.loads((folder / "quality-convergence.json").read_text())["rows"]
-    blocks = [row for row in rows if row["step"] is None]
+    blocks = [row for row in rows if row["step"] is None and row["run"] == "published, every step"]
     assert len(blocks) == 11  # as SDXL: two down and three up at two levels, and the middle
+    for row in rows:
+        warm = [row[f"jaccard_warm_{n}"] for n in (1, 2, 3, 5)]
+        assert warm == [None] * 4 if row["step"] == 0 else all(x is None or 0 < x <= 1 for x in warm)
     assert {row["step"] for row in rows if row["step"] is not None} == {0, 1, 2, 3}
     for row in rows:
         assert 1 <= row["iterations_to_0.1"] <= row["iterations_to_0.01"] <= row["iterations_to_0.001"] <= 60
@@ -204,6 +221,19 @@ def test_convergence_rows(finished):
         assert row["stopped_0.1_of_10_iterations"] == pytest.approx(row["iterations_to_0.1"], abs=0.5)
 
 
+def test_a_start_at_the_ranking_before_goes_on_from_its_scores():
+    q, k = torch.randn(2, 2, 4, 60, 8, generator=torch.Generator().manual_seed(0)) * 2
+    lse = (q @ k.mT * 8**-0.5).logsumexp(-1)
+    seen, before = [convergence._Seen(), convergence._Seen()], {}
+    for each in seen:
+        convergence._observe(q, k, lse, 20, each, before)
+    assert not seen[0].warm
+    for warm, cold in ((1, 6), (3, 8), (5, 10)):  # of the same map, after the 5 of the first time
+        (overlap,) = seen[1].warm[warm]
+        assert torch.equal(overlap, seen[1].jaccard[cold][0])
+    assert seen[1].warm[3][0].mean() > seen[1].jaccard[3][0].mean()
+
+
 def test_plots_and_sheets_are_written(finished):
     _, folder, output = finished
     for name in ("trade-off.png", "convergence.png", "sheet-presets.png", "sheet-plane.png"):
@@ -213,13 +243,10 @@ def test_plots_and_sheets_are_written(finished):
 
 
 def test_the_published_method_and_its_ablations_at_their_flops():
-    # The embedded model's UNet with half of its blocks.
-    config = {**unet_config(str(WEIGHTS)), "layers_per_block": 1}
-    size = config["sample_size"]
-    counter = UNetFlops(config, width=size * LATENT_SCALE, height=size * LATENT_SCALE, tokens=24)
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(25)
-    costs = Costs(counter, scheduler.timesteps)
+    pipe = small_pipeline()
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    counter = session.flops_of(pipe, side, side)
+    costs = Costs(counter, timesteps_of(pipe, 25))
     plan = Plan(costs)
     names = [name for group in plan.groups.values() for name in group]
     assert {name for claim in CLAIMS for pair in claim.pairs for name in pair} <= set(names)
@@ -275,12 +302,13 @@ def test_bad_options_are_named(arguments, message, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """What a user of a real checkpoint has: prompts, reference pictures and a CLIP model, all small."""
+    """What a user of a real checkpoint has: it, prompts, reference pictures and a CLIP model, all small."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "prompts.txt").write_text("a red circle\n\na blue star on a white background\na green ring\n")
     (folder / "references").mkdir()
+    save_shallow(folder / "model", layers=LAYERS)
     for n, picture in enumerate(held_out_renders(5, 64)[1]):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "references" / f"{n}.png")
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
@@ -301,7 +329,14 @@ def checkpoint(tmp_path_factory):
 
 def checkpoint_run(checkpoint, out):
     return [
-        *("--model", WEIGHTS, "--prompts", checkpoint / "prompts.txt", "--references", checkpoint / "references"),
+        *(
+            "--model",
+            checkpoint / "model",
+            "--prompts",
+            checkpoint / "prompts.txt",
+            "--references",
+            checkpoint / "references",
+        ),
         *("--clip-model", checkpoint / "clip", "--fid-features", "checker", "--size", "128", "--steps", 2),
         *("--dtype", "fp32", "--settings", "ours c,random c", "--output", out),
     ]
@@ -329,15 +364,44 @@ def test_a_checkpoint_gets_fid_and_clip_score(checkpoint, checkpoint_rows):
     assert len(list((checkpoint / "run" / "ours-c").glob("*.png"))) == 3
 
 
+# As a launcher starts them, by their environment, but forked from one process that has imported everything.
+TWO_PROCESSES = """
+import multiprocessing, os, runpy, socket, sys
+import atedm_bench.quality.session, torch, torchmetrics
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPModel, CLIPProcessor
+
+def work(rank):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    sys.argv = ["atedm-bench", "quality", *sys.argv[1:]]
+    runpy.run_module("atedm_bench", run_name="__main__")
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+started = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+for process in started:
+    process.start()
+for process in started:
+    process.join()
+sys.exit(any(process.exitcode for process in started))
+"""
+
+
 def test_several_processes_share_the_work_and_change_nothing(checkpoint, checkpoint_rows, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atedm_bench", "quality"]
+    arguments = map(str, checkpoint_run(checkpoint, tmp_path / "run"))
     # accelerate chooses gloo where it is told to use the CPU.
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    arguments = map(str, checkpoint_run(checkpoint, tmp_path / "run"))
     done = subprocess.run(
-        [sys.executable, *command, *arguments, "--device", "cpu"], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", TWO_PROCESSES, *arguments, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written:") == 1  # by the main one
     document = json.loads((tmp_path / "run" / "quality.json").read_text())
     for path in (checkpoint / "run").rglob("*.png"):
         if path.parent != checkpoint / "run":
