@@ -1,4 +1,4 @@
-"""``atedm demo`` and ``atedm generate``, end to end on the embedded model."""
+"""``atedm demo`` and ``atedm generate``, end to end on the embedded model, small: with fewer layers, for 64 pixels."""
 
 import json
 import shutil
@@ -17,6 +17,8 @@ from atedm import embedded
 from atedm.app import comparison, flops, models, pictures
 from atedm.cli import app
 from atedm.policy.options import PUBLISHED
+from tests.helpers.counting import shared_counters
+from tests.helpers.shallow import save_shallow, shallow_pipeline
 
 STEPS = 12  # fewer are not pruned
 PICTURES = ("full.png", "pruned.png", "tokens.png")
@@ -31,6 +33,14 @@ def pixels(path):
         return np.asarray(image)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "embedded_pipeline", lambda: shallow_pipeline(side=64))
+        patch.setattr(flops, "UNetFlops", shared_counters())
+        yield
+
+
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -43,8 +53,10 @@ def demo_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_folder():
-    return embedded.WEIGHTS
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_shallow(folder, side=64)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +107,15 @@ def test_demo_report(demo_folder, pipe, side):
 
 
 def test_demo_draws_several_at_once_side_by_side(demo_folder, side, tmp_path):
-    arguments = ["demo", "--steps", STEPS, "--images", 3, "--prompt", "a red circle", "--output", tmp_path]
+    arguments = ["demo", "--steps", STEPS, "--images", 2, "--prompt", "a red circle", "--output", tmp_path]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     several = pixels(tmp_path / "full.png").astype(int)
-    assert several.shape == (side, 3 * side, 3)
+    assert several.shape == (side, 2 * side, 3)
     assert np.abs(several[:, :side] - pixels(demo_folder / "full.png")).max() <= 1
-    assert np.abs(several[:, :side] - several[:, side : 2 * side]).max() > 10
+    assert np.abs(several[:, :side] - several[:, side:]).max() > 10
     row = json.loads((tmp_path / "comparison.json").read_text())["rows"][0]
-    assert row["batch"] == 6 and row["tflops_per_image"] == pytest.approx(row["tflops"] * 2 * STEPS)
+    assert row["batch"] == 4 and row["tflops_per_image"] == pytest.approx(row["tflops"] * 2 * STEPS)
 
 
 def test_demo_counts_the_flops_of_the_calls_it_makes(demo_folder, pipe):
@@ -140,22 +152,22 @@ def test_generate_on_a_saved_folder_gives_the_demo_images(demo_folder, model_fol
 
 def test_generate_pruned_only_with_other_settings(model_folder, pipe, tmp_path):
     result = run(
-        *("generate", "a red circle", "--model", model_folder, "--size", "256x128", "--steps", STEPS, "--no-compare"),
+        *("generate", "a red circle", "--model", model_folder, "--size", "128x64", "--steps", STEPS, "--no-compare"),
         *("--levels", "3", "--ratio", "0.5", "--placement", "paper", "--guidance", "1", "--recovery", "zeros"),
         *("--ranking", "cross", "--negative-prompt", "blur", "--device", "cpu", "--output", tmp_path),
     )
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "full.png").exists()
-    assert pixels(tmp_path / "pruned.png").shape == (128, 256, 3)
+    assert pixels(tmp_path / "pruned.png").shape == (64, 128, 3)
     (row,) = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     assert (row["batch"], row["speedup"], row["psnr_db"]) == (1, None, None)
-    tokens = 256 * 128 // pipe.vae_scale_factor**2
+    tokens = 128 * 64 // pipe.vae_scale_factor**2
     assert (row["kept_tokens_level_2"], row["kept_tokens_level_3"]) == (tokens // 4, tokens // 16 // 2)
 
 
 def test_same_seed_same_image(pipe):
     def image(seed, model=pipe):
-        request = comparison.ImageRequest("a red circle", steps=STEPS, seed=seed, width=128, height=64)
+        request = comparison.ImageRequest("a red circle", steps=3, seed=seed, width=128, height=64)
         return np.asarray(comparison.generate_image(model, request).image)
 
     first = image(3)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
-from atedm import embedded
 from atedm.app import prompts as many
 from atedm.cli import app
 from atedm.files import whole_file
+from tests.helpers.shallow import save_shallow
 
 
 @pytest.mark.parametrize("before", [None, "before"])
@@ -54,46 +54,52 @@ class Disk:
         self.save(image, path, **how)
 
 
-def command(tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_shallow(folder, side=64)
+    return folder
+
+
+@pytest.fixture
+def command(model, tmp_path, monkeypatch):
+    """Words of a command that draws three pictures, and reports no FLOPs: to count them takes seconds."""
+    monkeypatch.setattr(many, "tflops_of", lambda *_: {"full": 2.0, "pruned": 1.0})
     (tmp_path / "prompts.txt").write_text("a red circle\na blue ring\na green star\n")
-    pipe = embedded.embedded_pipeline()
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    sampling = ["--steps", 2, "--size", side, "--batch", 1, "--dtype", "fp32", "--device", "cpu"]
+    sampling = ["--steps", 2, "--size", 64, "--batch", 1, "--dtype", "fp32", "--device", "cpu"]
     prompts = ["--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out"]
-    return [str(word) for word in ["generate", "--model", embedded.WEIGHTS, *sampling, *prompts]]
+    return [str(word) for word in ["generate", "--model", model, *sampling, *prompts]]
 
 
-def test_a_full_disk_loses_no_finished_picture(tmp_path, monkeypatch):
-    arguments = command(tmp_path)
-    with monkeypatch.context() as full:
+def test_a_full_disk_loses_no_finished_picture(command, tmp_path):
+    with pytest.MonkeyPatch.context() as full:
         Disk(full, room=2)
-        failed = CliRunner().invoke(app, arguments)
+        failed = CliRunner().invoke(app, command)
     third = tmp_path / "out" / "pruned" / "00002.png"
     assert failed.exit_code == 1
     assert "No space left on device" in failed.stderr and third.name in failed.stderr
     made = sorted((tmp_path / "out" / "pruned").iterdir())
     assert [path.name for path in made] == ["00000.png", "00001.png"]
     before = [np.asarray(Image.open(path)) for path in made]
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert all(np.array_equal(np.asarray(Image.open(path)), a) for path, a in zip(made, before, strict=True))
     assert third.is_file()
 
 
-def test_a_damaged_picture_of_an_earlier_run_is_named_and_the_others_stay(tmp_path):
-    arguments = command(tmp_path)
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+def test_a_damaged_picture_of_an_earlier_run_is_named_and_the_others_stay(command, tmp_path):
+    assert CliRunner().invoke(app, command).exit_code == 0
     first, damaged, last = (tmp_path / "out" / "pruned" / f"{n:05d}.png" for n in range(3))
     whole = {path: path.read_bytes() for path in (first, damaged)}
     last.unlink()
     for broken in (whole[damaged][:200], b"", b"no picture", whole[damaged][:-12]):
         damaged.write_bytes(broken)
-        failed = CliRunner().invoke(app, arguments)
+        failed = CliRunner().invoke(app, command)
         assert failed.exit_code == 1, failed.output
         assert f"{damaged} cannot be read as a picture" in failed.stderr and "delete it" in failed.stderr
         assert damaged.read_bytes() == broken and first.read_bytes() == whole[first] and not last.exists()
     damaged.unlink()
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert all(path.read_bytes() == content for path, content in whole.items())
     assert last.is_file()
@@ -119,11 +125,10 @@ def test_pictures_of_which_nothing_is_known_are_not_gone_on_with(tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_command_names_a_damaged_record(tmp_path):
-    arguments = command(tmp_path)
+def test_a_command_names_a_damaged_record(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("[]")
-    failed = CliRunner().invoke(app, arguments)
+    failed = CliRunner().invoke(app, command)
     assert failed.exit_code == 2
     assert "run.json" in failed.stderr and "damaged" in failed.stderr
 
@@ -175,24 +180,22 @@ def for_inpainting(folder):
         (for_inpainting, "has a UNet of 9 channels, its latents have 4; expected a text-to-image model"),
     ],
 )
-def test_a_model_folder_that_does_not_fit_is_a_usage_error(tmp_path, damage, expected):
-    model = tmp_path / "model"
-    shutil.copytree(embedded.WEIGHTS, model)
-    damage(model)
-    arguments = command(tmp_path)
-    arguments[arguments.index("--model") + 1] = str(model)
-    failed = CliRunner().invoke(app, arguments)
+def test_a_model_folder_that_does_not_fit_is_a_usage_error(command, model, tmp_path, damage, expected):
+    damaged = tmp_path / "model"
+    shutil.copytree(model, damaged)
+    damage(damaged)
+    command[command.index("--model") + 1] = str(damaged)
+    failed = CliRunner().invoke(app, command)
     assert failed.exit_code == 2, (failed.output, failed.exception)
-    assert str(model) in failed.stderr and expected in failed.stderr
+    assert str(damaged) in failed.stderr and expected in failed.stderr
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
 @pytest.mark.parametrize("output", ["/proc/atedm", "{file}"])
-def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, output):
+def test_a_folder_that_cannot_be_written_is_refused_at_once(command, tmp_path, output):
     file = tmp_path / "file"
     file.write_text("")
-    arguments = command(tmp_path)
-    arguments[-1] = output.format(file=file)
-    failed = CliRunner().invoke(app, arguments)
+    command[-1] = output.format(file=file)
+    failed = CliRunner().invoke(app, command)
     assert failed.exit_code == 2
     assert "cannot write to" in failed.stderr

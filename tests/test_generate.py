@@ -16,10 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import atedm
-from atedm import embedded
-from atedm.app import comparison, explain, prompts
+from atedm.app import comparison, explain, flops, prompts
 from atedm.cli import app
 from atedm.policy.options import PUBLISHED, RANKINGS, RECOVERIES
+from tests.helpers.counting import shared_counters
+from tests.helpers.shallow import save_shallow, shallow_pipeline
 
 STEPS = 3
 PROMPTS = ["a red circle", "a large blue square", "a small green star above a red cross"]
@@ -34,15 +35,24 @@ def pixels(path):
         return np.asarray(image)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def counting_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "UNetFlops", shared_counters())
+        yield
+
+
 @pytest.fixture(scope="module")
 def pipe():
-    return embedded.embedded_pipeline()
+    return shallow_pipeline(side=64)
 
 
 @pytest.fixture(scope="module")
-def common(pipe):
+def common(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_shallow(folder, side=64)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return ["--model", embedded.WEIGHTS, "--dtype", "fp32", "--size", side, "--steps", STEPS, "--device", "cpu"]
+    return ["--model", folder, "--dtype", "fp32", "--size", side, "--steps", STEPS, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,17 @@
-"""The embedded model's parts, in every pipeline that diffusers has for them."""
+"""The embedded model's parts, small, in every pipeline that diffusers has for them."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import atedm
-from atedm.embedded import embedded_pipeline
+from tests.helpers.shallow import shallow_pipeline
 
 
 @pytest.fixture(scope="session")
 def base():
-    """Session-wide: what a test applies it removes."""
-    pipe = embedded_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """Fewer layers, pictures of 64 pixels. Session-wide: what a test applies it removes."""
+    return shallow_pipeline(side=64)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def test_stable_diffusion_before_xl(base, version):
     """Attention at levels 1 to 3 and in the middle, one layer a block; convolutions as projections in 1.5."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=32,
+        sample_size=16,
         block_out_channels=(16, 32, 32, 32),
         norm_num_groups=8,
         cross_attention_dim=base.text_encoder.config.hidden_size,

@@ -75,8 +75,8 @@ def test_one_choice_for_several_steps(base):
 
 
 def test_batches_and_several_images_a_prompt(base):
-    _, _, recording = check(base, lambda: latents(base, prompt=[PROMPT, "a green star"], num_images_per_prompt=3))
-    assert recording.ranked[0].index.shape[0] == 12
+    _, _, recording = check(base, lambda: latents(base, prompt=[PROMPT, "a green star"], num_images_per_prompt=2))
+    assert recording.ranked[0].index.shape[0] == 8
 
 
 def test_image_to_image_counts_steps_from_where_it_starts(base, picture):
@@ -86,7 +86,7 @@ def test_image_to_image_counts_steps_from_where_it_starts(base, picture):
 
 
 def test_inpainting(base, picture):
-    mask = Image.fromarray(np.pad(np.full((40, 40), 255, np.uint8), 44))
+    mask = Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), 22))
     pipe = of(base, "StableDiffusionXLInpaintPipeline")
     size = {"width": picture.width, "height": picture.height}
     _, pruned, _ = check(pipe, lambda: latents(pipe, image=picture, mask_image=mask, strength=0.9, **size))
@@ -179,8 +179,7 @@ def test_ip_adapter(with_image_prompt):
     check(pipe, lambda: latents(pipe, **prompt))
 
 
-@pytest.mark.parametrize("placement", ["early", "paper"])
-def test_ip_adapter_with_a_mask(with_image_prompt, placement):
+def test_ip_adapter_with_a_mask(with_image_prompt):
     pipe, prompt = with_image_prompt
 
     def masked(mask):
@@ -189,12 +188,13 @@ def test_ip_adapter_with_a_mask(with_image_prompt, placement):
     left = torch.zeros(1, 1, 64, 64)
     left[..., :32] = 1.0
     check(pipe, lambda: masked(left))
-    with atedm.applied(pipe, PUBLISHED, ratio=0.5, placement=placement):
-        unmasked = latents(pipe, **prompt)
-        torch.testing.assert_close(masked(torch.ones_like(left)), unmasked)
-        assert not torch.allclose(masked(left), unmasked, atol=1e-2)
-        with pytest.raises(ValueError, match="Number of masks"):
-            masked(torch.ones(1, 2, 64, 64))
+    for placement in ("early", "paper"):
+        with atedm.applied(pipe, PUBLISHED, ratio=0.5, placement=placement):
+            unmasked = latents(pipe, **prompt)
+            torch.testing.assert_close(masked(torch.ones_like(left)), unmasked)
+            assert not torch.allclose(masked(left), unmasked, atol=1e-2)
+            with pytest.raises(ValueError, match="Number of masks"):
+                masked(torch.ones(1, 2, 64, 64))
 
 
 @pytest.mark.parametrize("layers", ["mid", ["mid_block", "down_blocks.1", "up_blocks.1"]])
@@ -206,7 +206,7 @@ def test_perturbed_attention_guidance(base, layers, guidance):
     full, _, recording = check(pipe, lambda: latents(pipe, guidance_scale=guidance, pag_scale=2.0))
     assert recording.ranked[0].index.shape[0] == (3 if guidance > 1 else 2)
     # Queries of the kept tokens alone; the perturbed part takes its own values at those.
-    with atedm.applied(pipe, schedule=None, ranking=None, ratio=0.25), atedm.record(pipe) as recording:
+    with atedm.applied(pipe, schedule=None, ranking=None, ratio=0.1), atedm.record(pipe) as recording:
         pruned = latents(pipe, guidance_scale=guidance, pag_scale=2.0)
     assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
     assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.9

@@ -17,6 +17,12 @@ RANKINGS = ["self", "cross", "keys", lambda q, k, lse: q.float().norm(dim=-1)]
 rankings = pytest.mark.parametrize("ranking", RANKINGS, ids=["self", "cross", "keys", "function"])
 
 
+@pytest.fixture
+def unet(make_unet):
+    """Every level and kind of block, in half the time."""
+    return make_unet(layers_per_block=1)
+
+
 def scheduler_of(steps, kind=EulerDiscreteScheduler):
     scheduler = kind()
     scheduler.set_timesteps(steps)
@@ -108,7 +114,7 @@ def test_a_choice_serves_calls_that_compute_the_same_as_without(unet, inputs):
 
 def test_a_picture_is_forgotten_with_its_timesteps(unet, inputs):
     atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
-    for _ in range(20):
+    for _ in range(8):
         scheduler = scheduler_of(3)
         for timestep in scheduler.timesteps[:2]:
             unet(**{**inputs, "timestep": timestep})
@@ -151,11 +157,12 @@ def test_two_pictures_in_turn_have_their_own_choices(unet, make_inputs):
             assert torch.equal(run(n, schedulers[n], step), alone[n][step])
 
 
-def test_threads_that_share_a_unet_have_their_own_calls(unet, make_inputs):
+def test_threads_that_share_a_unet_have_their_own_calls(unet_to_compile, make_inputs):
+    unet = unet_to_compile
     inputs = [make_inputs(seed=seed) for seed in (1, 2)]
 
     def picture(n):
-        scheduler = scheduler_of(12 - 5 * n)
+        scheduler = scheduler_of(8 - 3 * n)
         sample = inputs[n]["sample"].clone()
         for timestep in scheduler.timesteps:
             sample = sample + 0.1 * unet(**{**inputs[n], "sample": sample, "timestep": timestep}).sample

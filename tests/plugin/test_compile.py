@@ -44,7 +44,8 @@ BY_KEYS = {"ranking": "keys", "recovery": "keys", "grid": 2}
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "paper"}, BY_KEYS], ids=["early", "paper", "keys"])
-def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options):
+def test_without_a_schedule_a_pruned_unet_is_one_graph(unet_with_a_middle, inputs, options):
+    unet = unet_with_a_middle
     counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
     atedm.apply(unet, PUBLISHED, schedule=None, **options)
     expected = unet(**inputs).sample
@@ -61,13 +62,12 @@ def test_a_constant_light_phase_is_compiled_as_such(unet, inputs, counter):
     assert_same(compiled, unet(**inputs).sample)
 
 
-@ways
-def test_a_schedule_takes_two_graphs_a_size(unet, inputs, make_inputs, counter, compile_whole):
+def test_a_schedule_takes_two_graphs_a_size(unet, inputs, make_inputs, counter):
     atedm.apply(unet, PUBLISHED)
     sizes = [inputs, make_inputs(height=24, width=16)]
     expected = [unet(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
     atedm.remove(unet)
-    compiled = compile_whole(unet, counter)
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
     assert atedm.apply(compiled, PUBLISHED) is compiled
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         got = [compiled(**at(size, t)).sample for size in sizes for t in (NOISE, 900, ALMOST_DONE)]
@@ -108,10 +108,9 @@ def test_a_unet_compiled_after_apply_says_what_to_do(unet, inputs, counter, comp
     with pytest.raises(Exception, match=r"expected atedm\.apply once more, now on the compiled UNet"):
         compiled(**at(inputs, NOISE))
     atedm.apply(compiled, PUBLISHED)
-    got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
+    got = compiled(**at(inputs, ALMOST_DONE)).sample
     with torch.compiler.set_stance("force_eager"):
-        for sample, timestep in zip(got, (NOISE, ALMOST_DONE), strict=True):
-            assert_same(sample, unet(**at(inputs, timestep)).sample)
+        assert_same(got, unet(**at(inputs, ALMOST_DONE)).sample)
 
 
 def test_compiling_again_in_place_is_noticed(unet, inputs, counter):
@@ -124,32 +123,24 @@ def test_compiling_again_in_place_is_noticed(unet, inputs, counter):
 
 
 @ways
-def test_remove_after_compile_gives_the_full_unet_back(unet, inputs, counter, compile_whole):
+def test_applying_the_same_again_takes_no_graph_more_and_removing_gives_the_full_unet_back(
+    unet, inputs, counter, compile_whole
+):
     full = unet(**inputs).sample
     compiled = compile_whole(unet, counter)
     call = unet._compiled_call_impl
-    assert_same(compiled(**inputs).sample, full)
-    atedm.apply(compiled, PUBLISHED)
-    assert not torch.allclose(compiled(**inputs).sample, full)
-    atedm.remove(compiled)
-    assert unet._compiled_call_impl is call
-    assert not compiled._forward_pre_hooks and not unet._forward_pre_hooks
-    assert_same(compiled(**inputs).sample, full)
-
-
-@ways
-def test_applying_the_same_again_takes_no_graph_more(unet, inputs, counter, compile_whole):
-    full = unet(**inputs).sample
-    compiled = compile_whole(unet, counter)
     twice = [{"ratio": 0.5}, {"ratio": {2: 0.6}, "schedule": None}]
     expected = []
     for cycle in range(10):  # more than torch makes graphs of one function before it gives up
         assert_same(compiled(**inputs).sample, full)
+        assert unet._compiled_call_impl is call
+        assert not compiled._forward_pre_hooks and not unet._forward_pre_hooks
         with atedm.applied(compiled, PUBLISHED, **twice[0]):
             got = [compiled(**at(inputs, t)).sample for t in (NOISE, ALMOST_DONE)]
             with atedm.applied(compiled, PUBLISHED, **twice[1]):
                 got.append(compiled(**inputs).sample)
             got.append(compiled(**at(inputs, ALMOST_DONE)).sample)
+        assert not any(torch.allclose(one, full) for one in got)
         expected = expected or got
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
         if cycle == 0:
@@ -172,7 +163,7 @@ def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet,
 
 def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, caplog):
     unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, PUBLISHED, keep_multiple=4096)
+    atedm.apply(unet, PUBLISHED, keep_multiple=4096, schedule=None)
     for timestep in (NOISE, ALMOST_DONE):
         unet(**at(inputs, timestep))
     assert len([message for message in caplog.messages if "nothing is pruned there" in message]) == 1
@@ -234,7 +225,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_parts_that_are_compiled_follow_the_phase(unet, inputs, part):
+def test_parts_that_are_compiled_follow_the_phase(unet_with_a_middle, inputs, part):
+    unet = unet_with_a_middle
     atedm.apply(unet, PUBLISHED)
     timesteps = steps_of(NOISE, 700, 500, ALMOST_DONE)
     expected = [unet(**{**inputs, "timestep": t}).sample for t in timesteps]
@@ -309,10 +301,10 @@ def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, input
 def test_so_does_that_of_a_compiled_forward(unet, inputs, overwriting):
     values = (NOISE, 950, 900, 850, 400)
     with torch.inference_mode():
-        atedm.apply(unet, PUBLISHED, rank_every=2)
+        atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
         expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
         atedm.remove(unet)
         unet.forward = torch.compile(unet.forward, fullgraph=True, backend=overwriting)
-        atedm.apply(unet, PUBLISHED, rank_every=2)
+        atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
         for t, sample in zip(steps_of(*values), expected, strict=True):
             assert_same(unet(**{**inputs, "timestep": t}).sample.clone(), sample)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from atedm.unet.recording import Ranked, Recording
 from atedm_bench import overview
 from atedm_bench.cli import app
+from tests.helpers.shallow import shallow_pipeline
 
 
 def test_dropped_tokens_fade_and_kept_ones_stay():
@@ -25,6 +26,7 @@ def test_dropped_tokens_fade_and_kept_ones_stay():
 
 def test_it_draws_one(tmp_path, monkeypatch):
     monkeypatch.setattr(overview, "STEPS", 12)  # fewer are not pruned
+    monkeypatch.setattr(overview, "embedded_pipeline", shallow_pipeline)
     result = CliRunner().invoke(app, ["overview", "--images", "2", "--output", str(tmp_path / "new" / "overview.png")])
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "new" / "overview.png") as image:
