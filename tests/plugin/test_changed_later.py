@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import pickle
 import threading
 
@@ -9,9 +10,15 @@ import pytest
 import tomesd
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from diffusers import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers import (
+    LayerSkipConfig,
+    PyramidAttentionBroadcastConfig,
+    Transformer2DModel,
+    apply_pyramid_attention_broadcast,
+)
 from diffusers.hooks.layer_skip import apply_layer_skip
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 import atedm
@@ -96,7 +103,20 @@ CHANGES = {
     "processor of the first self-attention": lambda unet: (
         block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
     ),
+    "processor of a later self-attention": lambda unet: (
+        block_of(unet).transformer_blocks[1].attn1.set_processor(PlacedAttention())
+    ),
     "class of a layer": exchange_layer,
+    "class of a later self-attention": lambda unet: double(block_of(unet).transformer_blocks[1].attn1),
+    "positions in the first layer": lambda unet: setattr(
+        block_of(unet).transformer_blocks[0], "pos_embed", nn.Identity()
+    ),
+    "positions in a later layer": lambda unet: setattr(
+        block_of(unet).transformer_blocks[1], "pos_embed", nn.Identity()
+    ),
+    "norm of a later attention": lambda unet: setattr(
+        block_of(unet).transformer_blocks[1].attn2, "group_norm", nn.GroupNorm(4, 64)
+    ),
     "norm of the first self-attention": lambda unet: setattr(
         block_of(unet).transformer_blocks[0].attn1, "group_norm", nn.GroupNorm(4, 64)
     ),
@@ -116,6 +136,50 @@ def test_a_change_is_refused_in_either_order(unet, inputs, change):
         unet(**inputs)
     atedm.remove(unet)
     with pytest.raises(ValueError, match=r"attentions\.\d cannot be pruned: its|the"):
+        atedm.apply(unet, PUBLISHED, schedule=None)
+
+
+@pytest.mark.parametrize("change", ["forward of every attention", "pyramid attention broadcast"])
+def test_so_is_what_counts_the_steps_where_steps_are_reused(unet, inputs, change):
+    options = {"schedule": ["whole", "reused"], "ratio": 0}
+    atedm.apply(unet, PUBLISHED, **options)
+    unet(**inputs)
+    CHANGES[change](unet)
+    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be left out of reused steps: its|the"):
+        unet(**inputs)
+    atedm.remove(unet)
+    with pytest.raises(ValueError, match=r"cannot be reused: \S*attentions\.\d must run in every step: its|the"):
+        atedm.apply(unet, PUBLISHED, **options)
+
+
+@pytest.mark.parametrize("kind", [BasicTransformerBlock, Attention])
+def test_a_forward_replaced_in_a_class_of_diffusers_is_refused_in_either_order(monkeypatch, unet, inputs, kind):
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    unet(**inputs)
+    original = kind.forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(ValueError, match="can no longer be pruned: "):
+        unet(**inputs)
+    atedm.remove(unet)
+    with pytest.raises(ValueError, match=f"cannot be pruned: the forward of the class {kind.__name__} has been"):
+        atedm.apply(unet, PUBLISHED, schedule=None)
+    monkeypatch.undo()
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    unet(**inputs)
+
+
+def test_a_subclass_that_calls_super_is_refused(unet):
+    class Own(Transformer2DModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    block_of(unet).__class__ = Own
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0 cannot be pruned: the forward of its class Own"):
         atedm.apply(unet, PUBLISHED, schedule=None)
 
 

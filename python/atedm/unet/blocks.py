@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
@@ -55,6 +56,10 @@ _HARMLESS_HOOKS = frozenset(
         "peft_autocast_disable",
     }
 )
+
+
+# Of a forward that is no Python function.
+_NO_CODE = (lambda: None).__code__
 
 
 @dataclass(frozen=True)
@@ -183,20 +188,65 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
         # tomesd exchanges the class for one of its own, which takes the tokens for a whole grid.
         if getattr(type(layer), "forward", None) is not BasicTransformerBlock.forward:
             return f"its layer {i} is a {type(layer).__name__}; expected the forward of a BasicTransformerBlock"
+        if getattr(layer, "pos_embed", None) is not None:
+            return f"its layer {i} has positional embeddings; expected none, as they count on all tokens"
         for name, part in parts_of(layer):
-            attributes = part.__dict__
-            if "_diffusers_hook" in attributes:  # which replaces the forward too
-                hooks = set(attributes["_diffusers_hook"].hooks) - _HARMLESS_HOOKS
-                if hooks:
-                    return f"its layer {i}{name} has diffusers' hook {min(hooks)!r}, which may count on all tokens"
-            elif not _runs_its_own_forward_or_accelerates(part):
-                if i == 0 and name in ("", ".attn1"):
-                    replaced = "the forward of its first layer or of the self-attention there"
-                    return f"{replaced} has been replaced by another tool"
-                return f"the forward of its layer {i}{name} has been replaced by another tool"
-        if layer.attn2 is not None and type(layer.attn2.processor).__name__ not in TOKENWISE_PROCESSORS:
-            processor = type(layer.attn2.processor).__name__
-            return f"the cross-attention of its layer {i} runs through {processor}, which may count on all tokens"
+            if name in (".attn1", ".attn2"):
+                reason = _why_not_for_some_tokens(part, is_ranked=i == 0 and name == ".attn1")
+                if reason is not None:
+                    return f"its layer {i}{name} {reason}"
+            reason = _why_replaced(i, name, part)
+            if reason is not None:
+                return reason
+    for kind in (BasicTransformerBlock, Attention):
+        if not _is_diffusers_own(kind):
+            return f"the forward of the class {kind.__name__} has been replaced by another tool"
+    return None
+
+
+def why_not_skippable(module: nn.Module) -> str | None:
+    """Why an attention block must run in every step, or None where it need not."""
+    for i, layer in enumerate(getattr(module, "transformer_blocks", ())):
+        for name, part in parts_of(layer):
+            reason = _why_replaced(i, name, part)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _why_replaced(i: int, name: str, part: nn.Module) -> str | None:
+    """What another tool has put on layer ``i``, or its part ``name``, or None where it is diffusers' own."""
+    attributes = part.__dict__
+    if "_diffusers_hook" in attributes:  # which replaces the forward too
+        hooks = set(attributes["_diffusers_hook"].hooks) - _HARMLESS_HOOKS
+        if hooks:
+            return f"its layer {i}{name} has diffusers' hook {min(hooks)!r}, which may count on all tokens and steps"
+    elif not _runs_its_own_forward_or_accelerates(part):
+        if i == 0 and name in ("", ".attn1"):
+            return "the forward of its first layer or of the self-attention there has been replaced by another tool"
+        return f"the forward of its layer {i}{name} has been replaced by another tool"
+    return None
+
+
+def _is_diffusers_own(kind: type) -> bool:
+    """Whether the forward of a class is written in diffusers; a wrapper may have taken over its name and module."""
+    return getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith("diffusers.")
+
+
+def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | None:
+    """Why an attention must not get some of the queries alone, or None where it may.
+
+    ``is_ranked``: another computes in its place what its processor would, see :func:`why_not_plain`.
+    """
+    if getattr(type(attention), "forward", None) is not Attention.forward:
+        return f"is a {type(attention).__name__}; expected the forward of an Attention"
+    if is_ranked:
+        return None
+    processor = type(attention.processor).__name__
+    if processor not in TOKENWISE_PROCESSORS and processor not in PERTURBING_PROCESSORS:
+        return f"runs through {processor}, which may count on all tokens"
+    if any(getattr(attention, name) is not None for name in NORMS):
+        return "has a norm over all tokens"
     return None
 
 
@@ -214,6 +264,8 @@ def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | 
         return None
     if not module.is_input_continuous:
         return "its input is not a feature map"
+    if "__class__" in getattr(type(module).forward, "__code__", _NO_CODE).co_freevars:
+        return f"the forward of its class {type(module).__name__} calls super(), which a stand-in for it has not"
     for i, layer in enumerate(module.transformer_blocks):
         if hasattr(layer, "fuser"):
             return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"
@@ -245,10 +297,12 @@ def why_not_rankable(layer: nn.Module) -> str | None:
     return why_not_plain(layer.attn1)
 
 
-# What decides that, but for the processor.
+# Norms of an attention over all of its tokens.
+NORMS = ("group_norm", "spatial_norm")
+
+# What decides whether one is plain, but for the processor.
 PLAIN = (
-    "group_norm",
-    "spatial_norm",
+    *NORMS,
     "residual_connection",
     "rescale_output_factor",
     "is_cross_attention",

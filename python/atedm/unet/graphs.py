@@ -51,8 +51,7 @@ def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:
     if graphs > limit:
         logger.warning(
             "what was applied to this compiled UNet so far takes up to %d graphs for one image size; torch makes %d "
-            "and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each size, or "
-            "call torch.compiler.reset()",
+            "and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each size",
             graphs,
             limit,
             graphs,

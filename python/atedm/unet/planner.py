@@ -139,7 +139,8 @@ class Planner:
         if step.picture is None:
             self.say_once(
                 "picture",
-                "%s: the timestep is no element of a scheduler's timesteps, so a call may belong to any picture; %s",
+                "%s: the timestep is no element of a scheduler's timesteps, of which there are several in a run, so a "
+                "call may belong to any picture; %s",
                 self.differ,
                 self._instead,
             )

@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.unet.blocks import runs_its_own_forward
+from atedm.unet.blocks import attention_blocks, runs_its_own_forward, why_not_skippable
 from atedm.unet.calls import UNetCalls
 from atedm.unet.memory import Slot
 
@@ -39,6 +39,10 @@ def why_not_reusable(unet: UNet2DConditionModel) -> str | None:
     for n, layer in enumerate(unet.up_blocks[-1].resnets):
         if not runs_its_own_forward(layer):
             return f"the forward of layer {n} of the last up stage has been replaced by another tool"
+    for block in attention_blocks(unet):
+        reason = why_not_skippable(block.module)
+        if reason is not None:
+            return f"{block.name} must run in every step: {reason}"
     return None
 
 

@@ -5,18 +5,23 @@ The look is the UNet's, not its blocks': blocks may be compiled, and a graph loo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from atedm.unet.blocks import (
+    NORMS,
     PARTS,
     PLAIN,
     parts_of,
     runs_its_own_forward,
     why_hooked,
     why_not_plain,
+    why_not_skippable,
     why_not_tokenwise,
 )
 
@@ -40,14 +45,21 @@ class Watch:
         Raises:
             ValueError: one of ``blocks`` can no longer be pruned, or the features of one of ``stages`` not be reused.
         """
+        for block in blocks:
+            self._look_at(block.name, block.module, partial(_check, block))
         for stage in stages:
             _check_stage(stage)
-        for block in blocks:
-            checked = self._checked.get(block.name)
-            if checked is None or checked[0].read() != checked[1]:
-                _check(block)
-                places = _Places(block.module)
-                self._checked[block.name] = places, places.read()
+            for n, module in enumerate(getattr(stage.module, "attentions", None) or ()):
+                name = f"{stage.name}.attentions.{n}"
+                if len(getattr(module, "transformer_blocks", ())) and name not in self._checked:
+                    self._look_at(f"{name}, skipped", module, partial(_check_skipped, name, module))
+
+    def _look_at(self, name: str, module: nn.Module, check: Callable[[], None]) -> None:
+        checked = self._checked.get(name)
+        if checked is None or checked[0].read() != checked[1]:
+            check()
+            places = _Places(module)
+            self._checked[name] = places, places.read()
 
 
 def _check(block: PrunedBlock) -> None:
@@ -58,6 +70,14 @@ def _check(block: PrunedBlock) -> None:
     reason = reason or why_hooked(first) or why_not_plain(first.attn1)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
+
+
+def _check_skipped(name: str, module: nn.Module) -> None:
+    reason = why_not_skippable(module)
+    if reason is not None:
+        raise ValueError(
+            f"{name} can no longer be left out of reused steps: {reason}; undo that, or call atedm.remove first"
+        )
 
 
 def _check_stage(stage: UNetStage) -> None:
@@ -97,8 +117,11 @@ class _Places:
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
             *((vars(part) if "processor" in vars(part) else part._modules, "processor") for part in attentions),
             *((place, name) for name in PLAIN for place in (vars(first), first._modules)),
+            *((place, name) for part in attentions for name in NORMS for place in (vars(part), part._modules)),
+            *((place, "pos_embed") for layer in layers for place in (vars(layer), layer._modules)),
         ]
-        self._typed = [module, *layers]  # tools exchange their classes
+        self._typed = [module, *layers, *attentions]  # tools exchange their classes
+        self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention}  # or what these run
         self._sized = [
             (vars(module.transformer_blocks), "_modules"),
             *((vars(part), name) for part in (layers[0], first) for name in ("_forward_hooks", "_forward_pre_hooks")),
@@ -108,5 +131,5 @@ class _Places:
     def read(self) -> list[Any]:
         found = [place.get(name) for place, name in self._objects]
         found += map(type, self._typed)
-        found.append(type(self._typed[0]).forward)
+        found += [kind.forward for kind in self._kinds]
         return found + [len(place[name]) for place, name in self._sized]
