@@ -7,6 +7,8 @@ JOBS ?= 2
 INSTALLED = $(VENV)/installed-
 BASE = $(VENV)/base
 PIP = -m pip --quiet --disable-pip-version-check
+# What is imported is compiled then; to compile all that torch brings would take half of an installation's time.
+INSTALL = $(PIP) install --no-compile
 OLD_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6)
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
@@ -24,15 +26,15 @@ test: $(INSTALLED)test $(OLD_TRITON) base-install
 # An older Triton, to compile with: users of older torch releases have it. There are wheels for Linux alone.
 $(VENV)/triton-3.6: | $(VENV)/bin/python
 	rm -rf $@.part
-	$(VENV)/bin/python $(PIP) install --no-deps --target $@.part triton==3.6.0
+	$(VENV)/bin/python $(INSTALL) --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
 # The wheel alone, with what it requires, in an environment of its own: every op runs there.
 base-install: $(BASE)/bin/python
 	rm -rf build $(BASE)/wheel
 	$(BASE)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel .
-	$(BASE)/bin/python $(PIP) install --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
-	$(BASE)/bin/python $(PIP) install --no-deps --force-reinstall $(BASE)/wheel/*.whl
+	$(BASE)/bin/python $(INSTALL) --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
+	$(BASE)/bin/python $(INSTALL) --no-deps --force-reinstall $(BASE)/wheel/*.whl
 	$(BASE)/bin/python tests/helpers/base_install.py
 
 # diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
@@ -48,7 +50,7 @@ lint: $(INSTALLED)test
 
 # Build isolation fetches setuptools alone: torch is not needed to build.
 $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP) install --constraint constraints.txt --editable '.[$*]'
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 $(VENV)/bin/python $(BASE)/bin/python:

@@ -27,17 +27,18 @@ def assert_ranking(
     assert (last < tolerance + 1e-6)[iterations < max_iterations].all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The products take every dtype in every shape in the tests of the column sums.
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    ("batch", "heads", "queries", "keys", "head_dim", "layout"),
+    ("batch", "heads", "queries", "keys", "head_dim", "layout", "dtype"),
     [
-        (1, 1, 1, 1, 8, "heads first"),
-        (2, 2, 67, 67, 40, "tokens first"),
-        (1, 2, 130, 77, 64, "heads first"),
-        (1, 1, 41, 1, 80, "every second"),
-        (1, 1, 50, 70, 160, "heads first"),
+        (1, 1, 1, 1, 8, "heads first", torch.float16),
+        *((2, 2, 67, 67, 40, "tokens first", dtype) for dtype in DTYPES),
+        (1, 2, 130, 77, 64, "heads first", torch.bfloat16),
+        (1, 1, 41, 1, 80, "every second", torch.float16),
+        (1, 1, 50, 70, 160, "heads first", torch.float32),
     ],
+    ids=str,
 )
 def test_ranking(backend, device, dtype, op, batch, heads, queries, keys, head_dim, layout, poisoned_empty):
     keys = queries if op == "self" else keys

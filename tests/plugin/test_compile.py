@@ -44,8 +44,7 @@ BY_KEYS = {"ranking": "keys", "recovery": "keys", "grid": 2}
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "paper"}, BY_KEYS], ids=["early", "paper", "keys"])
-def test_without_a_schedule_a_pruned_unet_is_one_graph(unet_with_a_middle, inputs, options):
-    unet = unet_with_a_middle
+def test_without_a_schedule_a_pruned_unet_is_one_graph(unet, inputs, options):
     counter = CompileCounterWithBackend("aot_eager")  # with fake tensors through every op
     atedm.apply(unet, PUBLISHED, schedule=None, **options)
     expected = unet(**inputs).sample
