@@ -17,11 +17,11 @@ SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
-# File by file: the tests of a file share what is slow to make.
+# File by file: the tests of a file share what is slow to make. In their order: the longest files are not the last.
 test: $(INSTALLED)test $(OLD_TRITON) base-install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An older Triton, to compile with: users of older torch releases have it. There are wheels for Linux alone.
 $(VENV)/triton-3.6: | $(VENV)/bin/python

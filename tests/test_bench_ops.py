@@ -35,6 +35,8 @@ def test_plain_functions_compute_what_the_ops_do(inputs):
     close(plain.column_sums(i.q, i.k), ops.attention_column_sums(i.q, i.k, i.lse))
     close(plain.weighted_column_sums(i.q, i.k, i.scores), ops.attention_column_sums(i.q, i.k, i.lse, i.scores))
     close(plain.page_rank(i.q, i.k, 3), ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=3, tolerance=0.0)[0])
+    warm = ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=2, tolerance=0.0, initial=i.scores + 0.1)
+    close(plain.page_rank(i.q, i.k, 2, i.scores + 0.1), warm[0])
     cross, _ = ops.weighted_page_rank_cross(i.q, i.text_k, i.text_lse, max_iterations=3, tolerance=0.0)
     close(plain.page_rank_cross(i.q, i.text_k, 3), cross)
     assert torch.equal(plain.select(i.scores, 9), i.index)
@@ -74,6 +76,7 @@ def test_work_is_counted(inputs):
     sums = Work(2 * 2 * 20 * 24 * 24 * 64, 2 * 20 * 24 * 24, 2 * 20 * (48 * 64 * 4 + 48 * 4))
     assert case["attention_column_sums"] == sums
     assert case["weighted_page_rank, 5 iterations"] == Work(5 * sums.flops, 5 * sums.exponentials, 5 * sums.bytes)
+    assert case["weighted_page_rank, 3 iterations from scores"].flops == 3 * sums.flops
     assert case["weighted_page_rank, stopped after 1 of 5"] == sums
     assert case["weighted_page_rank_cross, 5 iterations"].flops == 5 * 2 * 2 * 2 * 20 * 24 * 77 * 64
     assert case["similarity_source"].flops == 2 * 2 * 20 * 15 * 9 * 64

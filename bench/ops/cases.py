@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import atedm_kernels as ops
+from atedm.policy.ranking import WARM_ITERATIONS
 from atedm_bench.ops import plain
 from atedm_bench.ops.shapes import (
     HEAD_DIM,
@@ -121,8 +122,12 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
     pairs = shape.batch * shape.heads
     stored = {"map_elements": pairs * tokens**2}
 
-    def rank(max_iterations: int, tolerance: float) -> Call:
-        return lambda: ops.weighted_page_rank(*self_map, max_iterations=max_iterations, tolerance=tolerance)
+    def rank(max_iterations: int, tolerance: float, initial: torch.Tensor | None = None) -> Call:
+        settings = {"max_iterations": max_iterations, "tolerance": tolerance, "initial": initial}
+        return lambda: ops.weighted_page_rank(*self_map, **settings)
+
+    def rank_work(passes: int) -> Work:
+        return map_work_of("weighted_page_rank", (*self_map, None, passes), tokens, tokens, passes)
 
     def moving(op: str, suffix: str, work: Work, ours: Call, plainly: Call) -> OpCase:
         return OpCase(op + suffix, op, work, {OURS: ours, PLAIN: plainly, COPY: _copy_of(work, device)})
@@ -164,16 +169,30 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
         OpCase(
             f"weighted_page_rank, {iterations} iterations",
             "weighted_page_rank",
-            map_work_of("weighted_page_rank", (*self_map, None, iterations), tokens, tokens, iterations),
+            rank_work(iterations),
             {OURS: rank(iterations, 0.0), PLAIN: lambda: plain.page_rank(i.q, i.k, iterations)},
             times=iterations,
             **stored,
+        ),
+        *(
+            OpCase(
+                f"weighted_page_rank, {warm} iterations from scores",
+                "weighted_page_rank",
+                rank_work(warm),
+                {
+                    OURS: rank(warm, 0.0, i.scores),
+                    PLAIN: lambda warm=warm: plain.page_rank(i.q, i.k, warm, i.scores),
+                },
+                times=warm,
+                **stored,
+            )
+            for warm in (2, WARM_ITERATIONS)
         ),
         # Any change is below this tolerance, so the remaining launches are the cost of an early stop.
         OpCase(
             f"weighted_page_rank, stopped after 1 of {iterations}",
             "weighted_page_rank",
-            map_work_of("weighted_page_rank", (*self_map, None, 1), tokens, tokens),
+            rank_work(1),
             {OURS: rank(iterations, 1e9), "ours, 1 of 1": rank(1, 1e9)},
             **stored,
         ),

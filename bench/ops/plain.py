@@ -19,9 +19,10 @@ def weighted_column_sums(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, :, None].to(q.dtype) @ attention_map(q, k))[:, :, 0]
 
 
-def page_rank(q: Tensor, k: Tensor, iterations: int) -> Tensor:
+def page_rank(q: Tensor, k: Tensor, iterations: int, initial: Tensor | None = None) -> Tensor:
     a = attention_map(q, k)
-    scores = a.new_full((*a.shape[:2], 1, a.shape[2]), 1 / a.shape[2])
+    scores = a.new_ones(a.shape[:3])[:, :, None] if initial is None else initial[:, :, None]
+    scores = (scores / scores.sum(dim=-1, keepdim=True)).to(a.dtype)
     for _ in range(iterations):
         scores = scores @ a
         scores = scores / scores.sum(dim=-1, keepdim=True)

@@ -87,3 +87,13 @@ def test_blocks_that_stay_whole_may_be_gated(pipe):
     undo(pipe)
     with atedm.applied(pipe, PUBLISHED, ratio=0.0):
         assert torch.equal(gate(pipe), gated)
+
+
+def test_steps_that_are_reused_refuse_it_in_either_order(pipe):
+    gate(pipe)
+    with pytest.raises(ValueError, match="must run in every step: the forward of its first layer or of the self-"):
+        atedm.apply(pipe, "quality")
+    undo(pipe)
+    atedm.apply(pipe, "quality")
+    with pytest.raises(ValueError, match="can no longer be left out of reused steps: the forward of its first layer"):
+        gate(pipe)

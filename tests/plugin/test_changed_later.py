@@ -247,6 +247,21 @@ def test_an_exchanged_class_is_refused_or_taken_never_left_out(unet, inputs):
     assert not torch.allclose(unet(**inputs).sample, doubled)
 
 
+@pytest.mark.parametrize("place", ["mid_block.attentions.0", "mid_block", "up_blocks.0"])
+def test_an_exchanged_block_is_refused(make_unet, unet, inputs, place):
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    pruned = unet(**inputs).sample
+    own, other = unet.get_submodule(place), make_unet(seed=9, layers_per_block=1)
+    unet.set_submodule(place, other.get_submodule(place))
+    with pytest.raises(ValueError, match="can no longer be pruned: another module has taken its place"):
+        unet(**inputs)
+    unet.set_submodule(place, own)
+    assert torch.equal(unet(**inputs).sample, pruned)
+    unet.set_submodule(place, other.get_submodule(place))
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    assert not torch.equal(unet(**inputs).sample, pruned)
+
+
 @pytest.mark.parametrize("change", ["class", "module"])
 def test_an_exchanged_stage_is_refused(make_unet, unet, inputs, change):
     options, timesteps = {"schedule": ["whole", "reused"], "ratio": 0}, torch.tensor([999.0, 1.0])

@@ -168,7 +168,8 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
             return calls
     calls = UNetCalls(options)
     calls.blocks = [
-        PrunedBlock(block.name, block.module, block.level, block.whole_when_light, calls) for block in blocks
+        PrunedBlock(block.name, block.module, unet._modules, block.level, block.whole_when_light, calls)
+        for block in blocks
     ]
     if "reused" in options.steps.kinds:
         calls.stages = make_stages(unet, calls)

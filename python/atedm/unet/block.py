@@ -31,9 +31,20 @@ class PrunedBlock:
         remembers: whether they need what an earlier call computed.
     """
 
-    def __init__(self, name: str, module: nn.Module, level: int, whole_when_light: bool, calls: UNetCalls) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        parts: dict[str, nn.Module],
+        level: int,
+        whole_when_light: bool,
+        calls: UNetCalls,
+    ) -> None:
+        """``parts``: the UNet's own modules, by name."""
         self.name = name
         self.module = module
+        self._path = name.split(".")
+        self._parts = parts
         self.level = level
         self.whole_when_light = whole_when_light
         self.calls = calls
@@ -48,6 +59,17 @@ class PrunedBlock:
         self.layer_forward = type(module.transformer_blocks[0]).forward
         # What another tool left on the instance; it goes back when pruning is removed.
         self.previous: Any = None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the UNet still has this module where it was."""
+        parts, module = self._parts, None
+        for key in self._path:
+            module = parts.get(key)
+            if module is None:
+                return False
+            parts = module._modules
+        return module is self.module
 
     @property
     def is_current(self) -> bool:

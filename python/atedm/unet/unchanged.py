@@ -46,6 +46,11 @@ class Watch:
             ValueError: one of ``blocks`` can no longer be pruned, or the features of one of ``stages`` not be reused.
         """
         for block in blocks:
+            if not block.is_in_place:
+                raise ValueError(
+                    f"{block.name} can no longer be pruned: another module has taken its place; put it back, or call "
+                    "atedm.apply again"
+                )
             self._look_at(block.name, block.module, partial(_check, block))
         for stage in stages:
             _check_stage(stage)
