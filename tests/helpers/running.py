@@ -1,12 +1,20 @@
 """Run a pipeline, and check what must hold for each."""
 
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import atedm
 from atedm.policy.options import PUBLISHED
 
 PROMPT = "a red circle left of a blue square"
 STEPS = 4
+
+
+def timesteps_of(steps):
+    """Of a picture of so many steps, which has them for itself."""
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
 
 
 def latents(pipe, **arguments):

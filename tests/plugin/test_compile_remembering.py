@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.unet.attach import calls_of
 from atedm.unet.graphs import graphs_per_size
+from tests.helpers.running import timesteps_of
 
 KINDS = ["whole", "pruned", "pruned", "reused", "pruned", "reused"]
 OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift", "ratio": 0.6}
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 @pytest.fixture
 def unet(unet_to_compile):
     return unet_to_compile
-
-
-def timesteps_of(steps):
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps
 
 
 def calls(inputs, timesteps):

@@ -4,21 +4,14 @@ import math
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.policy.schedule import Adaptive, Every, Listed, Progress
 from atedm.unet.attach import calls_of
-from tests.helpers.running import latents
+from tests.helpers.running import latents, timesteps_of
 
 KINDS = ["whole", "reused", "pruned", "reused"]
-
-
-def timesteps_of(steps):
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps
 
 
 def reused_by_hand(unet, feature, call, first_residual=0.0):

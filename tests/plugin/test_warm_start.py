@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
@@ -14,16 +13,11 @@ from atedm.unet.attach import calls_of
 from atedm.unet.errors import RankedNaN
 from atedm.unet.graphs import graphs_per_size
 from atedm_kernels import DEFAULT_MAX_ITERATIONS
+from tests.helpers.running import timesteps_of
 
 COLD, WARM = DEFAULT_MAX_ITERATIONS, WARM_ITERATIONS
 # Every iteration runs, and a step that does not prune is no reason for another.
 WARM_START = {"schedule": None, "warm_start": True, "tolerance": 0.0}
-
-
-def timesteps_of(steps):
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps
 
 
 @torch.no_grad()

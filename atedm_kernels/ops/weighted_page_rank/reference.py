@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def start(q: Tensor, initial: Tensor | None) -> Tensor:
     return initial / initial.sum(dim=-1, keepdim=True)
 
 
-def weighted_page_rank_reference(
+def rank_reference(
+    step: Callable[[tuple[Tensor, ...], Tensor, float], Tensor],
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -55,15 +57,24 @@ def weighted_page_rank_reference(
     tolerance: float,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``s ← Aᵀ s`` to its fixed point; shapes as in the public op."""
-    scores, shape = start(q, initial), lse.shape
-    q, k, lse = merge_heads(q), merge_heads(k), merge_heads(lse)
+    """Scores and iterations of either ranking; shapes as in the public ops.
 
-    def step(running: Tensor, scores: Tensor) -> Tensor:
-        sums = attention_column_sums_reference(
-            q[None, running], k[None, running], lse[None, running], scores[None], scale
-        )
-        return sums[0]
+    Args:
+        step: maps ``q, k, lse`` of heads ``[P, …]``, their scores and the scale to new scores, not normalised.
+    """
+    maps = merge_heads(q), merge_heads(k), merge_heads(lse)
 
-    scores, iterations = power_iteration(step, scores, max_iterations, tolerance)
-    return scores.view(shape), iterations.view(shape[:2])
+    def step_of(running: Tensor, scores: Tensor) -> Tensor:
+        return step(tuple(x[running] for x in maps), scores, scale)
+
+    scores, iterations = power_iteration(step_of, start(q, initial), max_iterations, tolerance)
+    return scores.view(lse.shape), iterations.view(lse.shape[:2])
+
+
+def _step(maps: tuple[Tensor, ...], scores: Tensor, scale: float) -> Tensor:
+    return attention_column_sums_reference(*(x[None] for x in maps), scores[None], scale)[0]
+
+
+def weighted_page_rank_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``s ← Aᵀ s`` to its fixed point; arguments as in :func:`rank_reference`."""
+    return rank_reference(_step, *arguments)

@@ -16,6 +16,7 @@ from PIL import Image
 from atedm.app import pictures, report
 from atedm.app.comparison import COLUMNS, Comparison
 from atedm.files import whole_file
+from atedm.policy.schedule import PRUNING
 from atedm.unet.recording import Recording
 
 _PAGE = Template("""<!doctype html>
@@ -94,7 +95,7 @@ def _told(kinds: Sequence[str], settings: dict[str, Any]) -> str:
     """What the calls of a run did, by kind, and how tokens were chosen where any were dropped."""
     told = [f"{kinds.count(kind)} {what}" for kind, what in _STEPS.items() if kind in kinds]
     calls = f"Of {len(kinds)} calls of the UNet, {', '.join(told)}."
-    return f"{calls} {_method(settings)}" if {"light", "pruned"} & set(kinds) else calls
+    return f"{calls} {_method(settings)}" if PRUNING & set(kinds) else calls
 
 
 def _method(settings: dict[str, Any]) -> str:

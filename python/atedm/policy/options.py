@@ -13,7 +13,16 @@ from typing import Any
 from atedm.files import whole_file
 from atedm.policy.ranking import RANKINGS, RankingFunction, make_ranking
 from atedm.policy.recovery import RECOVERIES
-from atedm.policy.schedule import DSAP, Adaptive, Listed, Schedule, as_schedule, schedule_from_json, schedule_to_json
+from atedm.policy.schedule import (
+    DSAP,
+    PRUNING,
+    Adaptive,
+    Listed,
+    Schedule,
+    as_schedule,
+    schedule_from_json,
+    schedule_to_json,
+)
 from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
 
@@ -84,7 +93,7 @@ class Options:
     @property
     def prunes(self) -> bool:
         """Whether any step drops tokens."""
-        return bool(self.steps.kinds & {"light", "pruned"})
+        return bool(self.steps.kinds & PRUNING)
 
     @property
     def starts_warm(self) -> bool:

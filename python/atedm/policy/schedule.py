@@ -18,6 +18,9 @@ from typing import Any
 
 KINDS = ("whole", "light", "pruned", "reused")
 
+# Those that drop tokens.
+PRUNING = frozenset({"light", "pruned"})
+
 # A part of the run. Where features change most at its end (Karras), steps that are computed and reused by turns there
 # ruin pictures.
 EARLY = 0.3
@@ -129,7 +132,7 @@ class DSAP(Schedule):
 
     @property
     def kinds(self) -> frozenset[str]:
-        return frozenset({"light", "pruned"} if self.constant is None else {self.constant})
+        return PRUNING if self.constant is None else frozenset({self.constant})
 
     @property
     def constant(self) -> str | None:

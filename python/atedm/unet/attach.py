@@ -16,7 +16,7 @@ from torch import nn
 
 from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
-from atedm.unet.blocks import AttentionBlock, attention_blocks, blocks_to_prune
+from atedm.unet.blocks import AttentionBlock, Place, attention_blocks, blocks_to_prune
 from atedm.unet.calls import Following, UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
@@ -168,7 +168,7 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
             return calls
     calls = UNetCalls(options)
     calls.blocks = [
-        PrunedBlock(block.name, block.module, unet._modules, block.level, block.whole_when_light, calls)
+        PrunedBlock(block.name, block.module, Place.of(unet, block.name), block.level, block.whole_when_light, calls)
         for block in blocks
     ]
     if "reused" in options.steps.kinds:

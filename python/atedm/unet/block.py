@@ -15,7 +15,7 @@ from atedm.policy.ranking import make_ranking
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.selection import kept_tokens
 from atedm.policy.staleness import STALENESS
-from atedm.unet.blocks import feature_map_size
+from atedm.unet.blocks import Place, feature_map_size
 from atedm.unet.calls import UNetCalls
 from atedm.unet.choosing import TokenChoice
 from atedm.unet.memory import BlockMemory, Slot
@@ -35,16 +35,14 @@ class PrunedBlock:
         self,
         name: str,
         module: nn.Module,
-        parts: dict[str, nn.Module],
+        place: Place,
         level: int,
         whole_when_light: bool,
         calls: UNetCalls,
     ) -> None:
-        """``parts``: the UNet's own modules, by name."""
         self.name = name
         self.module = module
-        self._path = name.split(".")
-        self._parts = parts
+        self.place = place
         self.level = level
         self.whole_when_light = whole_when_light
         self.calls = calls
@@ -59,17 +57,6 @@ class PrunedBlock:
         self.layer_forward = type(module.transformer_blocks[0]).forward
         # What another tool left on the instance; it goes back when pruning is removed.
         self.previous: Any = None
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the UNet still has this module where it was."""
-        parts, module = self._parts, None
-        for key in self._path:
-            module = parts.get(key)
-            if module is None:
-                return False
-            parts = module._modules
-        return module is self.module
 
     @property
     def is_current(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -76,6 +76,32 @@ class AttentionBlock:
     module: nn.Module
     level: int
     whole_when_light: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands in a UNet.
+
+    Attributes:
+        parts: the UNet's own modules, by name. path: the names from there on.
+    """
+
+    parts: Mapping[str, nn.Module | None]
+    path: Sequence[str]
+
+    @classmethod
+    def of(cls, unet: nn.Module, name: str) -> Place:
+        return cls(unet._modules, name.split("."))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` still stands there."""
+        parts, found = self.parts, None
+        for key in self.path:
+            found = parts.get(key)
+            if found is None:
+                return False
+            parts = found._modules
+        return found is module
 
 
 def attention_blocks(unet: UNet2DConditionModel) -> list[AttentionBlock]:
@@ -245,7 +271,7 @@ def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | Non
     processor = type(attention.processor).__name__
     if processor not in TOKENWISE_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"runs through {processor}, which may count on all tokens"
-    if any(getattr(attention, name) is not None for name in NORMS):
+    if _has_norm(attention):
         return "has a norm over all tokens"
     return None
 
@@ -309,12 +335,16 @@ PLAIN = (
 )
 
 
+def _has_norm(attention: nn.Module) -> bool:
+    return any(getattr(attention, name) is not None for name in NORMS)
+
+
 def why_not_plain(attention: nn.Module) -> str | None:
     """Why ``attention`` is not plain softmax attention with an output projection, or None where it is."""
     processor = type(attention.processor).__name__
     if processor not in PLAIN_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"
-    if attention.group_norm is not None or attention.spatial_norm is not None or attention.residual_connection:
+    if _has_norm(attention) or attention.residual_connection:
         return "its self-attention has a norm or residual of its own"
     if attention.rescale_output_factor != 1 or attention.is_cross_attention:
         return "its self-attention rescales its output or attends to other states"

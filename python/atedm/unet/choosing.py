@@ -39,7 +39,6 @@ class TokenChoice:
         self.keep = keep
         self.size = tuple(hidden_states.shape[-2:])
         self.index: Tensor | None = None
-        self._ranks: Tensor | None = None  # what the ranking came to
         self.observed: Tensor | None = None
         if block.staleness is not None:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
@@ -54,10 +53,11 @@ class TokenChoice:
         if self._is_chosen_before():
             self.index, scores = memory.index, memory.scores
         else:
-            scores, iterations = self._scores(attention)
+            ranks, iterations = (None, None) if attention is None else self._rank(attention())
+            scores = self._scores(ranks)
             self.index = self._select(scores)
             if memory is not None and memory.ranks is not None:
-                memory.ranks.copy_(self._ranks)
+                memory.ranks.copy_(ranks)
             if memory is not None and memory.index is not None:
                 memory.index.copy_(self.index)
                 picture = self._call.picture
@@ -73,17 +73,18 @@ class TokenChoice:
         # A block may have been skipped when the choice was due. In a graph none is.
         return torch.compiler.is_compiling() or memory.choice == call.picture.chosen
 
-    def _scores(self, attention: Callable[[], AttentionMap] | None) -> tuple[Tensor, Tensor | None]:
-        """Scores ``[B, H, N]``, and the iterations of a ranking that iterates."""
-        block, scores, iterations = self._block, None, None
-        if attention is not None:
-            initial = self._memory.ranks if self._call.is_warm and self._memory is not None else None
-            scores, iterations = block.ranking.scores(attention(), initial)
-            self._ranks = scores
-        if block.staleness is not None:
-            stale = block.staleness.scores(self.observed, self._memory.staleness)
-            scores = stale if scores is None else scores * stale
-        return scores, iterations
+    def _rank(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
+        """What the ranking comes to, ``[B, H, N]``, and its iterations where it iterates."""
+        initial = self._memory.ranks if self._call.is_warm and self._memory is not None else None
+        return self._block.ranking.scores(attention, initial)
+
+    def _scores(self, ranks: Tensor | None) -> Tensor:
+        """``[B, H, N]``: the ranking's, times those of the staleness."""
+        block = self._block
+        if block.staleness is None:
+            return ranks
+        stale = block.staleness.scores(self.observed, self._memory.staleness)
+        return stale if ranks is None else ranks * stale
 
     def _select(self, scores: Tensor) -> Tensor:
         options = self._block.calls.options

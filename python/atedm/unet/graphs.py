@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from atedm.policy.options import Options
+from atedm.policy.schedule import PRUNING
 
 if TYPE_CHECKING:
     from atedm.unet.calls import UNetCalls
@@ -25,7 +26,7 @@ def graphs_per_size(options: Options) -> int:
     if options.is_constant:
         return 1
     # With a choice, and with an earlier one; from uniform scores, and from earlier ones.
-    choosing = len(options.kinds & {"light", "pruned"})
+    choosing = len(options.kinds & PRUNING)
     return len(options.kinds) + choosing * (options.rank_every > 1) + choosing * options.starts_warm
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atedm.policy.options import Options
-from atedm.policy.schedule import Progress
+from atedm.policy.schedule import PRUNING, Progress
 from atedm.unet.memory import Memory, Picture, Slot
 from atedm.unet.recording import Recording
 from atedm.unet.steps import Step, step_of
@@ -86,7 +86,7 @@ class Planner:
         """Make every call one of ``kind`` that follows others with ``sample``: to count FLOPs, and to time."""
         needs_slot = self._follows_pictures or kind == "reused"
         slot = self._make_slot(_key(sample), sample) if needs_slot else None
-        self.forced = Call(kind, is_warm=self._starts_warm and kind in ("light", "pruned"), slot=slot)
+        self.forced = Call(kind, is_warm=self._starts_warm and kind in PRUNING, slot=slot)
         try:
             yield
         finally:
@@ -114,7 +114,7 @@ class Planner:
         if options.remembers and not picture.is_filled:
             kind = "whole"
         picture.begin_kind(step.index, kind)
-        prunes = kind in ("light", "pruned")
+        prunes = kind in PRUNING
         ranks = not prunes or picture.is_choice_due(step.index, kind, options.rank_every)
         is_warm = self._starts_warm and prunes and ranks and picture.has_ranks_for(kind)
         return Call(kind, ranks, is_warm, slot, picture, step.index, step.total)
@@ -200,7 +200,7 @@ class Planner:
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
         picture.is_filled = True  # every call before the first whole one is whole
-        if call.ranks and call.kind in ("light", "pruned"):
+        if call.ranks and call.kind in PRUNING:
             picture.ranked.add(call.kind)
         if picture.is_over:
             if set(picture.kinds.values()) == {"whole"} != self.options.steps.kinds:

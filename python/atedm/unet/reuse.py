@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.unet.blocks import attention_blocks, runs_its_own_forward, why_not_skippable
+from atedm.unet.blocks import Place, attention_blocks, runs_its_own_forward, why_not_skippable
 from atedm.unet.calls import UNetCalls
 from atedm.unet.memory import Slot
 
@@ -56,12 +56,10 @@ def stages_of(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
 class UNetStage:
     """The ``forward`` of a stage: its own, unless the step reuses features."""
 
-    def __init__(
-        self, name: str, module: nn.Module, place: tuple[dict[str, Any], str], calls: UNetCalls, skip_channels: int
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, place: Place, calls: UNetCalls, skip_channels: int) -> None:
         self.name = name
         self.module = module
-        self.place = place  # where it stands in the UNet
+        self.place = place
         self.calls = calls
         self.skip_channels = skip_channels  # of the first convolution's output
         self.forward = type(module).forward  # torch.compile cannot look it up while it traces
@@ -162,9 +160,5 @@ def make_stages(unet: UNet2DConditionModel, calls: UNetCalls) -> list[UNetStage]
     def kind(module: nn.Module) -> type[UNetStage]:
         return LastStage if module is last else DownStage if type(module) in _DOWN else UNetStage
 
-    def place(name: str) -> tuple[dict[str, Any], str]:
-        parent, _, key = name.rpartition(".")
-        return unet.get_submodule(parent)._modules, key
-
     channels = unet.conv_in.out_channels
-    return [kind(module)(name, module, place(name), calls, channels) for name, module in stages_of(unet)]
+    return [kind(module)(name, module, Place.of(unet, name), calls, channels) for name, module in stages_of(unet)]

@@ -6,7 +6,6 @@ The look is the UNet's, not its blocks': blocks may be compiled, and a graph loo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -46,23 +45,23 @@ class Watch:
             ValueError: one of ``blocks`` can no longer be pruned, or the features of one of ``stages`` not be reused.
         """
         for block in blocks:
-            if not block.is_in_place:
+            if not block.place.holds(block.module):
                 raise ValueError(
                     f"{block.name} can no longer be pruned: another module has taken its place; put it back, or call "
                     "atedm.apply again"
                 )
-            self._look_at(block.name, block.module, partial(_check, block))
+            self._look_at(block.name, block.module, _check, block)
         for stage in stages:
             _check_stage(stage)
             for n, module in enumerate(getattr(stage.module, "attentions", None) or ()):
                 name = f"{stage.name}.attentions.{n}"
                 if len(getattr(module, "transformer_blocks", ())) and name not in self._checked:
-                    self._look_at(f"{name}, skipped", module, partial(_check_skipped, name, module))
+                    self._look_at(f"{name}, skipped", module, _check_skipped, name, module)
 
-    def _look_at(self, name: str, module: nn.Module, check: Callable[[], None]) -> None:
+    def _look_at(self, name: str, module: nn.Module, check: Callable[..., None], *arguments: Any) -> None:
         checked = self._checked.get(name)
         if checked is None or checked[0].read() != checked[1]:
-            check()
+            check(*arguments)
             places = _Places(module)
             self._checked[name] = places, places.read()
 
@@ -86,8 +85,7 @@ def _check_skipped(name: str, module: nn.Module) -> None:
 
 
 def _check_stage(stage: UNetStage) -> None:
-    place, key = stage.place
-    if place.get(key) is not stage.module or not stage.is_current:
+    if not stage.place.holds(stage.module) or not stage.is_current:
         raise ValueError(
             f"the features of {stage.name} can no longer be reused: it, or its class, is another than at atedm.apply; "
             "undo that, or call atedm.apply again"
