@@ -7,9 +7,14 @@ JOBS ?= 2
 INSTALLED = $(VENV)/installed-
 BASE = $(VENV)/base
 PIP = -m pip --quiet --disable-pip-version-check
-# What is imported is compiled then; to compile all that torch brings would take half of an installation's time.
+# What is imported is compiled then, and kept, whatever the environment says: every process that a test starts imports
+# it again. To compile all that torch brings would take half of an installation's time.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install --no-compile
 OLD_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6)
+# What is set up is set up side by side.
+MAKEFLAGS += --jobs=$(JOBS)
+PACKAGE = pyproject.toml setup.py README.md LICENSE atedm_kernels bench csrc python
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test base-install witnesses docs lint clean
@@ -29,13 +34,20 @@ $(VENV)/triton-3.6: | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL) --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
-# The wheel alone, with what it requires, in an environment of its own: every op runs there.
-base-install: $(BASE)/bin/python
-	rm -rf build $(BASE)/wheel
-	$(BASE)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel .
+# The wheel alone, with what it requires, in an environment of its own: every op runs there. Built from a copy: the
+# editable install builds in the checkout at the same time.
+base-install: $(BASE)/required
+	rm -rf $(BASE)/source $(BASE)/wheel
+	mkdir $(BASE)/source
+	tar --exclude '*.egg-info' --exclude 'libatedm.*' -cf - $(PACKAGE) | tar -xf - -C $(BASE)/source
+	$(BASE)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel $(BASE)/source
 	$(BASE)/bin/python $(INSTALL) --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
 	$(BASE)/bin/python $(INSTALL) --no-deps --force-reinstall $(BASE)/wheel/*.whl
 	$(BASE)/bin/python tests/helpers/base_install.py
+
+$(BASE)/required: constraints.txt | $(BASE)/bin/python
+	$(BASE)/bin/python $(INSTALL) --constraint constraints.txt torch triton numpy
+	touch $@
 
 # diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
 witnesses: $(INSTALLED)test

@@ -48,10 +48,10 @@ def small_pipeline():
 
 @pytest.fixture(scope="module", autouse=True)
 def a_small_run():
-    """The small model, two rounds of timing where a real run makes five, scenes that are drawn once for all runs."""
+    """The small model, one round of timing where a real run makes five, scenes that are drawn once for all runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "embedded_pipeline", small_pipeline)
-        patch.setattr(session, "ROUNDS", session.QUICK_ROUNDS)
+        patch.setattr(session, "ROUNDS", 1)
         for module, name in ((session, "scene_cases"), (lab, "held_out_renders")):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
