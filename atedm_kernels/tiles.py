@@ -70,6 +70,10 @@ def architecture(device: torch.device) -> str:
     return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def is_amd(device: torch.device) -> bool:
+    return architecture(device).startswith("gfx")
+
+
 def table_path(op: str) -> Path:
     """The table of ``op``, in its folder."""
     return Path(__file__).parent / "ops" / op / "tiles.json"

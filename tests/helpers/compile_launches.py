@@ -1,6 +1,6 @@
 """Compile the launches of every op ahead of time and report what the compiler made of them, as JSON.
 
-Run it in its own process, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90 [case …]``.
+Run it in its own process, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90,… [case …]``.
 No GPU is needed: the launches are built from meta tensors, and Triton ships the assemblers.
 """
 
@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from atedm_kernels import tiles
 from atedm_kernels._launch import Launch
+from atedm_kernels.ops import triton_power_iteration as power_iteration
 from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
 from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
@@ -62,8 +63,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def page_rank_launches(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
-    state = page_rank.empty_state(lse)
-    starts = [page_rank.start_launch(lse, initial, state) for initial in (None, lse)]
+    state = power_iteration.empty_state(lse)
+    starts = [power_iteration.start_launch(lse, initial, state) for initial in (None, lse)]
     return [*starts, *page_rank.iteration_launches(q, k, lse, state, 0.125, 1e-3)]
 
 
@@ -82,7 +83,7 @@ def attention_launches(
         return [one for one in page_rank_launches(q, k, lse) if one.kernel is column_sums._column_sums_kernel]
     if op == "page_rank_cross":
         k = meta(2, 77, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
-        launches = page_rank_cross.iteration_launches(q, k, lse, page_rank.empty_state(lse), 0.125, 1e-3)
+        launches = page_rank_cross.iteration_launches(q, k, lse, power_iteration.empty_state(lse), 0.125, 1e-3)
         return [one for one in launches if one.kernel is page_rank_cross._rows_kernel]
     launches = source_launches(q, k, lse)
     if is_first:
@@ -136,7 +137,7 @@ def smallest_launches() -> list[Launch]:
     q = meta(1, 1, 1, 8, dtype=torch.float16)
     lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
     index = meta(1, 1, dtype=torch.int64)
-    state = page_rank.empty_state(lse)
+    state = power_iteration.empty_state(lse)
     residual = meta(1, 1, 1, 1, dtype=torch.float16)
     return [
         *page_rank_launches(q, q, lse),
@@ -257,4 +258,4 @@ def rows(target: str, names: list[str]) -> Iterator[dict[str, object]]:
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET is set: the interpreter replaces the compiler")
-    json.dump(list(rows(sys.argv[1], sys.argv[2:])), sys.stdout)
+    json.dump([row for target in sys.argv[1].split(",") for row in rows(target, sys.argv[2:])], sys.stdout)

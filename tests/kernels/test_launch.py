@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 
+import atedm_kernels as ak
 from atedm_kernels import _launch
 from atedm_kernels._launch import Launch
 
@@ -114,3 +115,31 @@ def test_elsewhere_triton_looks_up(kernel, monkeypatch, why):
     launch(kernel).run()
     launch(kernel).run()
     assert len(kernel.compiled) == 2 and not kernel.started
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that are started, in order."""
+    found, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (found.append(launch.kernel.__name__), run(launch)))
+    return found
+
+
+# A small map is not split, so that there is nothing to join: one launch less than SDXL takes.
+@pytest.mark.parametrize(("recovery", "launches"), [("similarity", 9), ("cached", 7)])
+def test_a_pruned_block_takes_few_launches(started, recovery, launches):
+    """At two passes. A pass is one kernel, which normalises the scores too."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    x, residual = torch.randn(2, 1, 40, 8, generator=torch.Generator().manual_seed(1))
+    with ak.backend("triton"):
+        _, lse = ak.attention_with_logsumexp(q, k, v)
+        scores, _ = ak.weighted_page_rank(q, k, lse, max_iterations=2, tolerance=0)
+        index = ak.select_tokens(scores, 15)
+        compact, tokens = ak.gather_tokens(x, index), ak.gather_tokens(residual, index)
+        residual = residual.mT.unflatten(2, (5, 8))
+        if recovery == "similarity":
+            ak.recover_feature_map(compact + tokens, ak.similarity_source(q, k, lse, index), residual)
+        else:
+            ak.update_feature_map(compact + tokens, index, x.clone(), residual)
+    assert started.count("_column_sums_kernel") == 2 and "_normalise_kernel" not in started
+    assert len(started) == launches, started

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import atedm_kernels
+from atedm_kernels import tiles
+from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
+from atedm_kernels.ops.triton_power_iteration import empty_state
+from atedm_kernels.ops.weighted_page_rank.triton_kernel import iteration_launches
 from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -85,6 +91,22 @@ def test_large_logits(backend, device, dtype):
         scores, _ = atedm_kernels.weighted_page_rank(q, k, lse, max_iterations=3, tolerance=0.0)
     expected, _ = oracle.page_rank(q, k, lse, torch.full((1, 2), 3, device=device))
     assert ((scores.double() - expected).abs() / expected.clamp(min=1e-9)).max() < 2e-4
+
+
+def test_a_pass_ends_in_its_own_kernel_or_in_one_more(device, monkeypatch, poisoned_empty):
+    """On AMD in one more."""
+    monkeypatch.setattr(column_sums, "_SCRATCH_OF_MAP", 1.0)  # so few queries are not split otherwise
+    q, k, lse = oracle.attention_inputs((1, 1, 130, 130, 16), torch.float32, device)
+    tile = replace(tiles.tile_for(column_sums.OP, q), block_m=16, block_n=32, programs=100)
+    found = {}
+    for architecture, launches in (("sm_90", 1), ("gfx942", 2)):
+        with tiles.assume(architecture=architecture, attention_column_sums=tile), atedm_kernels.backend("triton"):
+            assert column_sums.query_splits(q, k)[0] == 2
+            assert len(iteration_launches(q, k, lse, empty_state(lse), 0.25, 1e-3)) == launches
+            found[architecture] = atedm_kernels.weighted_page_rank(q, k, lse, max_iterations=2, tolerance=1e-3)
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one, other)
+    assert_ranking(q, k, lse, *found["sm_90"], False, 2, 1e-3)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv, run_all
+from atedm_kernels.ops.triton_power_iteration import BLOCK, State, finish_pass
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     head_pointer,
@@ -33,6 +34,10 @@ def _column_sums_kernel(
     weights,  # [pairs, queries], or None for 1
     bias,  # [pairs, queries]: log2 of the weights less the logsumexp in base 2, in place of both; or None
     done,  # [pairs] int32, or None: a head whose flag is set is skipped
+    scores,  # [pairs, queries], replaced by the new ones, as are bias and the next two; or None
+    iterations,  # [pairs] int32
+    arrived,  # [pairs] int32: 0
+    tolerance,
     out,  # [splits, pairs, keys]
     scale_log2,
     factor,
@@ -57,6 +62,7 @@ def _column_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL_SUMS: tl.constexpr,
+    SCORES_PER_STEP: tl.constexpr,
 ):
     key_tiles = tl.cdiv(keys, BLOCK_N)
     program = tl.program_id(0)
@@ -77,11 +83,7 @@ def _column_sums_kernel(
     local_rows = tl.arange(0, BLOCK_M)
     q = head_pointer(q, pair, heads, q_stride_b, q_stride_h, ALIGNMENT) + begin.to(tl.int64) * q_stride_n
     q_step = tl.full([], BLOCK_M, tl.int64) * q_stride_n
-    lse += pair * queries
-    if weights is not None:
-        weights += pair * queries
-    if bias is not None:
-        bias += pair * queries
+    first = pair * queries
 
     sums = tl.zeros([BLOCK_N, PARTIAL_SUMS], tl.float32)
     for start in tl.range(begin, end, BLOCK_M):
@@ -108,26 +110,37 @@ def _column_sums_kernel(
             s = products(k_a, k_b, q_a, q_b, DIM_B)
         # A row past the end has products 0 and bias -inf: its weight is exp2(-inf) = 0, with no mask below.
         if bias is not None:
-            shift = tl.load(bias + rows, mask=inside, other=float("-inf"))
+            shift = tl.load(bias + first + rows, mask=inside, other=float("-inf"))
         else:
-            shift = tl.load(lse + rows, mask=inside, other=float("inf")) * -LOG2E
+            shift = tl.load(lse + first + rows, mask=inside, other=float("inf")) * -LOG2E
         p = tl.exp2(s * scale_log2 + shift[None, :])
         # Not folded into the exponent: a caller's weights may be negative.
         if weights is not None:
-            p *= tl.load(weights + rows, mask=inside, other=0.0)[None, :]
+            p *= tl.load(weights + first + rows, mask=inside, other=0.0)[None, :]
         if PARTIAL_SUMS == BLOCK_M:
             sums += p
         else:
             sums += tl.sum(tl.reshape(p, [BLOCK_N, BLOCK_M // PARTIAL_SUMS, PARTIAL_SUMS]), 1)
         q += q_step
 
-    out += (split.to(tl.int64) * pairs + pair) * keys
-    tl.store(out + columns, tl.sum(sums, 1) * factor, mask=filled)
+    skip = (split.to(tl.int64) * pairs + pair) * keys
+    tl.store(out + skip + columns, tl.sum(sums, 1) * factor, mask=filled)
+
+    if scores is not None:
+        # The last program of a head reads what all of them have stored, and ends the pass. The counter orders the
+        # memory of the one thread that counts, so the others wait for each other first.
+        splits = tl.cdiv(queries, queries_per_split)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == key_tiles * splits - 1:
+            finish_pass(out, lse, scores, bias, iterations, done, tolerance, pair, splits, pairs, keys, SCORES_PER_STEP)
+            tl.store(arrived + pair, 0)
 
 
 OP = "attention_column_sums"
 
 _MAX_SPLITS = 16
+
+_NO_STATE = dict.fromkeys(("scores", "bias", "iterations", "done", "arrived"))
 
 # Partial sums, and a ranking's bias, stay below this fraction of a head's map in 16 bits.
 _SCRATCH_OF_MAP = 0.01
@@ -152,13 +165,17 @@ def column_sums_launch(
     scale: float,
     *,
     weights: Tensor | None = None,
-    bias: Tensor | None = None,
-    done: Tensor | None = None,
+    state: State | None = None,
+    tolerance: float | None = None,
 ) -> Launch:
     """Sum each part of the queries into ``partial`` ``[splits, B, H, N]``; only ``q`` and ``k`` may be strided.
 
-    ``bias``, ``[B, H, M]`` float32, is ``log2(w_i) - lse_i / ln 2``: positive weights folded into the exponent.
+    With ``state``, whose bias takes the place of weights, that is for a power iteration. With ``tolerance`` too, where
+    keys are queries, it is a whole pass of one, which replaces the state.
     """
+    read = {} if state is None else vars(state)
+    if state is not None and tolerance is None:
+        read = {"bias": state.bias, "done": state.done}
     tile = tile_for(OP, q)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
@@ -170,11 +187,12 @@ def column_sums_launch(
             **query_key_arguments(q, k),
             "lse": lse,
             "weights": weights,
-            "bias": bias,
-            "done": done,
+            **_NO_STATE,
+            **read,
+            "tolerance": tolerance,
             "out": partial,
             "scale_log2": scale * LOG2E.value,
-            "factor": 1.0 / queries if weights is None and bias is None else 1.0,
+            "factor": 1.0 / queries if weights is None and state is None else 1.0,
             "pairs": batch * heads,
             "queries": queries,
             "keys": keys,
@@ -185,6 +203,7 @@ def column_sums_launch(
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "PARTIAL_SUMS": tile.block_m if is_float32(q) else 8,
+            "SCORES_PER_STEP": BLOCK,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atedm_kernels._launch import Launch, cdiv
 from atedm_kernels.ops.attention_column_sums.triton_kernel import column_sums_launch, empty_partial_sums
+from atedm_kernels.ops.triton_power_iteration import State, iterate, normalise_launch, sum_parts
 from atedm_kernels.ops.triton_tiles import (
     LOG2E,
     head_pointer,
@@ -20,7 +21,6 @@ from atedm_kernels.ops.triton_tiles import (
     streamed_products,
     tile_constants,
 )
-from atedm_kernels.ops.weighted_page_rank.triton_kernel import State, iterate, normalise_launch, sum_parts
 from atedm_kernels.ops.weighted_page_rank_cross.reference import ENTROPY_FLOOR
 from atedm_kernels.tiles import tile_for
 
@@ -144,7 +144,7 @@ def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: f
     key_parts = empty_partial_sums(q, k)
     new = torch.empty(1, *lse.shape, dtype=torch.float32, device=q.device)
     return [
-        column_sums_launch(q, k, lse, key_parts, scale, bias=state.bias, done=state.done),
+        column_sums_launch(q, k, lse, key_parts, scale, state=state),
         rows_launch(q, k, lse, key_parts, state.done, new, scale),
         normalise_launch(new, lse, state, tolerance),
     ]
