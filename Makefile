@@ -11,6 +11,7 @@ PIP = -m pip --quiet --disable-pip-version-check
 # it again. To compile all that torch brings would take half of an installation's time.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install --no-compile
+INTO_BASE = $(VENV)/bin/python $(PIP) --python $(BASE)/bin/python install --no-compile
 OLD_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6)
 # What is set up is set up side by side.
 MAKEFLAGS += --jobs=$(JOBS)
@@ -40,13 +41,13 @@ base-install: $(BASE)/required
 	rm -rf $(BASE)/source $(BASE)/wheel
 	mkdir $(BASE)/source
 	tar --exclude '*.egg-info' --exclude 'libatedm.*' -cf - $(PACKAGE) | tar -xf - -C $(BASE)/source
-	$(BASE)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel $(BASE)/source
-	$(BASE)/bin/python $(INSTALL) --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
-	$(BASE)/bin/python $(INSTALL) --no-deps --force-reinstall $(BASE)/wheel/*.whl
+	$(VENV)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel $(BASE)/source
+	$(INTO_BASE) --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
+	$(INTO_BASE) --no-deps --force-reinstall $(BASE)/wheel/*.whl
 	$(BASE)/bin/python tests/helpers/base_install.py
 
 $(BASE)/required: constraints.txt | $(BASE)/bin/python
-	$(BASE)/bin/python $(INSTALL) --constraint constraints.txt torch triton numpy
+	$(INTO_BASE) --constraint constraints.txt torch triton numpy
 	touch $@
 
 # diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
@@ -65,8 +66,12 @@ $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-$(VENV)/bin/python $(BASE)/bin/python:
-	$(PYTHON) -m venv $(@:/bin/python=)
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The other environment's pip installs here.
+$(BASE)/bin/python: | $(VENV)/bin/python
+	$(PYTHON) -m venv --without-pip $(BASE)
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info

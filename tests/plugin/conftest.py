@@ -84,8 +84,8 @@ TWO_LEVELS = {
     "block_out_channels": (16, 32),
     "attention_head_dim": (1, 2),
     "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 1),
-    "reverse_transformer_layers_per_block": (2, 1),
+    "transformer_layers_per_block": (1, 2),
+    "reverse_transformer_layers_per_block": (1, 1),
 }
 
 

@@ -13,9 +13,8 @@ DEVICE = torch.device("meta")
 
 OPTIONS = [
     {},
-    {"ranking": "cross", "placement": "paper"},
+    {"ranking": "cross", "placement": "paper", "recovery": "bicubic"},
     {"ranking": "keys", "recovery": "keys", "grid": 2},
-    {"recovery": "bicubic"},
 ]
 
 

@@ -147,11 +147,13 @@ def test_applying_the_same_again_takes_no_graph_more_and_removing_gives_the_full
     assert counter.frame_count == graphs == 3
 
 
-def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet, counter, caplog):
+@pytest.mark.parametrize("part", ["UNet", "blocks"])
+def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet, counter, caplog, part):
     atedm.apply(unet, PUBLISHED, ratio=0.1)
     for n in range(10):
         atedm.apply(unet, PUBLISHED, ratio=0.05 * n)  # not compiled: there are no graphs
-    unet.compile(fullgraph=True, backend=counter)
+    for module in [unet] if part == "UNet" else map(unet.get_submodule, atedm.pruned_blocks(unet)):
+        module.compile(fullgraph=True, backend=counter)
     for n in (1, 2, 3, 1, 2, 3):
         atedm.apply(unet, PUBLISHED, ratio=0.1 * n)
     assert not caplog.messages

@@ -132,13 +132,15 @@ def test_compiled_layers_leave_the_memory_to_their_blocks(unet, inputs):
 
 @pytest.mark.parametrize("part", ["stages", "blocks"])
 def test_parts_that_are_compiled_follow_the_kind_and_remember(unet_with_a_middle, make_inputs, part):
-    unet = unet_with_a_middle
+    unet, counter = unet_with_a_middle, CompileCounterWithBackend("eager")
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     with torch.no_grad():
         atedm.apply(unet, PUBLISHED, **{**OURS, "schedule": ["whole", "light", "pruned", "reused", "pruned", "reused"]})
         expected = [run(unet, inputs) for inputs in (first, second)]
         blocks = [unet.get_submodule(name) for name in atedm.pruned_blocks(unet)]
         for module in blocks if part == "blocks" else [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
-            module.compile(backend="eager")
+            module.compile(backend=counter)
         assert_same(run(unet, first), expected[0])
+        graphs = counter.frame_count
         assert_same(run(unet, second), expected[1])
+        assert counter.frame_count == graphs  # they read the buffers of the picture before

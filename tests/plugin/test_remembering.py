@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
 from atedm.app.models import SDXL_UNET, meta_unet
@@ -166,6 +167,24 @@ def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, rankin
     assert recording.memory_bytes > 0
 
 
+@pytest.mark.parametrize(("ranking", "staleness"), POLICIES)
+def test_so_does_one_whose_blocks_are_compiled(unet_to_compile, make_inputs, fresh_compiler, ranking, staleness):
+    unet, inputs = unet_to_compile.to(torch.float64), make_inputs(torch.float64)
+    kinds = ["whole", "pruned", "reused", "pruned"]
+    slow = SlowUNet(unet, ranking, staleness)
+    timesteps = scheduler_of(len(kinds)).timesteps
+    expected = [slow(kind, call) for kind, call in zip(kinds, calls_of(inputs, timesteps), strict=True)]
+    slow.remove()
+    atedm.apply(unet, PUBLISHED, schedule=kinds, ranking=ranking, staleness=staleness, **CACHED)
+    counter = CompileCounterWithBackend("eager")
+    blocks = atedm.pruned_blocks(unet)
+    for name in blocks:
+        unet.get_submodule(name).compile(fullgraph=True, backend=counter)
+    for one, other in zip(run(unet, inputs, scheduler_of(len(kinds))), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 2 * len(blocks)
+
+
 def test_the_first_call_is_whole_and_equals_the_full_unet_bit_for_bit(unet, inputs):
     full = run(unet, inputs)
     for schedule in (None, atedm.DSAP(1.0), atedm.Every(3), ["reused"]):
@@ -317,6 +336,21 @@ def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet,
     assert unfinished() is None and tensors() <= before
 
 
+def test_a_thousand_pictures_leave_nothing(unet, inputs):
+    atedm.apply(unet, PUBLISHED, **OURS)
+    planner, taken = atedm.unet.attach.calls_of(unet).planner, set()
+    for n in range(1000):
+        timesteps = scheduler_of(7).timesteps
+        for timestep in timesteps if n % 2 else timesteps[:3]:  # every other one is broken off
+            planner.ended(planner.call((inputs["sample"], timestep), {}, in_graph=False))
+        taken.add((len(planner.memory), planner.memory.nbytes))
+        del timestep
+    # One that is over keeps nothing; one that is not goes with its timesteps.
+    assert len(taken) == 2 and max(taken)[0] <= 2
+    del timesteps
+    assert len(planner.memory) == planner.memory.nbytes == 0
+
+
 def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
     before = set(unet.state_dict())
     atedm.apply(unet, PUBLISHED, **OURS)
@@ -325,6 +359,9 @@ def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
         unet(**call)
     assert set(unet.state_dict()) == before
     assert len(atedm.unet.attach.calls_of(copy.deepcopy(unet)).memory) == 0
+    unet.save_pretrained(tmp_path)
+    saved = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert all(torch.equal(weight, unet.state_dict()[name]) for name, weight in saved.state_dict().items())
 
 
 def test_training_modes_do_not_reach_the_memory(unet, inputs):

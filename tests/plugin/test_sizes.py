@@ -9,6 +9,7 @@ import torch
 import atedm
 from atedm.app.models import SDXL_UNET, latent_size, meta_unet, unet_inputs
 from atedm.policy.options import PUBLISHED
+from tests.helpers.running import timesteps_of
 
 SIDES = range(512, 2048 + 1, 8)
 CORNERS = [(512, 512), (512, 2048), (2048, 512), (2048, 2048), (1024, 1024), (1920, 1080), (1000, 1304), (520, 2040)]
@@ -65,3 +66,14 @@ def test_large_pictures_are_computed(make_unet, make_inputs, width, height):
         full, early, paper = unet(**inputs).sample, pruned("early"), pruned("paper")
     # A near tie decided otherwise changes a few pixels.
     assert (early - paper).norm() < 0.02 * (full - paper).norm()
+
+
+@pytest.mark.parametrize("options", [{"schedule": None}, {"schedule": None, "recovery": "cached"}], ids=str)
+def test_one_token_is_left_whole_and_that_is_said_once(unet, make_inputs, caplog, options):
+    inputs = make_inputs(height=2, width=2)
+    full = unet(**inputs).sample
+    atedm.apply(unet, PUBLISHED, **options)
+    for timestep in timesteps_of(2):
+        unet(**{**inputs, "timestep": timestep})
+    assert torch.equal(unet(**inputs).sample, full)
+    assert len([message for message in caplog.messages if "keep all of its 1 tokens" in message]) == 1

@@ -14,6 +14,7 @@ from atedm.unet.recording import Recording
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
     from matplotlib.lines import Line2D
     from PIL.Image import Image
 
@@ -74,8 +75,6 @@ def plot(
     Raises:
         ValueError: ``what`` is neither, the recording is empty, or its batch has no such ``row``.
     """
-    from matplotlib.figure import Figure
-
     _check(recording, what, row)
     masks, kinds, blocks = _masks(recording, row), _kinds(recording), recording.blocks
     # A reused step runs no attention block.
@@ -83,24 +82,8 @@ def plot(
     light = list(kinds.values()).count("light") if set(kinds.values()) <= PRUNING else None
     shown = [computed[n] for n in steps_to_show(len(computed), light or 0)]
 
-    columns = len(shown) + 1
     small = _background(recording) if image is None else _thumbnail(image)
-    cell_height = 1.05 * small.shape[0] / small.shape[1]
-    top, bottom, left = 1.3, 0.55, 1.5
-    height = top + bottom + cell_height * len(blocks)
-    width = left + 1.05 * columns + 0.55
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    grid = figure.add_gridspec(
-        len(blocks),
-        columns + 1,
-        width_ratios=[1.0] * len(shown) + [0.12, 1.0],
-        left=left / width,
-        right=1 - 0.15 / width,
-        top=1 - top / height,
-        bottom=bottom / height,
-        wspace=0.06,
-        hspace=0.06,
-    )
+    figure, grid, layout = _empty_figure(len(blocks), len(shown), small)
     scores = _scores(recording, row) if what == "scores" else {}
     factor = _score_factor(list(scores.values()))
     for i, block in enumerate(blocks):
@@ -126,13 +109,36 @@ def plot(
     columns_are = f"columns: {len(shown)} of {len(computed)} steps"
     if len(computed) < len(kinds):
         columns_are += f" that are computed ({len(kinds) - len(computed)} reuse features)"
-    _write_around(figure, _TITLES[what], _KEYS[what].format(factor=factor), columns_are, (width, height, top))
+    _write_around(figure, _TITLES[what], _KEYS[what].format(factor=factor), columns_are, layout)
     if light is not None:
-        _write_phases(figure, shown, light, (height, top))
+        _write_phases(figure, shown, light, layout)
     if path is not None:
         with whole_file(Path(path)) as partial:
             figure.savefig(partial, format="png")
     return figure
+
+
+def _empty_figure(rows: int, steps: int, small: np.ndarray) -> tuple[Figure, GridSpec, tuple[float, float, float]]:
+    """A figure, cells for a block a row and a step a column, with a last column set apart; and its layout in inches:
+    width, height, and the height above the cells."""
+    from matplotlib.figure import Figure
+
+    top, bottom, left = 1.3, 0.55, 1.5
+    height = top + bottom + 1.05 * small.shape[0] / small.shape[1] * rows
+    width = left + 1.05 * (steps + 1) + 0.55
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    grid = figure.add_gridspec(
+        rows,
+        steps + 2,
+        width_ratios=[1.0] * steps + [0.12, 1.0],
+        left=left / width,
+        right=1 - 0.15 / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=0.06,
+        hspace=0.06,
+    )
+    return figure, grid, (width, height, top)
 
 
 def _check(recording: Recording, what: str, row: int) -> None:
@@ -253,9 +259,9 @@ def _write_around(figure: Figure, title: str, key: str, columns: str, layout: tu
         write(0.2, height - above_edge, text, 8, _FAINT)
 
 
-def _write_phases(figure: Figure, shown: list[int], light: int, layout: tuple[float, float]) -> None:
+def _write_phases(figure: Figure, shown: list[int], light: int, layout: tuple[float, float, float]) -> None:
     """DSAP's phases above the columns of ``shown`` steps, of which the first ``light`` of the run are light."""
-    height, top = layout
+    _, height, top = layout
     before = sum(step < light for step in shown)
     phases = [(0, before - 1, "light phase: some blocks whole", "light")] if before else []
     if before < len(shown):

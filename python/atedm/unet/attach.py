@@ -117,7 +117,7 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     ]
     undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
     calls.following = Following(target, hooks, undo)
-    if is_compiled(target, unet):
+    if is_compiled(target, unet) or calls.has_compiled_parts:
         count_graphs(unet, calls)
 
 

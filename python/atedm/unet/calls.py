@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet.blocks import feature_map_size
-from atedm.unet.graphs import forward_is_compiled
+from atedm.unet.graphs import count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
@@ -70,7 +70,7 @@ class UNetCalls:
     Attributes:
         blocks: the pruned ones. stages: those that can reuse features. recordings: those that are open.
         planner: knows what each call is, and what is remembered. following: how its calls are followed.
-        graph: what a graph of the whole UNet reads instead of a call of its own; torch guards graphs by it.
+        graph: what a graph of the UNet, or of a part, reads instead of a call of its own; torch guards graphs by it.
         is_told: whether ``graph`` has been set for the call that comes next, from outside of the graph.
     """
 
@@ -97,6 +97,10 @@ class UNetCalls:
         """All modules' forwards that are atedm's."""
         return [*self.blocks, *self.stages]
 
+    @property
+    def has_compiled_parts(self) -> bool:
+        return any(part.module._compiled_call_impl is not None for part in self.parts)
+
     def _start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         for part in self.parts:
             part.start(slot, sample, dtype)
@@ -121,7 +125,7 @@ class UNetCalls:
             self.planner.say_once(what, message, *args)
 
     def current(self) -> Call:
-        """The call that runs; in a graph of the whole UNet the one that it is guarded by."""
+        """The call that runs; in a graph the one that it is guarded by."""
         if torch.compiler.is_compiling():
             return self.graph
         running = _running.get()
@@ -152,13 +156,16 @@ class UNetCalls:
             self._tell_graph(args, kwargs)
             self.is_told = False
             return
-        # A compiled UNet that runs uncompiled, to be recorded, has been followed outside already.
-        call = self._outside if self.is_told else self.planner.call(args, kwargs, in_graph=False)
+        if self.is_told:  # a compiled UNet that runs uncompiled, to be recorded: it has been followed outside already
+            call = self._outside
+        else:
+            if self.has_compiled_parts:
+                count_graphs(unet, self)
+            call = self.planner.call(args, kwargs, in_graph=self.has_compiled_parts)
         self.is_told = False
         self._note(call)
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
-        # For parts of the UNet that are compiled. A choice that is not their own they cannot see, so they choose.
-        self._tell(replace(call, ranks=True))
+        self._tell(call)  # for parts of the UNet that are compiled
         call.before = _running.get()
         _running.set((self, call))
 

@@ -1,4 +1,4 @@
-"""How many graphs ``torch.compile`` makes of a UNet for what is applied to it, and torch's limit of them."""
+"""How many graphs ``torch.compile`` makes of a UNet or a part for what is applied to it, and torch's limit of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _counted: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakSet[UNetCalls],
 
 
 def graphs_per_size(options: Options) -> int:
-    """How many graphs of a whole UNet ``options`` take for one image size: one for each kind of call."""
+    """How many graphs of a UNet, or of a part, ``options`` take for one image size: one for each kind of call."""
     if options.is_constant:
         return 1
     # With a choice, and with an earlier one; from uniform scores, and from earlier ones.
@@ -51,8 +51,9 @@ def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:
     limit = torch._dynamo.config.recompile_limit
     if graphs > limit:
         logger.warning(
-            "what was applied to this compiled UNet so far takes up to %d graphs for one image size; torch makes %d "
-            "and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each size",
+            "what was applied to this compiled UNet so far takes up to %d graphs for one image size, of it or of each "
+            "compiled part; torch makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to "
+            "at least %d for each size",
             graphs,
             limit,
             graphs,

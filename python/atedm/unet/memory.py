@@ -138,7 +138,7 @@ class Picture:
 class Memory:
     """The pictures that are being made, each by the storage of its timesteps; a picture goes when that goes.
 
-    Graphs of a whole UNet read fixed addresses, so all pictures of one shape share a slot there, one after the other.
+    Graphs read fixed addresses, so all pictures of one shape share a slot there, one after the other.
     """
 
     def __init__(self) -> None:

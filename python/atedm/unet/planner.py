@@ -96,7 +96,7 @@ class Planner:
         """The call with these arguments, which begins.
 
         Args:
-            in_graph: whether a graph of the whole UNet runs it, which reads fixed addresses.
+            in_graph: whether a graph runs it, or what of it has memory: that reads fixed addresses.
         """
         options = self.options
         sample = args[0] if args else kwargs["sample"]
