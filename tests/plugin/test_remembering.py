@@ -387,7 +387,7 @@ def test_what_a_picture_takes_at_sdxl_size():
     feature = 2 * 320 * 128 * 128 * 2 + 4  # and the rate of its change
     for options, expected, shown in (
         ({"schedule": atedm.Adaptive()}, feature, 21),
-        ({"schedule": None, "recovery": "cached", "staleness": "drift"}, updates + drift, 85),
+        ({"schedule": None, "recovery": "cached", "staleness": "drift"}, updates + drift, 84),
         ({"schedule": ["whole", "pruned", "reused"], "recovery": "cached"}, updates + feature, 105),
     ):
         with atedm.applied(unet, PUBLISHED, **options):

@@ -35,7 +35,7 @@ BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "k
 DEFAULT_RATIO = 0.63
 
 # From 30 % of the run on, every other computed step is pruned.
-DEFAULT_SCHEDULE = Adaptive(0.25, pruned_from=0.3)
+DEFAULT_SCHEDULE = Adaptive(0.27, pruned_from=0.3)
 
 
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -288,8 +288,8 @@ PRESETS: Mapping[str, Options] = MappingProxyType(
         "default": Options(),
         "paper": replace(PUBLISHED, placement="paper"),
         "paper-dagger": replace(PUBLISHED, placement="paper", levels=(3,)),
-        "quality": Options(schedule=Adaptive(0.25)),
-        "fast": Options(schedule=Adaptive(0.5, min_gap=2)),
+        "quality": Options(schedule=Adaptive(0.28)),
+        "fast": Options(schedule=Adaptive(0.55, min_gap=2)),
     }
 )
 

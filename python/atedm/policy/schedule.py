@@ -28,6 +28,9 @@ EARLY = 0.3
 # Steps. In shorter runs features change a lot from one step to the next.
 LONG_RUN = 12
 
+# The last distance of an adaptive schedule may be longer by one step in so many.
+STRETCH = 4
+
 # Timesteps that a diffusion model is trained with; used where no scheduler is at hand to count steps.
 TRAIN_TIMESTEPS = 1000
 
@@ -216,13 +219,15 @@ class Adaptive(Schedule):
     """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes
-    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: so far away is the next computed step. That
-    follows any scheduler, where a fixed list that is right for one ruins the pictures of another. After features that
-    are not finite the next step is computed: there is nothing to reuse, and a pruned step names the NaN.
+    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: at most so far away is the next computed step.
+    That follows any scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is
+    computed too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of
+    the run is divided into equal parts. After features that are not finite the next step is computed: there is nothing
+    to reuse, and a pruned step names the NaN.
 
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.
-        max_gap: the largest distance of two computed steps.
+        max_gap: the largest distance of two computed steps; that of the last two may be a quarter more.
         min_gap: the smallest in the first ``EARLY`` of the run, also that of the first two, before which no rate is
             known. Later, and in a run of fewer than ``LONG_RUN · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
@@ -259,7 +264,7 @@ class Adaptive(Schedule):
         computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
         if len(computed) < 2:
             return "whole" if not computed or progress.step >= computed[0] + self._least(progress) else "reused"
-        if progress.step < computed[-1] + self._gap(progress):
+        if progress.step < computed[-1] + self._distance(progress, progress.total - 1 - computed[-1]):
             return "reused"
         if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
@@ -270,12 +275,18 @@ class Adaptive(Schedule):
             since_whole += 1
         return "whole" if since_whole >= self.whole_every else "pruned"
 
+    def _distance(self, progress: Progress, left: int) -> int:
+        """How many steps after the last computed one the next is, where ``left`` are left."""
+        gap = self._gap(progress)
+        parts = -(-(left - gap // STRETCH) // gap)
+        return left if parts <= 1 else min(gap, -(-left // parts))
+
     def _least(self, progress: Progress) -> int:
         is_early = progress.step < EARLY * progress.total and progress.total >= LONG_RUN * self.min_gap
         return self.min_gap if is_early else 1
 
     def _gap(self, progress: Progress) -> int:
-        """How many steps after the last computed one the next is."""
+        """How many steps after the last computed one the next is at most."""
         rate = progress.rate()
         if not rate:
             return self.max_gap

@@ -197,7 +197,7 @@ def apply(
         levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
             Default: all. ``(3,)`` as in the paper's AT-EDM†, the preset ``"paper-dagger"``.
         schedule: the kind of each denoising step, see :mod:`atedm.policy.schedule`: an :class:`atedm.Adaptive`
-            (default: tolerance 0.25, from 0.3 of the run on every other computed step pruned), :class:`atedm.Every`,
+            (default: tolerance 0.27, from 0.3 of the run on every other computed step pruned), :class:`atedm.Every`,
             the paper's :class:`atedm.DSAP`, another :class:`atedm.Schedule`, a list of kinds, one for each step, or
             None to prune everywhere at every step. Where a step needs what an earlier one computed, the first step of
             a picture is whole.
