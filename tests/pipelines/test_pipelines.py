@@ -209,7 +209,7 @@ def test_perturbed_attention_guidance(base, layers, guidance):
     with atedm.applied(pipe, schedule=None, ranking=None, ratio=0.1), atedm.record(pipe) as recording:
         pruned = latents(pipe, guidance_scale=guidance, pag_scale=2.0)
     assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
-    assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.9
+    assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.8
 
 
 def test_free_u(base):
