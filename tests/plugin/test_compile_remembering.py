@@ -12,6 +12,7 @@ from atedm.unet.attach import calls_of
 from atedm.unet.graphs import graphs_per_size
 from tests.helpers.running import timesteps_of
 
+ALL_KINDS = ["whole", "light", "pruned", "reused", "pruned", "reused"]
 KINDS = ["whole", "pruned", "pruned", "reused", "pruned", "reused"]
 OURS = {"schedule": KINDS, "recovery": "cached", "staleness": "drift", "ratio": 0.6}
 
@@ -44,7 +45,7 @@ def test_a_kind_is_a_graph_and_the_next_picture_takes_no_more(unet, make_inputs,
     is_first = compile_whole.way == "torch.compile"
     counter = CompileCounterWithBackend("aot_eager" if is_first else "eager")
     first, second = make_inputs(seed=1), make_inputs(seed=2)
-    kinds = ["whole", "light", "pruned", "reused", "pruned", "reused"] if is_first else ["whole", "pruned"] * 3
+    kinds = ALL_KINDS if is_first else ["whole", "pruned"] * 3
     options = {**OURS, "schedule": kinds}
     with torch.no_grad():
         atedm.apply(unet, PUBLISHED, **options)
@@ -135,7 +136,7 @@ def test_parts_that_are_compiled_follow_the_kind_and_remember(unet_with_a_middle
     unet, counter = unet_with_a_middle, CompileCounterWithBackend("eager")
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     with torch.no_grad():
-        atedm.apply(unet, PUBLISHED, **{**OURS, "schedule": ["whole", "light", "pruned", "reused", "pruned", "reused"]})
+        atedm.apply(unet, PUBLISHED, **{**OURS, "schedule": ALL_KINDS})
         expected = [run(unet, inputs) for inputs in (first, second)]
         blocks = [unet.get_submodule(name) for name in atedm.pruned_blocks(unet)]
         for module in blocks if part == "blocks" else [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:

@@ -173,9 +173,12 @@ def column_sums_launch(
     With ``state``, whose bias takes the place of weights, that is for a power iteration. With ``tolerance`` too, where
     keys are queries, it is a whole pass of one, which replaces the state.
     """
-    read = {} if state is None else vars(state)
-    if state is not None and tolerance is None:
+    if state is None:
+        read = {}
+    elif tolerance is None:
         read = {"bias": state.bias, "done": state.done}
+    else:
+        read = vars(state)
     tile = tile_for(OP, q)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]

@@ -219,7 +219,7 @@ class Adaptive(Schedule):
     """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes
-    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: at most so far away is the next computed step.
+    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: about so far away is the next computed step.
     That follows any scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is
     computed too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of
     the run is divided into equal parts. After features that are not finite the next step is computed: there is nothing
@@ -286,7 +286,7 @@ class Adaptive(Schedule):
         return self.min_gap if is_early else 1
 
     def _gap(self, progress: Progress) -> int:
-        """How many steps after the last computed one the next is at most."""
+        """How many steps it takes to change by ``tolerance``, within the bounds of a gap."""
         rate = progress.rate()
         if not rate:
             return self.max_gap

@@ -159,9 +159,10 @@ class UNetCalls:
         if self.is_told:  # a compiled UNet that runs uncompiled, to be recorded: it has been followed outside already
             call = self._outside
         else:
-            if self.has_compiled_parts:
+            in_graph = self.has_compiled_parts
+            if in_graph:
                 count_graphs(unet, self)
-            call = self.planner.call(args, kwargs, in_graph=self.has_compiled_parts)
+            call = self.planner.call(args, kwargs, in_graph=in_graph)
         self.is_told = False
         self._note(call)
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
