@@ -18,13 +18,16 @@ MAKEFLAGS += --jobs=$(JOBS)
 PACKAGE = pyproject.toml setup.py README.md LICENSE atedm_kernels bench csrc python
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test base-install witnesses docs lint clean
+.PHONY: demo test suite base-install witnesses docs lint clean
 
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
+# Side by side, as a suite waits for no wheel.
+test: suite base-install
+
 # File by file: the tests of a file share what is slow to make. In their order: the longest files are not the last.
-test: $(INSTALLED)test $(OLD_TRITON) base-install
+suite: $(INSTALLED)test $(OLD_TRITON)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

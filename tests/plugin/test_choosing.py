@@ -44,8 +44,9 @@ def chooses(picture, place, kind="pruned", every=3):
     picture.begin(place, 7)
     if picture.is_shared:
         return True
-    picture.begin_kind(place, kind)
-    return picture.is_choice_due(place, kind, every)
+    ranks = picture.is_choice_due(place, kind, every)
+    picture.end(place, kind, ranks)
+    return ranks
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,9 @@ def test_threads_that_share_a_unet_have_their_own_calls(unet_to_compile, make_in
             sample = sample + 0.1 * unet(**{**inputs[n], "sample": sample, "timestep": timestep}).sample
         return sample
 
-    for options in ({}, {"rank_every": 2}, {"schedule": None}):
+    kinds = ["whole", "pruned", "reused", "pruned", "light", "reused"]
+    remembered = {"schedule": kinds, "recovery": "cached", "staleness": "drift", "warm_start": True}
+    for options in ({}, {"rank_every": 2}, {"schedule": None}, remembered):
         atedm.apply(unet, PUBLISHED, **options)
         alone = [picture(n) for n in range(2)]
         for _ in range(3):

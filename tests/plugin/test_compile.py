@@ -154,12 +154,15 @@ def test_settings_that_take_more_graphs_than_torch_keeps_say_what_to_raise(unet,
         atedm.apply(unet, PUBLISHED, ratio=0.05 * n)  # not compiled: there are no graphs
     for module in [unet] if part == "UNet" else map(unet.get_submodule, atedm.pruned_blocks(unet)):
         module.compile(fullgraph=True, backend=counter)
-    for n in (1, 2, 3, 1, 2, 3):
-        atedm.apply(unet, PUBLISHED, ratio=0.1 * n)
-    assert not caplog.messages
-    atedm.apply(unet, PUBLISHED, ratio=0.5)
-    assert len(caplog.messages) == 1 and "takes up to 9 graphs" in caplog.messages[0]
-    assert "recompile_limit to at least 9" in caplog.messages[0]
+    # Two phases each; beside those of the UNet the one without pruning. torch counts those of all three blocks as one.
+    limit, needed = (8, 9) if part == "UNet" else (18, 24)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for n in (1, 2, 3, 1, 2, 3):
+            atedm.apply(unet, PUBLISHED, ratio=0.1 * n)
+        assert not caplog.messages
+        atedm.apply(unet, PUBLISHED, ratio=0.5)
+    assert len(caplog.messages) == 1 and f"takes up to {needed} graphs" in caplog.messages[0]
+    assert f"recompile_limit to at least {needed}" in caplog.messages[0]
 
 
 def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, caplog):
@@ -170,8 +173,9 @@ def test_that_nothing_is_pruned_is_said_of_a_graph_too(unet, inputs, counter, ca
     assert len([message for message in caplog.messages if "nothing is pruned there" in message]) == 1
 
 
-def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter):
-    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+@pytest.mark.parametrize("compile_whole", ["torch.compile", "unet.forward"], indirect=True)
+def test_a_recording_sees_every_call_of_a_compiled_unet(unet, inputs, counter, compile_whole):
+    compiled = compile_whole(unet, counter)
     atedm.apply(compiled, PUBLISHED)
     compiled(**at(inputs, NOISE))
     with atedm.record(compiled) as recording:
@@ -211,8 +215,7 @@ def test_a_choice_for_several_steps_takes_a_graph_to_choose_and_one_to_reuse(une
     atedm.apply(unet, PUBLISHED, rank_every=2)
     values = (NOISE, 950, 900, 400, 300, 200, 100, 50, 20)  # three light ones
     expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
-    unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, PUBLISHED, rank_every=2)
+    unet.up_blocks[0].attentions[0].compile(fullgraph=True, backend=counter)  # it prunes in both phases
     for _ in range(2):  # the second image takes no graph more
         for t, sample in zip(steps_of(*values), expected, strict=True):
             assert_same(unet(**{**inputs, "timestep": t}).sample, sample)
@@ -224,8 +227,7 @@ def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inp
     atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
     first, second, alone = (steps_of(*values) for _ in range(3))
     expected = [unet(**{**mirrored, "timestep": t}).sample for t in alone][1]
-    unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
+    unet.up_blocks[0].attentions[0].compile(fullgraph=True, backend=counter)
     for t in first[:2]:
         unet(**{**inputs, "timestep": t})
     with atedm.record(unet):  # runs uncompiled
@@ -236,49 +238,3 @@ def test_a_graph_that_did_not_choose_leaves_no_earlier_pictures_choice(unet, inp
         atedm.apply(unet, PUBLISHED, schedule=None)
         fresh = unet(**{**mirrored, "timestep": second[1]}).sample
     assert any(torch.allclose(got, right, rtol=1e-4, atol=1e-4) for right in (expected, fresh))
-
-
-def test_of_two_pictures_in_turn_on_a_compiled_unet_the_second_chooses_in_every_call(unet, inputs, counter):
-    values = (NOISE, 950, 900, 850)
-    mirrored = {**inputs, "sample": -inputs["sample"]}
-    atedm.apply(unet, PUBLISHED, schedule=None)
-    always = [unet(**at(mirrored, value)).sample for value in values]
-    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4)
-    once = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
-    unet.compile(fullgraph=True, backend=counter)
-    atedm.apply(unet, PUBLISHED, schedule=None, rank_every=4)
-    first, second = steps_of(*values), steps_of(*values)
-    for step in range(len(values)):
-        assert_same(unet(**{**inputs, "timestep": first[step]}).sample, once[step])
-        assert_same(unet(**{**mirrored, "timestep": second[step]}).sample, always[step])
-
-
-@pytest.fixture
-def overwriting():
-    """A backend whose graphs, as CUDA graphs do, write over what those of an earlier call gave when they run next."""
-    given = []
-
-    def backend(graph, _):
-        def run(*arguments):
-            for tensor in given:
-                tensor.zero_()
-            outputs = graph(*arguments)
-            given[:] = [output for output in outputs if isinstance(output, torch.Tensor)]
-            return outputs
-
-        return run
-
-    return backend
-
-
-def test_a_choice_for_several_steps_outlives_the_memory_of_its_graph(unet, inputs, overwriting):
-    """Of a compiled forward; other ways, and what else is remembered: in ``test_compile_remembering.py``."""
-    values = (NOISE, 950, 900, 850, 400)
-    with torch.inference_mode():
-        atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
-        expected = [unet(**{**inputs, "timestep": t}).sample for t in steps_of(*values)]
-        atedm.remove(unet)
-        unet.forward = torch.compile(unet.forward, fullgraph=True, backend=overwriting)
-        atedm.apply(unet, PUBLISHED, schedule=None, rank_every=3)
-        for t, sample in zip(steps_of(*values), expected, strict=True):
-            assert_same(unet(**{**inputs, "timestep": t}).sample.clone(), sample)

@@ -1,4 +1,4 @@
-"""Cached updates, staleness and reused steps, against an implementation written here to be slow and obvious."""
+"""Cached updates, staleness and reused steps, against an implementation that is slow and obvious."""
 
 import copy
 import gc
@@ -13,13 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import atedm
 from atedm.app.models import SDXL_UNET, meta_unet
 from atedm.policy.options import PUBLISHED
-from atedm.policy.staleness import DRIFT_WIDTH, Drift
-
-WHOLE_WHEN_LIGHT = (
-    *("down_blocks.1.attentions.0", "down_blocks.2.attentions.0"),
-    *("up_blocks.0.attentions.2", "up_blocks.1.attentions.2"),
-)
-RATIO = 0.6
+from atedm.policy.staleness import DRIFT_WIDTH
+from tests.helpers.slow_unet import RATIO, SlowUNet
 
 
 @pytest.fixture
@@ -32,104 +27,6 @@ def scheduler_of(steps, kind=EulerDiscreteScheduler):
     scheduler = kind()
     scheduler.set_timesteps(steps)
     return scheduler
-
-
-def split(x, heads):
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def page_rank(attention, tokens, iterations):
-    """``[N]`` for one picture: the heads' scores by their root mean square."""
-    q, k = split(attention.to_q(tokens), attention.heads), split(attention.to_k(tokens), attention.heads)
-    scores = []
-    for matrix in torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)[0]:
-        s = torch.full((len(matrix),), 1 / len(matrix), dtype=matrix.dtype)
-        for _ in range(iterations):
-            s = matrix.T @ s
-            s = s / s.sum()
-        scores.append(s)
-    return torch.stack(scores).square().mean(0).sqrt()
-
-
-class SlowBlock:
-    """A ``Transformer2DModel`` that keeps what it last added to each token, one row of the batch after the other."""
-
-    def __init__(self, module, ranking, staleness):
-        self.module, self.ranking, self.staleness = module, ranking, staleness
-        self.update = self.seen = self.age = None
-        self.is_whole = True
-        self.projection = Drift().start((1, 1, module.in_channels), torch.float64, "cpu")["projection"][..., 0, 0]
-
-    def whole(self, x, text):
-        return type(self.module).forward(self.module, x, encoder_hidden_states=text, return_dict=False)[0] - x
-
-    def __call__(self, x, encoder_hidden_states, **_):
-        text, batch, tokens = encoder_hidden_states, x.shape[0], x.shape[2] * x.shape[3]
-        flat = x.flatten(2).mT
-        if self.is_whole:
-            self.update, self.seen = self.whole(x, text).flatten(2).mT.clone(), flat.clone()
-            self.age = torch.zeros(batch, tokens)
-            return (x + self.update.mT.view_as(x),)
-        keep = math.floor((1 - RATIO) * tokens + 0.5)
-        for b in range(batch):
-            hidden = self.module.norm(x[b : b + 1])
-            hidden = self.module.proj_in(hidden.flatten(2).mT)
-            first, *rest = self.module.transformer_blocks
-            normed = first.norm1(hidden)
-            stale = {
-                None: lambda: torch.ones(tokens),
-                "steps": lambda: self.age[b] + 1,  # noqa: B023 (called at once)
-                "drift": lambda: ((flat[b] - self.seen[b]) @ self.projection.T).norm(dim=1),  # noqa: B023
-            }[self.staleness]()
-            scores = stale if self.ranking is None else stale * page_rank(first.attn1, normed, 5)
-            kept = sorted(sorted(range(tokens), key=lambda i: (-float(scores[i]), i))[:keep])
-            compact = (hidden + first.attn1(normed))[:, kept]
-            compact = compact + first.attn2(first.norm2(compact), encoder_hidden_states=text[b : b + 1])
-            compact = compact + first.ff(first.norm3(compact))
-            for layer in rest:
-                compact = layer(compact, encoder_hidden_states=text[b : b + 1])
-            added = self.module.proj_out(compact)
-            for slot, token in enumerate(kept):
-                self.update[b, token] = added[0, slot]
-                self.seen[b, token] = flat[b, token]
-            self.age[b] += 1
-            self.age[b, kept] = 0
-        return (x + self.update.mT.reshape(x.shape),)
-
-
-class SlowUNet:
-    """Steps of four kinds, each by hand."""
-
-    def __init__(self, unet, ranking="self", staleness="drift"):
-        self.unet, self.blocks = unet, {}
-        for name, module in unet.named_modules():
-            if type(module).__name__ == "Transformer2DModel":
-                self.blocks[name] = module.forward = SlowBlock(module, ranking, staleness)
-        self.feature = None
-
-    def remove(self):
-        for module in self.unet.modules():
-            module.__dict__.pop("forward", None)
-
-    def __call__(self, kind, inputs):
-        if kind == "reused":
-            return self.reused(**inputs)
-        for name, block in self.blocks.items():
-            block.is_whole = kind == "whole" or (kind == "light" and name in WHOLE_WHEN_LIGHT)
-        unet = self.unet
-        last, skip = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
-        hook = last.register_forward_pre_hook(lambda _, args: setattr(self, "feature", args[0][:, :-skip].clone()))
-        out = unet(**inputs).sample
-        hook.remove()
-        return out
-
-    def reused(self, sample, timestep, encoder_hidden_states, added_cond_kwargs):
-        unet = self.unet
-        embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
-        embedding = embedding + unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
-        hidden = torch.cat([self.feature, unet.conv_in(sample)], 1)
-        hidden = unet.up_blocks[-1].resnets[-1](hidden, embedding)
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
 
 
 def calls_of(inputs, timesteps):
@@ -151,16 +48,23 @@ POLICIES = [("self", None), ("self", "drift"), ("self", "steps"), (None, "drift"
 CACHED = {"recovery": "cached", "ratio": RATIO, "tolerance": 0, "max_iterations": 5}
 
 
-@pytest.mark.parametrize(("ranking", "staleness"), POLICIES)
-def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, ranking, staleness):
+@pytest.mark.parametrize(
+    ("ranking", "staleness", "scheduler"),
+    [
+        *((*policy, scheduler_of(len(KINDS))) for policy in POLICIES),
+        ("self", "drift", scheduler_of(4, HeunDiscreteScheduler)),
+    ],
+)
+def test_a_picture_equals_the_slow_implementation(make_unet, make_inputs, ranking, staleness, scheduler):
     unet, inputs = make_unet(torch.float64), make_inputs(torch.float64)
     slow = SlowUNet(unet, ranking, staleness)
-    timesteps = scheduler_of(len(KINDS)).timesteps
+    timesteps = scheduler.timesteps
+    assert len(timesteps) == len(KINDS)  # each call of a second-order step is an entry
     expected = [slow(kind, call) for kind, call in zip(KINDS, calls_of(inputs, timesteps), strict=True)]
     slow.remove()
     atedm.apply(unet, PUBLISHED, schedule=KINDS, ranking=ranking, staleness=staleness, **CACHED)
     with atedm.record(unet) as recording:
-        found = run(unet, inputs)
+        found = run(unet, inputs, scheduler)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     assert recording.kinds == KINDS == recording.schedule()

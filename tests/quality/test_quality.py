@@ -48,10 +48,11 @@ def small_pipeline():
 
 @pytest.fixture(scope="module", autouse=True)
 def a_small_run():
-    """The small model, one round of timing where a real run makes five, scenes that are drawn once for all runs."""
+    """The small model, one round of timing where a real run makes five, few scenes, which all runs share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "embedded_pipeline", small_pipeline)
         patch.setattr(session, "ROUNDS", 1)
+        patch.setattr(lab, "REFERENCES", (16, 16))
         for module, name in ((session, "scene_cases"), (lab, "held_out_renders")):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield

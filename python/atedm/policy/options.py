@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from atedm.files import whole_file
+from atedm.policy.placement import PLACEMENTS
 from atedm.policy.ranking import RANKINGS, RankingFunction, make_ranking
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import (
@@ -25,8 +26,6 @@ from atedm.policy.schedule import (
 )
 from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
-
-PLACEMENTS = ("early", "paper")
 
 # Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.policy.ranking`.
 BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "keys", "grid": 2})
@@ -252,8 +251,9 @@ def _check_together(options: Options) -> None:
             f"recovery is {options.recovery!r} with ranking=None, where no query of a dropped token is computed; "
             "expected 'cached', 'keys', 'zeros' or 'bicubic'"
         )
-    for name, needs_early in (("ranking", options.ranking is None), ("recovery", options.recovery == "cached")):
-        if needs_early and options.placement != "early":
+    remembers = RECOVERIES[options.recovery].remembers
+    for name, needs_early in (("ranking", options.ranking is None), ("recovery", remembers)):
+        if needs_early and not PLACEMENTS[options.placement].is_early:
             raise ValueError(
                 f"placement is {options.placement!r} with {name}={getattr(options, name)!r}; expected 'early', or the "
                 "published ranking='self' and recovery='similarity'"

@@ -19,11 +19,11 @@ class Ranking(Protocol):
     """Scores for the tokens of a block: the best are kept.
 
     Attributes:
-        attention: the map that ``scores`` reads, ``"self"`` or ``"cross"``; the second comes after self-attention.
+        is_cross: whether the map that ``scores`` reads is that of the cross-attention, after the self-attention.
         iterates: whether it can go on from the scores of an earlier step.
     """
 
-    attention: ClassVar[str]
+    is_cross: ClassVar[bool]
     iterates: ClassVar[bool]
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -67,14 +67,14 @@ class _Iterated:
 class PageRank(_Iterated):
     """Weighted PageRank of the self-attention map (AT-EDM, section 3.2), the paper's choice."""
 
-    attention: ClassVar[str] = "self"
+    is_cross: ClassVar[bool] = False
     _op: ClassVar[str] = "weighted_page_rank"
 
 
 class CrossPageRank(_Iterated):
     """Weighted PageRank of the cross-attention map (AT-EDM, section 3.2)."""
 
-    attention: ClassVar[str] = "cross"
+    is_cross: ClassVar[bool] = True
     _op: ClassVar[str] = "weighted_page_rank_cross"
 
 
@@ -85,7 +85,7 @@ class KeyRanking:
     One pass over the map, where PageRank takes several.
     """
 
-    attention: ClassVar[str] = "self"
+    is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +98,7 @@ class CustomRanking:
     """Scores by a function of the user's."""
 
     function: RankingFunction
-    attention: ClassVar[str] = "self"
+    is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
-from atedm.unet.blocks import AttentionBlock, Place, attention_blocks, blocks_to_prune
+from atedm.unet.blocks import AttentionBlock, Place, attention_blocks, blocks_to_prune, unwrapped
 from atedm.unet.calls import Following, UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
@@ -42,7 +42,7 @@ def _denoiser_of(target: object) -> Any:
 
 def _unet_of(target: object) -> UNet2DConditionModel:
     unet = _denoiser_of(target)
-    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    unet = unwrapped(unet)
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(
             f"pipe is a {type(target).__name__} with the denoiser {type(unet).__name__}; "
@@ -117,17 +117,20 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     ]
     undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
     calls.following = Following(target, hooks, undo)
-    if is_compiled(target, unet) or calls.has_compiled_parts:
-        count_graphs(unet, calls)
+    compiled = [unet] if is_compiled(target, unet) else calls.compiled_parts
+    if compiled:
+        count_graphs(unet, calls, compiled)
 
 
 def _around_graph(
     target: nn.Module,
     unet: nn.Module,
     before: Callable[[tuple[Any, ...], dict[str, Any]], None],
-    after: Callable[[], None],
+    after: Callable[[bool], None],
 ) -> list[Callable[[], None]]:
     """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
+
+    ``after`` is told whether the run has come to its end, or raised.
 
     Args:
         target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
@@ -136,7 +139,7 @@ def _around_graph(
     if target is not unet:
         hooks = (
             target.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True),
-            target.register_forward_hook(lambda module, args, output: after()),
+            target.register_forward_hook(lambda module, args, output: after(output is not None), always_call=True),
         )
         undo += [hook.remove for hook in hooks]
     compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
@@ -144,9 +147,12 @@ def _around_graph(
 
         def followed(*args: Any, **kwargs: Any) -> Any:
             before(args, kwargs)
-            output = compiled(*args, **kwargs)
-            after()
-            return output
+            output = None
+            try:
+                output = compiled(*args, **kwargs)
+                return output
+            finally:
+                after(output is not None)
 
         def restore() -> None:
             if unet._compiled_call_impl is followed:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atedm.policy.placement import PLACEMENTS
 from atedm.policy.ranking import make_ranking
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.selection import kept_tokens
@@ -27,9 +28,11 @@ class PrunedBlock:
     """The ``forward`` of a pruned ``Transformer2DModel`` instance.
 
     Attributes:
-        ranking, recovery, staleness: the policies that the options name; None without one.
+        placement, ranking, recovery, staleness: the policies that the options name; None without one.
         remembers: whether they need what an earlier call computed.
     """
+
+    runs_when_reused = False
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class PrunedBlock:
         self.whole_when_light = whole_when_light
         self.calls = calls
         options = calls.options
+        self.placement = PLACEMENTS[options.placement]
         self.ranking = make_ranking(options.ranking, options.max_iterations, options.tolerance)
         self.recovery = RECOVERIES[options.recovery]
         self.staleness = None if options.staleness is None else STALENESS[options.staleness]()
@@ -92,7 +96,7 @@ class PrunedBlock:
             memory.index = torch.zeros(batch, keep, dtype=torch.int64, device=device)
         if self.calls.options.starts_warm:
             first = self.module.transformer_blocks[0]
-            heads = (first.attn1 if self.ranking.attention == "self" else first.attn2).heads
+            heads = (first.attn2 if self.ranking.is_cross else first.attn1).heads
             precise = torch.promote_types(dtype, torch.float32)
             memory.ranks = torch.ones(batch, heads, tokens, dtype=precise, device=device)
         if self.recovery.remembers:

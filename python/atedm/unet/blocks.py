@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from atedm.policy.options import Options
+from atedm.policy.placement import PLACEMENTS
 from atedm_kernels import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 logger = logging.getLogger("atedm")
@@ -93,15 +94,28 @@ class Place:
     def of(cls, unet: nn.Module, name: str) -> Place:
         return cls(unet._modules, name.split("."))
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether ``module`` still stands there."""
-        parts, found = self.parts, None
+    def modules(self) -> Iterator[nn.Module]:
+        """Those on the way there, the outermost first; after a wrapper of ``torch.compile`` what it wraps."""
+        parts = self.parts
         for key in self.path:
             found = parts.get(key)
             if found is None:
-                return False
+                return
+            yield found
+            if "_orig_mod" in found._modules:
+                found = found._modules["_orig_mod"]
+                yield found
             parts = found._modules
-        return found is module
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` still stands there."""
+        *_, last = (None, *self.modules())
+        return last is module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has wrapped in ``module``; itself where it has wrapped nothing."""
+    return getattr(module, "_orig_mod", module)
 
 
 def attention_blocks(unet: UNet2DConditionModel) -> list[AttentionBlock]:
@@ -112,14 +126,18 @@ def attention_blocks(unet: UNet2DConditionModel) -> list[AttentionBlock]:
 def _attention_blocks(unet: UNet2DConditionModel) -> Iterator[AttentionBlock]:
     levels = len(unet.down_blocks)
     for i, stage in enumerate(unet.down_blocks):
-        for j, module in enumerate(getattr(stage, "attentions", None) or ()):
+        for j, module in enumerate(_attentions_of(stage)):
             yield AttentionBlock(f"down_blocks.{i}.attentions.{j}", module, i + 1, j == 0)
-    for j, module in enumerate(getattr(unet.mid_block, "attentions", None) or ()):
+    for j, module in enumerate(_attentions_of(unet.mid_block)):
         yield AttentionBlock(f"mid_block.attentions.{j}", module, levels, False)
     for i, stage in enumerate(unet.up_blocks):
-        attentions = getattr(stage, "attentions", None) or ()
+        attentions = _attentions_of(stage)
         for j, module in enumerate(attentions):
             yield AttentionBlock(f"up_blocks.{i}.attentions.{j}", module, levels - i, j == len(attentions) - 1)
+
+
+def _attentions_of(stage: nn.Module | None) -> list[nn.Module]:
+    return [unwrapped(module) for module in getattr(stage, "attentions", None) or ()]
 
 
 def blocks_to_prune(
@@ -157,17 +175,15 @@ def blocks_to_prune(
         reason = why_not_prunable(block.module, options.ratio_at(block.level), is_pruned(block.module))
         if reason is not None:
             raise ValueError(f"{block.name} cannot be pruned: {reason}")
-    if options.placement == "paper":
-        # Pruned after their only layer, such blocks would have nothing left to save.
-        chosen = [block for block in chosen if len(block.module.transformer_blocks) > 1]
+    min_layers = PLACEMENTS[options.placement].min_layers
+    chosen = [block for block in chosen if len(block.module.transformer_blocks) >= min_layers]
     if options.steps.constant == "light":
         chosen = [block for block in chosen if not block.whole_when_light]
     if not chosen:
         raise ValueError(
             f"no attention block is left to prune with ratio={options.ratio}, levels={options.levels}, "
             f"schedule={options.schedule} and placement={options.placement!r}; "
-            f"expected some of the levels {available} with"
-            + (" more than one layer" if options.placement == "paper" else " attention")
+            f"expected some of the levels {available} with {'attention' if min_layers == 1 else 'more than one layer'}"
         )
     return chosen
 

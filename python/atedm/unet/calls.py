@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet.blocks import feature_map_size
-from atedm.unet.graphs import count_graphs, forward_is_compiled
+from atedm.unet.graphs import compiled_parts, count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
@@ -71,7 +72,7 @@ class UNetCalls:
         blocks: the pruned ones. stages: those that can reuse features. recordings: those that are open.
         planner: knows what each call is, and what is remembered. following: how its calls are followed.
         graph: what a graph of the UNet, or of a part, reads instead of a call of its own; torch guards graphs by it.
-        is_told: whether ``graph`` has been set for the call that comes next, from outside of the graph.
+        is_told: whether ``graph`` is that of a call which is followed from outside of the UNet, while it runs.
     """
 
     def __init__(self, options: Options, scheduler: object | None = None) -> None:
@@ -88,7 +89,7 @@ class UNetCalls:
         self.planner = Planner(self.options, self._start, scheduler)
         self.graph = self._untold()
         self.is_told = False
-        self._outside = Call()  # the call that was told from outside
+        self._in_graph: tuple[int, Call] | None = None  # what ``graph`` was told, and the thread, while that runs
         self._watch = Watch()
         self.recordings: list[Recording] = []
 
@@ -98,8 +99,9 @@ class UNetCalls:
         return [*self.blocks, *self.stages]
 
     @property
-    def has_compiled_parts(self) -> bool:
-        return any(part.module._compiled_call_impl is not None for part in self.parts)
+    def compiled_parts(self) -> list[nn.Module]:
+        """The UNet's parts, or what they are in, that were compiled one by one."""
+        return compiled_parts(part.place for part in self.parts)
 
     def _start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         for part in self.parts:
@@ -111,7 +113,7 @@ class UNetCalls:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""
-        own = {"graph": self._untold(), "_outside": Call(), "is_told": False, "_watch": Watch()}
+        own = {"graph": self._untold(), "_in_graph": None, "is_told": False, "_watch": Watch()}
         return {**self.__dict__, "following": self.following.of_a_copy(), "recordings": [], **own}
 
     @property
@@ -139,34 +141,60 @@ class UNetCalls:
         if torch.compiler.is_compiling():
             # Runs once, while a graph of the whole UNet is made. What `graph` says is then an attribute that torch
             # guards the graph by, so there is a graph for each; one for "not told" is never made.
-            if not self.is_constant:
-                # torch.compiler.is_exporting() would not tell: before torch 2.13 it is true inside torch.compile too.
-                if not self.is_told:
-                    raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
-                self.is_told = False
+            # torch.compiler.is_exporting() would not tell: before torch 2.13 it is true inside torch.compile too.
+            if not self.is_constant and not self.is_told:
+                raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
             return
         self._stop_running()  # what an interrupt left
         self.check_followed()
+        if self._is_followed_outside:
+            # A compiled UNet that runs uncompiled, to be recorded, or where torch makes no more graphs.
+            self._begin(self._in_graph[1])
+            return
         self.check_unchanged()
+        compiled = self.compiled_parts
+        if compiled:
+            count_graphs(unet, self, compiled)
+        in_graph = bool(compiled) or forward_is_compiled(unet)
+        if in_graph:
+            self._count_kept(args, kwargs)
         if self.is_constant and not self.recordings and self.planner.forced is None:
             return
         if torch.jit.is_tracing():
             raise RuntimeError(_TRACED.format(self.planner.differ))
-        if forward_is_compiled(unet):
-            self._tell_graph(args, kwargs)
-            self.is_told = False
-            return
-        if self.is_told:  # a compiled UNet that runs uncompiled, to be recorded: it has been followed outside already
-            call = self._outside
-        else:
-            in_graph = self.has_compiled_parts
-            if in_graph:
-                count_graphs(unet, self)
-            call = self.planner.call(args, kwargs, in_graph=in_graph)
-        self.is_told = False
+        call = self._plan(args, kwargs, in_graph)
         self._note(call)
+        self._begin(call)
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
+        """The call that begins; graphs are told of it. ``in_graph``: whether there are any."""
+        if in_graph and self._in_graph is not None:
+            if not self._has_told:
+                raise RuntimeError(
+                    "two threads call a compiled UNet at the same time, and its graphs can be told of one call; "
+                    "expected one thread at a time: give each a UNet of its own"
+                )
+            self.planner.broken_off(self._in_graph[1])  # an interrupt has left it
+            self._in_graph = None
+        call = self.planner.call(args, kwargs, in_graph=in_graph)
+        if self._in_graph is None:
+            self._tell(call)
+        if in_graph:
+            self._in_graph = threading.get_ident(), call
+        return call
+
+    @property
+    def _has_told(self) -> bool:
+        """Whether this thread has told graphs of the call that they run."""
+        return self._in_graph is not None and self._in_graph[0] == threading.get_ident()
+
+    @property
+    def _is_followed_outside(self) -> bool:
+        return self.is_told and self._has_told
+
+    def _begin(self, call: Call) -> None:
+        """``call`` runs from now on, uncompiled but for parts of the UNet."""
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
-        self._tell(call)  # for parts of the UNet that are compiled
         call.before = _running.get()
         _running.set((self, call))
 
@@ -185,11 +213,14 @@ class UNetCalls:
             return
         running = _running.get()
         if running is not None and running[0] is self:
-            if output is not None:
-                self.planner.ended(running[1])
             self._stop_running()
-        elif output is not None:
-            self.end_outside()
+            if not self._is_followed_outside:  # else the graph's run has an end of its own
+                self._ended(running[1], output is not None)
+
+    def _ended(self, call: Call, is_complete: bool) -> None:
+        if self._in_graph is not None and self._in_graph[1] is call:
+            self._in_graph = None
+        (self.planner.ended if is_complete else self.planner.broken_off)(call)
 
     def _stop_running(self) -> None:
         running = _running.get()
@@ -214,24 +245,22 @@ class UNetCalls:
         self.following.end()
         self.begin(None)
 
-    def end_outside(self) -> None:
-        """A graph of the whole UNet has run."""
-        self.planner.ended(self._outside)
-
     def begin_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A graph of the whole UNet is to run."""
         self.check_unchanged()
-        self._tell_graph(args, kwargs)
-
-    def _tell_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell a graph of the whole UNet what the call is."""
+        self._count_kept(args, kwargs)
         if not self.is_constant or self.recordings:
-            call = self._outside = self.planner.call(args, kwargs, in_graph=True)
-            self._tell(call)
-            # A graph in which nothing depends on the call leaves this as it is.
-            self.is_told = not self.is_constant
-            if not any(each.tokens for each in self.recordings):  # else the UNet runs uncompiled, and notes it there
-                self._note(call)
+            self._note(self._plan(args, kwargs, in_graph=True))
+            self.is_told = True
+
+    def end_outside(self, is_complete: bool) -> None:
+        """It has run; not ``is_complete``: or raised."""
+        if self._has_told:
+            self.is_told = False
+            self._ended(self._in_graph[1], is_complete)
+
+    def _count_kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn where nothing is pruned: a graph warns of nothing."""
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
-        for block in self.blocks:  # a graph warns of nothing
+        for block in self.blocks:
             block.count_kept(*feature_map_size(block.level, height, width))

@@ -49,7 +49,7 @@ class TokenChoice:
         Args:
             attention: makes the map that the ranking reads; None without a ranking.
         """
-        memory, iterations = self._memory, None
+        memory, call, iterations = self._memory, self._call, None
         if self._is_chosen_before():
             self.index, scores = memory.index, memory.scores
         else:
@@ -60,10 +60,9 @@ class TokenChoice:
                 memory.ranks.copy_(ranks)
             if memory is not None and memory.index is not None:
                 memory.index.copy_(self.index)
-                picture = self._call.picture
-                if not torch.compiler.is_compiling() and picture is not None:
-                    memory.scores, memory.choice = scores, picture.chosen
-        if self._call.recordings:
+                if not torch.compiler.is_compiling():
+                    memory.scores, memory.choice = scores, call.choice
+        if call.recordings:
             self._record(scores, iterations)
 
     def _is_chosen_before(self) -> bool:
@@ -71,7 +70,7 @@ class TokenChoice:
         if call.ranks or memory is None or memory.index is None:
             return False
         # A block may have been skipped when the choice was due. In a graph none is.
-        return torch.compiler.is_compiling() or memory.choice == call.picture.chosen
+        return torch.compiler.is_compiling() or memory.choice == call.choice
 
     def _rank(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
         """What the ranking comes to, ``[B, H, N]``, and its iterations where it iterates."""

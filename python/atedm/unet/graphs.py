@@ -1,38 +1,53 @@
-"""How many graphs ``torch.compile`` makes of a UNet or a part for what is applied to it, and torch's limit of them."""
+"""How many graphs ``torch.compile`` makes of a UNet or its parts for what is applied, and torch's limit of them."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from atedm.policy.options import Options
 from atedm.policy.schedule import PRUNING
+from atedm.unet.blocks import Place
 
 if TYPE_CHECKING:
+    from atedm.unet.block import PrunedBlock
     from atedm.unet.calls import UNetCalls
+    from atedm.unet.reuse import UNetStage
 
 logger = logging.getLogger("atedm")
 
-# The settings whose graphs were counted for each UNet, and their sum.
-_counted: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakSet[UNetCalls], int]] = weakref.WeakKeyDictionary()
+# How many graphs there are of each function.
+_Graphs = Counter[Callable[..., Any]]
+
+# For each UNet: those of each of its settings, and of all settings so far.
+_counted: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakKeyDictionary[UNetCalls, _Graphs], _Graphs]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def graphs_per_size(options: Options) -> int:
-    """How many graphs of a UNet, or of a part, ``options`` take for one image size: one for each kind of call."""
+def graphs_per_size(options: Options, runs_when_reused: bool = True) -> int:
+    """How many graphs of a UNet, or of a part, ``options`` take for one image size: one for each kind of call.
+
+    Args:
+        runs_when_reused: whether it runs in a step that reuses features.
+    """
     if options.is_constant:
         return 1
+    kinds = options.kinds if runs_when_reused else options.kinds - {"reused"}
     # With a choice, and with an earlier one; from uniform scores, and from earlier ones.
     choosing = len(options.kinds & PRUNING)
-    return len(options.kinds) + choosing * (options.rank_every > 1) + choosing * options.starts_warm
+    return len(kinds) + choosing * (options.rank_every > 1) + choosing * options.starts_warm
 
 
-def forward_is_compiled(unet: nn.Module) -> bool:
-    """Whether ``unet.forward = torch.compile(unet.forward)`` was done: then hooks run outside of the graph."""
-    return hasattr(unet.__dict__.get("forward"), "_torchdynamo_orig_callable")
+def forward_is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.forward = torch.compile(module.forward)`` was done: then hooks run outside of the graph."""
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
@@ -40,21 +55,52 @@ def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
     return target is not unet or unet._compiled_call_impl is not None or forward_is_compiled(unet)
 
 
-def count_graphs(unet: nn.Module, calls: UNetCalls) -> None:
-    """Count those of ``calls``, applied to a compiled ``unet``; a warning where torch will not keep them all."""
-    known, graphs = _counted.get(unet, (weakref.WeakSet(), 1))  # one without pruning
-    if calls in known:
+def compiled_parts(places: Iterable[Place]) -> list[nn.Module]:
+    """The modules on the way to ``places``, the UNet aside, that were compiled one by one."""
+    found: dict[int, nn.Module] = {}
+    for place in places:
+        is_wrapped = False
+        for module in place.modules():
+            is_wrapper = "_orig_mod" in module._modules
+            if not is_wrapper and (is_wrapped or module._compiled_call_impl is not None or forward_is_compiled(module)):
+                found[id(module)] = module
+            is_wrapped = is_wrapper
+    return list(found.values())
+
+
+def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) -> None:
+    """Count those that ``calls`` takes of ``modules``, which are compiled; a warning where torch will not keep them.
+
+    torch counts the graphs of a function, and all attention blocks run one.
+    """
+    known, graphs = _counted.setdefault(unet, (weakref.WeakKeyDictionary(), Counter()))
+    own, unpruned = _Graphs(), _Graphs()
+    for module in modules:
+        part = _part_on(module)
+        if part is None:
+            own[type(module).forward] += graphs_per_size(calls.options)
+            unpruned[type(module).forward] += 1
+        else:
+            own[type(part).__call__] += graphs_per_size(calls.options, part.runs_when_reused)
+    earlier = known.get(calls, _Graphs())
+    if own == earlier:
         return
-    known.add(calls)
-    graphs += graphs_per_size(calls.options)
-    _counted[unet] = known, graphs
+    known[calls] = own
+    graphs.update(own - earlier)
     limit = torch._dynamo.config.recompile_limit
-    if graphs > limit:
+    needed = max(graphs[function] + unpruned[function] for function in own)
+    if needed > limit:
         logger.warning(
-            "what was applied to this compiled UNet so far takes up to %d graphs for one image size, of it or of each "
-            "compiled part; torch makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to "
-            "at least %d for each size",
-            graphs,
+            "what was applied to this UNet so far takes up to %d graphs of one function for one image size; torch "
+            "makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each "
+            "size",
+            needed,
             limit,
-            graphs,
+            needed,
         )
+
+
+def _part_on(module: nn.Module) -> PrunedBlock | UNetStage | None:
+    """The forward that atedm has put on ``module``."""
+    forward = module.__dict__.get("forward")
+    return forward if hasattr(forward, "runs_when_reused") else None

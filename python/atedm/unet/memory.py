@@ -80,6 +80,8 @@ class Picture:
         is_shared: whether several contents have its timesteps: tiles, halves of guidance one by one, pictures in turn,
             threads. Then what is remembered may be another's.
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
+
+    What a call changes of that is noted when it has come to its end.
     """
 
     def __init__(self) -> None:
@@ -111,17 +113,24 @@ class Picture:
         if self.is_shared:
             self.restart()
 
-    def begin_kind(self, step: int, kind: str) -> None:
+    def end(self, step: int, kind: str, ranks: bool) -> None:
+        """Note that a call of ``kind`` at ``step`` has ended; ``ranks``: it has chosen tokens."""
         self.kinds[step] = kind
+        self.is_filled = True  # every call before the first whole one is whole
         if kind != "reused":
             self._rate = None
+        if ranks:
+            self.chosen = step
+            self.ranked.add(kind)
+
+    def break_off(self) -> None:
+        """Forget what a call has left that raised: it may have written one part and not another."""
+        self.restart()
+        self.is_over = True  # the same timesteps may serve another try
 
     def is_choice_due(self, step: int, kind: str, every: int) -> bool:
         """Whether tokens are chosen at ``step``, where a choice serves ``every`` steps of one kind."""
-        due = self.chosen is None or step - self.chosen >= every or self.kinds.get(self.chosen) != kind
-        if due:
-            self.chosen = step
-        return due
+        return self.chosen is None or step - self.chosen >= every or self.kinds.get(self.chosen) != kind
 
     def has_ranks_for(self, kind: str) -> bool:
         """Whether every block that ranks in a step of ``kind`` has done so before: some are whole in light ones."""

@@ -29,8 +29,9 @@ class Call:
     """One call of the UNet.
 
     Attributes:
-        kind: of its step, see :mod:`atedm.policy.schedule`. ranks: whether tokens are chosen in it. is_warm: whether
-            the ranking begins at the scores of an earlier step.
+        kind: of its step, see :mod:`atedm.policy.schedule`. ranks: whether tokens are chosen in it, where it prunes.
+            choice: the step of the choice that it goes by. is_warm: whether the ranking begins at the scores of an
+            earlier step.
         slot: what is remembered of its picture; None where nothing is, or where that cannot be told.
         picture: the one that ``slot`` belongs to. step: denoising step of ``total``, where it is known.
         recordings: those that see it, and which of their calls it is.
@@ -39,6 +40,7 @@ class Call:
 
     kind: str = "pruned"
     ranks: bool = True
+    choice: int | None = None
     is_warm: bool = False
     slot: Slot | None = None
     picture: Picture | None = None
@@ -113,11 +115,10 @@ class Planner:
         )
         if options.remembers and not picture.is_filled:
             kind = "whole"
-        picture.begin_kind(step.index, kind)
-        prunes = kind in PRUNING
-        ranks = not prunes or picture.is_choice_due(step.index, kind, options.rank_every)
-        is_warm = self._starts_warm and prunes and ranks and picture.has_ranks_for(kind)
-        return Call(kind, ranks, is_warm, slot, picture, step.index, step.total)
+        ranks = kind in PRUNING and picture.is_choice_due(step.index, kind, options.rank_every)
+        is_warm = self._starts_warm and ranks and picture.has_ranks_for(kind)
+        choice = step.index if ranks else picture.chosen
+        return Call(kind, ranks, choice, is_warm, slot, picture, step.index, step.total)
 
     def _rate(self, picture: Picture, step: int) -> float | None:
         """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
@@ -199,9 +200,7 @@ class Planner:
         picture = call.picture
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
-        picture.is_filled = True  # every call before the first whole one is whole
-        if call.ranks and call.kind in PRUNING:
-            picture.ranked.add(call.kind)
+        picture.end(call.step, call.kind, call.ranks)
         if picture.is_over:
             if set(picture.kinds.values()) == {"whole"} != self.options.steps.kinds:
                 self.say_once(
@@ -212,6 +211,11 @@ class Planner:
                 )
             if call.slot.owner is None:
                 picture.restart()  # nothing more will be asked of it
+
+    def broken_off(self, call: Call) -> None:
+        """Note that ``call`` has raised."""
+        if call.picture is not None:
+            call.picture.break_off()
 
 
 def _key(sample: Tensor) -> tuple[Any, ...]:

@@ -79,7 +79,9 @@ class Recording:
         if self._total is None:
             raise ValueError("no recorded call has a known step; expected calls with a scheduler's timesteps")
         kinds = ["whole"] * self._total
-        for step, kind in zip(self.calls, self.kinds, strict=True):
+        falls = [n for n in range(1, len(self.calls)) if (self.calls[n] or 0) < (self.calls[n - 1] or 0)]
+        start = max(falls, default=0)  # of the last run
+        for step, kind in zip(self.calls[start:], self.kinds[start:], strict=True):
             if step is not None and step < self._total:
                 kinds[step] = kind
         return kinds

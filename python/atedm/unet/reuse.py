@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.unet.blocks import Place, attention_blocks, runs_its_own_forward, why_not_skippable
+from atedm.unet.blocks import Place, attention_blocks, runs_its_own_forward, unwrapped, why_not_skippable
 from atedm.unet.calls import UNetCalls
 from atedm.unet.memory import Slot
 
@@ -26,7 +26,7 @@ _DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D
 def why_not_reusable(unet: UNet2DConditionModel) -> str | None:
     """Why no step of ``unet`` can reuse features, or None where one can."""
     for kinds, stages in ((_DOWN, unet.down_blocks), (_UP, unet.up_blocks)):
-        for stage in stages:
+        for stage in map(unwrapped, stages):
             if type(stage) not in kinds:
                 return f"it has a {type(stage).__name__}; expected stages of {' or '.join(k.__name__ for k in kinds)}"
     if len(unet.up_blocks) < 2:
@@ -50,11 +50,14 @@ def stages_of(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
     """The stages that run between the first convolution and the output, each with its name."""
     down = [(f"down_blocks.{n}", stage) for n, stage in enumerate(unet.down_blocks)]
     middle = [] if unet.mid_block is None else [("mid_block", unet.mid_block)]
-    return down + middle + [(f"up_blocks.{n}", stage) for n, stage in enumerate(unet.up_blocks)]
+    up = [(f"up_blocks.{n}", stage) for n, stage in enumerate(unet.up_blocks)]
+    return [(name, unwrapped(stage)) for name, stage in down + middle + up]
 
 
 class UNetStage:
     """The ``forward`` of a stage: its own, unless the step reuses features."""
+
+    runs_when_reused = True
 
     def __init__(self, name: str, module: nn.Module, place: Place, calls: UNetCalls, skip_channels: int) -> None:
         self.name = name
@@ -155,7 +158,7 @@ class _Layers:
 
 def make_stages(unet: UNet2DConditionModel, calls: UNetCalls) -> list[UNetStage]:
     """One for each stage of ``unet``."""
-    last = unet.up_blocks[-1]
+    last = unwrapped(unet.up_blocks[-1])
 
     def kind(module: nn.Module) -> type[UNetStage]:
         return LastStage if module is last else DownStage if type(module) in _DOWN else UNetStage

@@ -106,13 +106,12 @@ class CompactTransformer:
                 class_labels=class_labels,
             )
 
-        by_cross_attention = block.ranking is not None and block.ranking.attention == "cross"
-        early = block.calls.options.placement == "early"
+        by_cross_attention = block.ranking is not None and block.ranking.is_cross
         if not by_cross_attention:
             if block.ranking is not None:
                 self._choice.choose(lambda: attention)
             self._find_refill(attention)
-            if early:
+            if block.placement.is_early:
                 # Cross-attention, feed-forward and output projection treat each token on its own: what they would
                 # compute for a dropped token is never used.
                 kept = attended if block.ranking is None else kernels.gather_tokens(attended, self._choice.index)
@@ -124,7 +123,7 @@ class CompactTransformer:
                 raise ValueError("encoder_attention_mask is set; expected None with ranking='cross'")
             self._choice.choose(lambda: _cross_attention_map(layer, attended + hidden_states, encoder_hidden_states))
             self._find_refill(attention)
-            if early:
+            if block.placement.is_early:
                 kept, tokens = (kernels.gather_tokens(x, self._choice.index) for x in (attended, hidden_states))
                 return run_rest(kept, tokens, self._for_kept(cross_attention_kwargs))
         return kernels.gather_tokens(run_rest(attended, hidden_states, cross_attention_kwargs), self._choice.index)
@@ -189,7 +188,7 @@ class CompactTransformer:
         """Output projection and recovery, which commute: the projection treats each token on its own."""
         recovery = self._block.recovery
         compact = recovery.before_projection(hidden_states)
-        if self._block.calls.options.placement == "paper":
+        if not self._block.placement.is_early:
             recovered = recovery.tokens(compact, self._refill)
             return self._block.output(self._module, recovered, residual, **sizes)
         projection = self._module.proj_out
