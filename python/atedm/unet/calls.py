@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from atedm.unet.graphs import compiled_parts, count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
+from atedm.unet.told import Told
 from atedm.unet.unchanged import Watch
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ class Following:
     def is_in_place(self) -> bool:
         return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self.hooks)
 
+    def check(self) -> None:
+        """Refuse calls that cannot be followed: others can clear a module's hooks."""
+        if not self.is_in_place:
+            raise RuntimeError(
+                "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
+                "expected them there: call atedm.apply again, or atedm.remove"
+            )
+
     def end(self) -> None:
         self.target = None
         while self.hooks:
@@ -71,8 +79,7 @@ class UNetCalls:
     Attributes:
         blocks: the pruned ones. stages: those that can reuse features. recordings: those that are open.
         planner: knows what each call is, and what is remembered. following: how its calls are followed.
-        graph: what a graph of the UNet, or of a part, reads instead of a call of its own; torch guards graphs by it.
-        is_told: whether ``graph`` is that of a call which is followed from outside of the UNet, while it runs.
+        told: what graphs of the UNet, or of its parts, read instead of a call of their own.
     """
 
     def __init__(self, options: Options, scheduler: object | None = None) -> None:
@@ -87,9 +94,7 @@ class UNetCalls:
     def begin(self, scheduler: object | None) -> None:
         """As it is before the first call."""
         self.planner = Planner(self.options, self._start, scheduler)
-        self.graph = self._untold()
-        self.is_told = False
-        self._in_graph: tuple[int, Call] | None = None  # what ``graph`` was told, and the thread, while that runs
+        self.told = self._untold()
         self._watch = Watch()
         self.recordings: list[Recording] = []
 
@@ -107,14 +112,13 @@ class UNetCalls:
         for part in self.parts:
             part.start(slot, sample, dtype)
 
-    def _untold(self) -> Call:
-        """What a graph reads before any call was told to it."""
-        return Call(kind=self.options.constant_kind or "pruned")
+    def _untold(self) -> Told:
+        return Told(self.options.constant_kind or "pruned")
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""
-        own = {"graph": self._untold(), "_in_graph": None, "is_told": False, "_watch": Watch()}
-        return {**self.__dict__, "following": self.following.of_a_copy(), "recordings": [], **own}
+        own = {"told": self._untold(), "_watch": Watch(), "recordings": []}
+        return {**self.__dict__, "following": self.following.of_a_copy(), **own}
 
     @property
     def memory(self) -> Memory:
@@ -129,27 +133,27 @@ class UNetCalls:
     def current(self) -> Call:
         """The call that runs; in a graph the one that it is guarded by."""
         if torch.compiler.is_compiling():
-            return self.graph
+            return self.told.call
         running = _running.get()
         if running is not None and running[0] is self:
             return running[1]
-        self.check_followed()
-        return self.planner.forced or self.graph
+        self.following.check()
+        return self.planner.forced or self.told.call
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: tell the parts of the UNet of the call that begins."""
         if torch.compiler.is_compiling():
-            # Runs once, while a graph of the whole UNet is made. What `graph` says is then an attribute that torch
-            # guards the graph by, so there is a graph for each; one for "not told" is never made.
+            # Runs once, while a graph of the whole UNet is made. What it is told is then an attribute that torch guards
+            # the graph by, so there is a graph for each kind; one for "not told" is never made.
             # torch.compiler.is_exporting() would not tell: before torch 2.13 it is true inside torch.compile too.
-            if not self.is_constant and not self.is_told:
+            if not self.is_constant and not self.told.is_outside:
                 raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
             return
-        self._stop_running()  # what an interrupt left
-        self.check_followed()
-        if self._is_followed_outside:
+        self._break_off(self._stop_running())  # what an interrupt left
+        self.following.check()
+        if self.told.is_followed_outside:
             # A compiled UNet that runs uncompiled, to be recorded, or where torch makes no more graphs.
-            self._begin(self._in_graph[1])
+            self._begin(self.told.running)
             return
         self.check_unchanged()
         compiled = self.compiled_parts
@@ -168,40 +172,17 @@ class UNetCalls:
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
         """The call that begins; graphs are told of it. ``in_graph``: whether there are any."""
-        if in_graph and self._in_graph is not None:
-            if not self._has_told:
-                raise RuntimeError(
-                    "two threads call a compiled UNet at the same time, and its graphs can be told of one call; "
-                    "expected one thread at a time: give each a UNet of its own"
-                )
-            self.planner.broken_off(self._in_graph[1])  # an interrupt has left it
-            self._in_graph = None
-        call = self.planner.call(args, kwargs, in_graph=in_graph)
-        if self._in_graph is None:
-            self._tell(call)
         if in_graph:
-            self._in_graph = threading.get_ident(), call
+            self._break_off(self.told.claim())
+        call = self.planner.call(args, kwargs, in_graph=in_graph)
+        self.told.tell(call, in_graph)
         return call
-
-    @property
-    def _has_told(self) -> bool:
-        """Whether this thread has told graphs of the call that they run."""
-        return self._in_graph is not None and self._in_graph[0] == threading.get_ident()
-
-    @property
-    def _is_followed_outside(self) -> bool:
-        return self.is_told and self._has_told
 
     def _begin(self, call: Call) -> None:
         """``call`` runs from now on, uncompiled but for parts of the UNet."""
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
         call.before = _running.get()
         _running.set((self, call))
-
-    def _tell(self, call: Call) -> None:
-        """Tell graphs what the call is."""
-        graph = self.graph
-        graph.kind, graph.slot, graph.ranks, graph.is_warm = call.kind, call.slot, call.ranks, call.is_warm
 
     def _note(self, call: Call) -> None:
         for recording in self.recordings:
@@ -211,33 +192,28 @@ class UNetCalls:
         """Forward hook, which runs after an exception too; then there is no output."""
         if torch.compiler.is_compiling():
             return
-        running = _running.get()
-        if running is not None and running[0] is self:
-            self._stop_running()
-            if not self._is_followed_outside:  # else the graph's run has an end of its own
-                self._ended(running[1], output is not None)
+        call = self._stop_running()
+        if call is not None and not self.told.is_followed_outside:  # else the graph's run has an end of its own
+            self._ended(call, output is not None)
 
     def _ended(self, call: Call, is_complete: bool) -> None:
-        if self._in_graph is not None and self._in_graph[1] is call:
-            self._in_graph = None
-        (self.planner.ended if is_complete else self.planner.broken_off)(call)
+        self.told.end(call)
+        (self.planner.ended if is_complete else self._break_off)(call)
 
-    def _stop_running(self) -> None:
+    def _break_off(self, call: Call | None) -> None:
+        if call is not None and call.picture is not None:
+            call.picture.break_off()
+
+    def _stop_running(self) -> Call | None:
         running = _running.get()
-        if running is not None and running[0] is self:
-            _running.set(running[1].before)
+        if running is None or running[0] is not self:
+            return None
+        _running.set(running[1].before)
+        return running[1]
 
     def check_unchanged(self) -> None:
         """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
         self._watch.look((block for block in self.blocks if self.options.ratio_at(block.level) > 0), self.stages)
-
-    def check_followed(self) -> None:
-        """Refuse calls that cannot be followed: others can clear a module's hooks."""
-        if not self.following.is_in_place:
-            raise RuntimeError(
-                "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
-                "expected them there: call atedm.apply again, or atedm.remove"
-            )
 
     def stop_following(self) -> None:
         """Take away what follows the calls, and let go of what belongs to them."""
@@ -251,13 +227,13 @@ class UNetCalls:
         self._count_kept(args, kwargs)
         if not self.is_constant or self.recordings:
             self._note(self._plan(args, kwargs, in_graph=True))
-            self.is_told = True
+            self.told.is_outside = True
 
     def end_outside(self, is_complete: bool) -> None:
         """It has run; not ``is_complete``: or raised."""
-        if self._has_told:
-            self.is_told = False
-            self._ended(self._in_graph[1], is_complete)
+        call = self.told.running
+        if call is not None:
+            self._ended(call, is_complete)
 
     def _count_kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Warn where nothing is pruned: a graph warns of nothing."""

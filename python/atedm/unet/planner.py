@@ -212,11 +212,6 @@ class Planner:
             if call.slot.owner is None:
                 picture.restart()  # nothing more will be asked of it
 
-    def broken_off(self, call: Call) -> None:
-        """Note that ``call`` has raised."""
-        if call.picture is not None:
-            call.picture.break_off()
-
 
 def _key(sample: Tensor) -> tuple[Any, ...]:
     return tuple(sample.shape), sample.dtype, sample.device

@@ -1,0 +1,62 @@
+"""What graphs are told of the call that they run: they cannot ask which one it is."""
+
+from __future__ import annotations
+
+import threading
+
+from atedm.unet.planner import Call
+
+
+class Told:
+    """The one call that the graphs of a UNet, or of its parts, can be told of.
+
+    Attributes:
+        call: what they read; torch guards them by its values.
+        is_outside: whether the call that runs was told from outside of the UNet, in whose graph the hooks are.
+    """
+
+    def __init__(self, kind: str) -> None:
+        """``kind``: of the call that a graph reads before any was told."""
+        self.call = Call(kind=kind)
+        self.is_outside = False
+        self._running: tuple[int, Call] | None = None  # and the thread that runs it
+
+    @property
+    def running(self) -> Call | None:
+        """The call that this thread's graphs run."""
+        if self._running is None or self._running[0] != threading.get_ident():
+            return None
+        return self._running[1]
+
+    @property
+    def is_followed_outside(self) -> bool:
+        """Whether this thread's call is followed from outside."""
+        return self.is_outside and self.running is not None
+
+    def claim(self) -> Call | None:
+        """Make room for a call; returns the one that an interrupt has left.
+
+        Raises:
+            RuntimeError: another thread's graphs run.
+        """
+        left = self.running
+        if left is None and self._running is not None:
+            raise RuntimeError(
+                "two threads call a compiled UNet at the same time, and its graphs can be told of one call; expected "
+                "one thread at a time: give each a UNet of its own"
+            )
+        self._running = None
+        return left
+
+    def tell(self, call: Call, in_graph: bool) -> None:
+        """``in_graph``: whether graphs are to run it. If not, they may have to compute parts of it again later."""
+        if in_graph:
+            self._running = threading.get_ident(), call
+        elif self._running is not None:
+            return  # another thread's graphs read theirs
+        told = self.call
+        told.kind, told.slot, told.ranks, told.is_warm = call.kind, call.slot, call.ranks, call.is_warm
+
+    def end(self, call: Call) -> None:
+        if self.running is call:
+            self._running, self.is_outside = None, False
