@@ -9,6 +9,9 @@ from atedm.policy.options import PUBLISHED
 PROMPT = "a red circle left of a blue square"
 STEPS = 4
 
+# The default schedule computes all steps of so short a run.
+OWN_KINDS = ["whole", "pruned", "reused", "pruned"]
+
 
 def timesteps_of(steps):
     """Of a picture of so many steps, which has them for itself."""
@@ -27,7 +30,8 @@ def latents(pipe, **arguments):
 def check(pipe, call=None, alike=0.5, **changes):
     """Pruning takes effect, ratio 0 changes nothing, removal restores every bit; returns full, pruned, recording.
 
-    Both for the published method, which ``recording`` is of, and for the defaults, with ``changes``.
+    Both for the published method, which ``recording`` is of, and for the default recovery and staleness in steps of
+    ``OWN_KINDS``, with ``changes``.
 
     ``call``: runs ``pipe`` and returns a tensor; :func:`latents` by default. ``alike``: minimum cosine similarity.
     """
@@ -37,9 +41,16 @@ def check(pipe, call=None, alike=0.5, **changes):
         assert torch.equal(call(), full)
     with atedm.applied(pipe, PUBLISHED, ratio=0.25), atedm.record(pipe) as recording:
         pruned = call()
-    with atedm.applied(pipe, **changes):
+    options = {"schedule": OWN_KINDS, **changes}
+    with atedm.applied(pipe, **options), atedm.record(pipe, tokens=False) as steps:
         own = call()
     assert own.shape == full.shape and own.isfinite().all()
+    kinds = steps.kinds
+    assert kinds[0] == "whole" and set(kinds) <= {"whole", "pruned", "reused"}
+    if len(kinds) > 1:
+        assert "pruned" in kinds and not torch.equal(own, full)
+    if len(kinds) >= len(OWN_KINDS) and options["schedule"] == OWN_KINDS:
+        assert "reused" in kinds
     assert torch.cosine_similarity(own.flatten(), full.flatten(), dim=0) > alike
     assert recording.ranked
     assert pruned.shape == full.shape and pruned.isfinite().all()

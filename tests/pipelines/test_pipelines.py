@@ -206,10 +206,11 @@ def test_perturbed_attention_guidance(base, layers, guidance):
     full, _, recording = check(pipe, lambda: latents(pipe, guidance_scale=guidance, pag_scale=2.0))
     assert recording.ranked[0].index.shape[0] == (3 if guidance > 1 else 2)
     # Queries of the kept tokens alone; the perturbed part takes its own values at those.
-    with atedm.applied(pipe, schedule=None, ranking=None, ratio=0.1), atedm.record(pipe) as recording:
+    options = {"schedule": None, "ranking": None, "staleness": "steps", "ratio": 0.1}
+    with atedm.applied(pipe, **options), atedm.record(pipe) as recording:
         pruned = latents(pipe, guidance_scale=guidance, pag_scale=2.0)
     assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
-    assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.8
+    assert not torch.equal(pruned, full) and torch.cosine_similarity(pruned.flatten(), full.flatten(), dim=0) > 0.9
 
 
 def test_free_u(base):

@@ -222,7 +222,8 @@ class Adaptive(Schedule):
     ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: about so far away is the next computed step.
     That follows any scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is
     computed too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of
-    the run is divided into equal parts. After features that are not finite the next step is computed: there is nothing
+    the run is divided into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and
+    ``denoising_end`` stops before the last one, which no call can tell. After features that are not finite the next step is computed: there is nothing
     to reuse, and a pruned step names the NaN.
 
     Args:
@@ -257,8 +258,12 @@ class Adaptive(Schedule):
 
     @property
     def kinds(self) -> frozenset[str]:
-        prunes = self.pruned_from < 1 and self.whole_every > 1
-        return frozenset({"whole", "reused", "pruned"} if prunes else {"whole", "reused"})
+        prunes, reuses = self.pruned_from < 1 and self.whole_every > 1, self.max_gap > 1
+        return frozenset({"whole"} | ({"pruned"} if prunes else set()) | ({"reused"} if reuses else set()))
+
+    @property
+    def constant(self) -> str | None:
+        return "whole" if self.kinds == {"whole"} else None
 
     def kind(self, progress: Progress) -> str:
         computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
