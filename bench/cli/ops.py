@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import bad, check_json, parse_device, parse_dtype, parse_size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -73,6 +73,7 @@ def ops(
         )
     )
     path = json or Path("outputs") / f"bench-ops-{place.type}.json"
+    check_json(path)
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}

@@ -134,7 +134,8 @@ def quality(
     _check(request)
     place = own_device(parse_device(device))
     request = session.resolved(request, place)
-    check_output(request.out, request.json)
+    model = None if request.model is None else Path(request.model).expanduser()
+    check_output(request.out, request.json, request.prompts, request.references, model)
     with failing_clearly():
         try:
             if request.model is None:

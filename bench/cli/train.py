@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from atedm.cli.checks import check_json
 from atedm_extras import require
 
 app = typer.Typer(no_args_is_help=True, help="Train the embedded model, stage by stage.")
@@ -90,6 +91,7 @@ def record(
     from atedm.app.report import write_json
     from atedm_bench.training.record import record as record_runs
 
+    check_json(to, *runs)
     document = record_runs(runs)
     write_json(document, to)
     for stage in document["stages"]:

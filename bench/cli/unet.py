@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, load_config, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import bad, check_json, load_config, parse_device, parse_dtype, parse_size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -85,6 +85,7 @@ def unet(
         ),
     )
     path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
+    check_json(path)
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {"model": model, **measured.settings_for_report(), "finished": finished}

@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# In a folder of pictures: how they were made.
+RUN = "run.json"
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write what shall be at ``path``: it appears there when the block ends, never as half a file.
 
+    A link's target is replaced, not the link. A pipe, a device or the standard output gets what was written when the
+    block ends.
+
     Raises:
         OSError: the file cannot be written, for a full disk say; the message names ``path``, which stays as it was.
     """
-    partial = path.with_name(path.name + ".partial")
+    path = Path(path)
+    stream = is_stream(path)
+    target = path if stream else path.resolve()
+    # A name of its own: another run may write the same file at the same time.
+    partial = (Path(tempfile.gettempdir()) if stream else target.parent) / f".{secrets.token_hex(8)}.partial"
     try:
         yield partial
-        partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
+        if stream:
+            _write_to_stream(partial, path)
+        else:
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
+            partial.replace(target)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(partial)):
             # Not every library names the file; a full disk needs it named.
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is to be written to and not replaced: no regular file, or what the process prints to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    is_plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+    return not is_plain or _printed_to(found) is not None
+
+
+def _printed_to(found: os.stat_result) -> int | None:
+    """The standard output, or the errors', if that is where it leads."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), found):
+                return descriptor
+    return None
+
+
+def _write_to_stream(partial: Path, path: Path) -> None:
+    # Opened by its name, a file that the output is redirected to would be written from its start.
+    descriptor = _printed_to(path.stat())
+    sys.stdout.flush()
+    with partial.open("rb") as source, open(path if descriptor is None else os.dup(descriptor), "wb") as stream:
+        shutil.copyfileobj(source, stream)

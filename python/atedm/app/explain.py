@@ -16,7 +16,10 @@ from PIL import Image
 from atedm.app import pictures, report
 from atedm.app.comparison import COLUMNS, Comparison
 from atedm.files import whole_file
+from atedm.policy.ranking import make_ranking
+from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import PRUNING
+from atedm.policy.staleness import STALENESS
 from atedm.unet.recording import Recording
 
 _PAGE = Template("""<!doctype html>
@@ -63,26 +66,6 @@ $blocks
 </html>
 """)
 
-_KEEPS = {
-    "self": "the tokens that the others attend to most, by a PageRank over its attention map",
-    "cross": "the tokens that matter most to the text, by its cross-attention",
-    "keys": "the tokens whose keys are least like those of the others",
-    None: "the tokens that are most out of date",
-}
-_STALENESS = {
-    "drift": ", weighed by how far their input has moved since they were last computed",
-    "steps": ", weighed by how long they have not been computed",
-    None: "",
-}
-_REFILLS = {
-    "cached": "what the block added to it when it was last computed",
-    "similarity": "a copy of the kept token that attends to it most",
-    "keys": "a copy of the kept token with the most similar keys",
-    "zeros": "nothing",
-    "bicubic": "what the kept tokens around it give when interpolated",
-}
-
-
 _STEPS = {
     "whole": "computed every token",
     "light": "dropped tokens in most blocks",
@@ -101,9 +84,12 @@ def _told(kinds: Sequence[str], settings: dict[str, Any]) -> str:
 def _method(settings: dict[str, Any]) -> str:
     grid = settings["grid"]
     first = "" if grid is None else f", after one in each square of {grid}×{grid} (wider where fewer are kept)"
-    keeps, refills = _KEEPS[settings["ranking"]], _REFILLS[settings["recovery"]]
-    stale = _STALENESS[settings["staleness"]]
-    return f"Each attention block keeps {keeps}{stale}{first}. A dropped token gets {refills}."
+    ranking = make_ranking(settings["ranking"], settings["max_iterations"], settings["tolerance"])
+    keeps = "the tokens that are most out of date" if ranking is None else ranking.keeps
+    staleness = settings["staleness"]
+    stale = "" if staleness is None else f", weighed by {STALENESS[staleness].measures}"
+    gives = RECOVERIES[settings["recovery"]].gives
+    return f"Each attention block keeps {keeps}{stale}{first}. A dropped token gets {gives}."
 
 
 def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.device, title: str, path: Path) -> Path:

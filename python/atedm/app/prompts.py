@@ -20,10 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import atedm
 from atedm.app import report
 from atedm.app.comparison import UNetTimer, check_image, save_image, tflops_of
+from atedm.files import RUN
 from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN
-
-_RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,16 @@ def own_device(device: torch.device) -> torch.device:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
+    A line ends at a line feed, or at a carriage return and a line feed. Other separators belong to a prompt.
+
     Raises:
         ValueError: the file holds no prompt, or is not text. OSError: it cannot be read.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {path} is no UTF-8 text: {error}") from None
+    found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
         raise ValueError(f"prompts: {path} holds no prompt; expected one a line")
     return found
@@ -112,14 +114,14 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase],
     Raises:
         ValueError: ``root`` holds pictures made in another way; the message says what differs.
     """
-    path = root / _RUN
+    path = root / RUN
     asked = [[case.prompt, case.seed] for case in cases]
     described, settings = (json.loads(json.dumps(values)) for values in (described, settings))
     if not path.is_file():
         stray = next(root.glob("*/" + "[0-9]" * 5 + ".png"), None)
         if stray is not None:
             raise ValueError(
-                f"{root} holds pictures ({stray.relative_to(root)}) but no {_RUN}, which says how they were made; "
+                f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
                 "expected an empty folder or a run to go on with"
             )
     else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,19 @@ def report(command: str, device: torch.device | str, settings: dict[str, Any], r
 
 
 def write_json(document: dict, path: Path) -> None:
-    """Write atomically: a reader or an interrupted run never sees half a file."""
+    """Write atomically: a reader or an interrupted run never sees half a file. What is no finite number is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value``, where JSON, which has no NaN and no infinity, can hold it."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def command_line(program: str = "atedm") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atedm.files import RUN, is_stream
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -40,20 +42,43 @@ def check_prompt(prompt: str, option: str) -> None:
         raise bad(option, "is empty; expected some text")
 
 
-def check_output(folder: Path, json: Path | None) -> Path:
-    """Make sure that results can be written, before anything is computed; returns the file for the figures."""
+def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
+    """Make sure that results can be written, before anything is computed; returns the file for the figures.
+
+    Args:
+        inputs: files and folders that the run reads.
+    """
     file = json or folder / "comparison.json"
+    _check_folder("output", folder)
+    check_json(file, *inputs)
+    return file
+
+
+def check_json(file: Path | None, *inputs: Path | None) -> None:
+    """Make sure that figures can be written to ``file``, and over nothing that the run reads or goes on with."""
+    if file is None:
+        return
     if file.is_dir():
         raise bad("json", f"{file} is a folder; expected a file")
-    for option, path in (("output", folder), ("json", file.parent)):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            # The mode bits do not tell for a read-only or full file system, so try.
-            with tempfile.NamedTemporaryFile(dir=path) as trial:
-                trial.write(bytes(_MIN_ROOM))
-        except OSError as error:
-            raise bad(option, f"cannot write to {path}: {error.strerror or error}") from None
-    return file
+    if file.name == RUN:
+        raise bad("json", f"{file} would take the place of a run's record; expected another name")
+    for given in inputs:
+        if given is not None and file.resolve().is_relative_to(given.resolve()):
+            raise bad("json", f"{file} would take the place of what is read from {given}; expected another file")
+    if not is_stream(file):
+        _check_folder("json", file.resolve().parent)
+    elif not os.access(file, os.W_OK):
+        raise bad("json", f"cannot write to {file}")
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mode bits do not tell for a read-only or full file system, so try.
+        with tempfile.NamedTemporaryFile(dir=folder) as trial:
+            trial.write(bytes(_MIN_ROOM))
+    except OSError as error:
+        raise bad(option, f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def check_installed() -> None:
@@ -140,7 +165,7 @@ def failing_clearly() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        typer.echo(f"Error: out of memory, finished images are kept: {str(error).splitlines()[0]}", err=True)
+        typer.echo(f"Error: out of memory, finished images are kept: {str(error).partition(chr(10))[0]}", err=True)
         raise typer.Exit(1) from None
     except (OSError, atedm.RankedNaN) as error:
         typer.echo(f"Error: {error}", err=True)

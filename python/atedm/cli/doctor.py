@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atedm.cli.checks import check_json
+
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 
 def doctor(
@@ -23,6 +24,14 @@ def doctor(
     from atedm.app import report
     from atedm.app.selftest import native_library
 
+    check_json(json)
+    cases = [(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for i in range(torch.cuda.device_count()):
+        cases += [(torch.device("cuda", i), dtype) for dtype in (torch.float16, torch.bfloat16)]
+    native, problems = native_library(), []
+    rows = [row for device, dtype in cases for row in _rows(device, dtype, problems)]
+    if json is not None:
+        report.write_json(report.report(report.command_line(), cases[-1][0], {"native": native}, rows), json)
     console = Console()
     report.print_table(
         [{"name": name, "version": version or "not installed"} for name, version in report.versions().items()],
@@ -30,17 +39,13 @@ def doctor(
         "Versions",
         console,
     )
-    cases = [(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
-    for i in range(torch.cuda.device_count()):
-        cases += [(torch.device("cuda", i), dtype) for dtype in (torch.float16, torch.bfloat16)]
     if not torch.cuda.is_available():
         console.print("No CUDA or ROCm device is visible to torch: the Triton kernels are not in use.")
-    native = native_library()
-    console.print(f"Native CPU library: {native['library']}")
+    console.print(f"Native CPU library: {native['library']}", markup=False)
     for isa, reason in native["isas"].items():
-        console.print(f"  {isa}: {reason or 'runs here'}")
-
-    rows = [row for device, dtype in cases for row in _rows(device, dtype, console)]
+        console.print(f"  {isa}: {reason or 'runs here'}", markup=False)
+    for problem in problems:
+        console.print(problem, style="red", markup=False)
     columns = {
         "name": "op",
         "dtype": "dtype",
@@ -53,8 +58,7 @@ def doctor(
     for device in dict.fromkeys(row["device"] for row in rows):
         report.print_table([row for row in rows if row["device"] == device], columns, device, console)
     if json is not None:
-        report.write_json(report.report(report.command_line(), cases[-1][0], {"native": native}, rows), json)
-        console.print(f"written: {json}")
+        console.print(f"written: {json}", markup=False)
     failed = [row for row in rows if row["result"] != "ok"]
     if failed:
         console.print(f"[red]{len(failed)} of {len(rows)} checks failed.[/red]")
@@ -62,8 +66,8 @@ def doctor(
     console.print(f"All {len(rows)} checks passed.")
 
 
-def _rows(device: torch.device, dtype: torch.dtype, console: Console) -> Iterator[dict[str, Any]]:
-    """What the self-test found of each op."""
+def _rows(device: torch.device, dtype: torch.dtype, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """What the self-test found of each op; where it stopped is added to ``problems``."""
     from atedm.app import report
     from atedm.app.selftest import check_ops
     from atedm_kernels.registry import OPS
@@ -73,7 +77,7 @@ def _rows(device: torch.device, dtype: torch.dtype, console: Console) -> Iterato
         for check in check_ops(device, dtype):
             outcomes[check.op] = check
     except Exception as error:  # a crash is a finding, to be reported with what was found before it
-        console.print(f"[red]The self-test on {device} in {dtype} stopped:[/red] {type(error).__name__}: {error}")
+        problems.append(f"The self-test on {device} in {dtype} stopped: {type(error).__name__}: {error}")
     for op in OPS:
         backend, reason = _serving(op, device, dtype)
         check = outcomes.get(op)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_options, load_config, load_options, parse_levels, parse_size
+from atedm.cli.checks import bad, check_json, check_options, load_config, load_options, parse_levels, parse_size
 
 if TYPE_CHECKING:
     from atedm.app.flops import Flops, UNetFlops
@@ -63,6 +63,8 @@ def flops(
         raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
     if budget is not None and budget <= 0:
         raise bad("budget", f"{budget}; expected a positive number of TFLOPs")
+    folder = Path(model).expanduser()
+    check_json(json, options, folder if folder.exists() else None)
     chosen = parse_levels(levels)
     named = preset if options is None else load_options(options)
     base = check_options(PUBLISHED if named is None else named, {"ratio": ratio, "levels": chosen})
@@ -93,12 +95,12 @@ def flops(
         else:
             rows = [_row("full", counter.full(), counter)]
             rows += [row for each in variants for row in _rows(counter, each, steps, status)]
+    if json is not None:
+        report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
     if paper:
         _print_paper(rows, settings)
     else:
         _print(rows, settings, base, budget)
-    if json is not None:
-        report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
 
 
 def _check_levels(counter: UNetFlops, levels: tuple[int, ...]) -> None:

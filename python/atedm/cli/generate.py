@@ -92,7 +92,8 @@ def generate(
         raise bad("preset", "is given with --options; expected one of the two")
     if prompts is not None and explain:
         raise bad("explain", "is given with --prompts; expected it with a single PROMPT")
-    report_file = check_output(output, json)
+    local = Path(model).expanduser()
+    report_file = check_output(output, json, prompts, options, local if local.exists() else None)
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
     changes |= {"ranking": ranking, "recovery": recovery, "grid": grid}

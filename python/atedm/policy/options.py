@@ -249,7 +249,7 @@ def _check_together(options: Options) -> None:
     if options.ranking is None and RECOVERIES[options.recovery].reads_attention:
         raise ValueError(
             f"recovery is {options.recovery!r} with ranking=None, where no query of a dropped token is computed; "
-            "expected 'cached', 'keys', 'zeros' or 'bicubic'"
+            f"expected {', '.join(repr(name) for name, each in RECOVERIES.items() if not each.reads_attention)}"
         )
     remembers = RECOVERIES[options.recovery].remembers
     for name, needs_early in (("ranking", options.ranking is None), ("recovery", remembers)):

@@ -21,10 +21,12 @@ class Ranking(Protocol):
     Attributes:
         is_cross: whether the map that ``scores`` reads is that of the cross-attention, after the self-attention.
         iterates: whether it can go on from the scores of an earlier step.
+        keeps: which tokens it ranks high, in words.
     """
 
     is_cross: ClassVar[bool]
     iterates: ClassVar[bool]
+    keeps: ClassVar[str]
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scores ``[B, H, N]``, and int32 iterations ``[B, H]`` where the ranking iterates.
@@ -68,6 +70,7 @@ class PageRank(_Iterated):
     """Weighted PageRank of the self-attention map (AT-EDM, section 3.2), the paper's choice."""
 
     is_cross: ClassVar[bool] = False
+    keeps: ClassVar[str] = "the tokens that the others attend to most, by a PageRank over its attention map"
     _op: ClassVar[str] = "weighted_page_rank"
 
 
@@ -75,6 +78,7 @@ class CrossPageRank(_Iterated):
     """Weighted PageRank of the cross-attention map (AT-EDM, section 3.2)."""
 
     is_cross: ClassVar[bool] = True
+    keeps: ClassVar[str] = "the tokens that matter most to the text, by its cross-attention"
     _op: ClassVar[str] = "weighted_page_rank_cross"
 
 
@@ -87,6 +91,7 @@ class KeyRanking:
 
     is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
+    keeps: ClassVar[str] = "the tokens whose keys are least like those of the others"
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
         keys = attention.of_unit_keys()
@@ -100,6 +105,7 @@ class CustomRanking:
     function: RankingFunction
     is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
+    keeps: ClassVar[str] = "the tokens that a function of yours scores highest"
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scores = self.function(attention.q, attention.k, attention.lse)

@@ -36,10 +36,12 @@ class Recovery(Protocol):
     Attributes:
         reads_attention: whether ``source`` reads the attention of tokens, not their keys alone.
         remembers: whether it needs what the block added to the tokens when they were computed.
+        gives: what a dropped token gets, in words.
     """
 
     reads_attention: ClassVar[bool]
     remembers: ClassVar[bool]
+    gives: ClassVar[str]
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor | None:
         """Slots ``[B, N]`` of the compact tensor, one for each position; None where no token is copied."""
@@ -78,6 +80,7 @@ class SimilarityCopy(_Copy):
     """The kept token that attends to the dropped one most, averaged over the heads (AT-EDM, section 3.3)."""
 
     reads_attention: ClassVar[bool] = True
+    gives: ClassVar[str] = "a copy of the kept token that attends to it most"
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
         return kernels.similarity_source(attention.q, attention.k, attention.lse, index, scale=attention.scale)
@@ -86,6 +89,8 @@ class SimilarityCopy(_Copy):
 class KeyCopy(_Copy):
     """The kept token whose keys are most like those of the dropped one (ours); ties go to the lowest slot."""
 
+    gives: ClassVar[str] = "a copy of the kept token with the most similar keys"
+
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
         keys = attention.of_unit_keys()
         return kernels.similarity_source(keys.q, keys.k, keys.lse, index, scale=keys.scale)
@@ -93,6 +98,8 @@ class KeyCopy(_Copy):
 
 class Zeros(_Copy):
     """Zeros: a copy of one more token, slot ``K``, that holds nothing else (AT-EDM, ablation)."""
+
+    gives: ClassVar[str] = "nothing"
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor:
         return sources_or_zero(index, attention.k.shape[2])
@@ -106,6 +113,7 @@ class Bicubic:
 
     reads_attention: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    gives: ClassVar[str] = "what the kept tokens around it give when interpolated"
 
     def source(self, attention: AttentionMap, index: Tensor) -> None:
         return None
@@ -129,6 +137,7 @@ class Cached:
 
     reads_attention: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
+    gives: ClassVar[str] = "what the block added to it when it was last computed"
 
     def source(self, attention: AttentionMap, index: Tensor) -> None:
         return None

@@ -218,13 +218,13 @@ class Listed(Schedule):
 class Adaptive(Schedule):
     """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
 
-    Between two computed steps the feature changes at some rate per step. At that rate it takes
-    ``tolerance / rate`` steps, rounded down, to change by ``tolerance``: about so far away is the next computed step.
-    That follows any scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is
-    computed too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of
-    the run is divided into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and
-    ``denoising_end`` stops before the last one, which no call can tell. After features that are not finite the next step is computed: there is nothing
-    to reuse, and a pruned step names the NaN.
+    Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
+    steps, rounded down, to change by ``tolerance``: about so far away is the next computed step. That follows any
+    scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is computed
+    too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of the
+    run is divided into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and
+    ``denoising_end`` stops before the last one, which no call can tell. After features that are not finite the next
+    step is computed: there is nothing to reuse, and a pruned step names the NaN.
 
     Args:
         tolerance: the relative change of the feature, above 0. More reuses more.

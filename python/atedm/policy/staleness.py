@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,13 @@ State = dict[str, Tensor]
 
 
 class Staleness(Protocol):
-    """What it reads from a block's input ``[B, C, h, w]`` is ``observed``; what it remembers is its ``state``."""
+    """What it reads from a block's input ``[B, C, h, w]`` is ``observed``; what it remembers is its ``state``.
+
+    Attributes:
+        measures: what it tells of a token, in words.
+    """
+
+    measures: ClassVar[str]
 
     def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
         """A state for ``shape`` = B, N, C: tensors that keep their addresses."""
@@ -41,6 +47,8 @@ class Drift:
     ``R`` is a fixed random projection to ``DRIFT_WIDTH`` numbers, which keeps distances well enough to rank by
     (Johnson and Lindenstrauss, 1984).
     """
+
+    measures: ClassVar[str] = "how far their input has moved since they were last computed"
 
     def __init__(self, width: int = DRIFT_WIDTH) -> None:
         self.width = width
@@ -79,6 +87,8 @@ class Drift:
 
 class StepsSince:
     """In how many calls of the block, with this one, a token has not been computed."""
+
+    measures: ClassVar[str] = "how long they have not been computed"
 
     def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
         return {"age": torch.zeros(shape[0], 1, shape[1], device=device)}

@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet.blocks import feature_map_size
+from atedm.unet.graph_call import GraphCall
 from atedm.unet.graphs import compiled_parts, count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
-from atedm.unet.told import Told
 from atedm.unet.unchanged import Watch
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class UNetCalls:
         for part in self.parts:
             part.start(slot, sample, dtype)
 
-    def _untold(self) -> Told:
-        return Told(self.options.constant_kind or "pruned")
+    def _untold(self) -> GraphCall:
+        return GraphCall(self.options.constant_kind or "pruned")
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""

@@ -7,7 +7,7 @@ import threading
 from atedm.unet.planner import Call
 
 
-class Told:
+class GraphCall:
     """The one call that the graphs of a UNet, or of its parts, can be told of.
 
     Attributes:
