@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,15 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "int": (int, torch.SymInt),
     "str": (str,),
 }
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's as Python's; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 class Backward(NamedTuple):
@@ -71,7 +81,9 @@ class Op:
         for argument, accepted in zip(arguments, self._accepted, strict=False):
             if not isinstance(argument, accepted) or isinstance(argument, bool):
                 # torch's own message for a wrong Python type names a position; the op's names the argument.
+                arguments = tuple(map(plain_number, arguments))
                 self._check(*arguments)
+                break
         return self.overload(*arguments)
 
     def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_json, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import bad, check_json, finite, parse_device, parse_dtype, parse_size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -27,9 +27,11 @@ def ops(
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Of the ranking.")] = 5,
-    ratio: Annotated[float, typer.Option(help="Fraction of the tokens to drop.")] = 0.63,
+    ratio: Annotated[float, typer.Option(callback=finite, help="Fraction of the tokens to drop.")] = 0.63,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 30 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="Limit for the whole run; the report lists shapes not reached.")] = 9.0,
+    minutes: Annotated[
+        float, typer.Option(callback=finite, help="Limit for the whole run; the report lists shapes not reached.")
+    ] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also measure plain PyTorch compiled, at the first size.")
     ] = True,
@@ -100,7 +102,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise bad("batch", f"{text!r}; expected comma-separated positive integers, such as 2,8")
     return int(text)
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.checks import (
+    MAX_SEED,
     bad,
     check_dtype,
     check_installed,
     check_output,
     failing_clearly,
+    finite,
     load_pipeline,
     parse_device,
     parse_size,
@@ -47,7 +49,9 @@ def quality(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 5; with --model 7.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(callback=finite, help="Guidance scale. Default: 5; with --model 7.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures at a time. Default: 32; with --model 1.")] = None,
     settings: Annotated[
         str | None,
@@ -64,7 +68,9 @@ def quality(
             help="One more setting: options of atedm.apply as atedm.Options.save writes them. Can be repeated.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Noise seed of the first picture; picture n has seed + n.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Noise seed of the first picture; picture n has seed + n.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option("--output", "--out", help="Folder for pictures, plots and tables; resumes an earlier run there."),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_json, load_config, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import bad, check_json, finite, load_config, parse_device, parse_dtype, parse_size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -21,13 +21,15 @@ def unet(
     size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
     batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
-    minutes: Annotated[float, typer.Option(help="Limit for the whole run; at least one round runs.")] = 9.0,
+    minutes: Annotated[
+        float, typer.Option(callback=finite, help="Limit for the whole run; at least one round runs.")
+    ] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
     ] = False,
     regional: Annotated[bool, typer.Option(help="Compile only the transformer layers: quick.")] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
-    ratio: Annotated[float, typer.Option(help="Fraction of the tokens to drop.")] = 0.63,
+    ratio: Annotated[float, typer.Option(callback=finite, help="Fraction of the tokens to drop.")] = 0.63,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run that DSAP's average is for.")] = 50,
     run_steps: Annotated[
         int | None, typer.Option("--run", min=1, help="Also time whole runs of so many steps.")

@@ -235,7 +235,7 @@ def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet,
         del call
     unfinished = weakref.ref(memory.picture(scheduler.timesteps.untyped_storage()).slot.feature)
     atedm.remove(unet)
-    del memory
+    del memory, scheduler
     gc.collect()
     assert unfinished() is None and tensors() <= before
 

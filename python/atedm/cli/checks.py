@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import warnings
@@ -26,6 +27,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # What a text-to-image pipeline reads its prompt with.
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
+# The n-th picture has the seed of the first and n more, and all must fit in 64 bits.
+MAX_SEED = 2**63 - 1
+
 _MAX_PROMPT_TOKENS = 1 << 20  # SDXL takes 77
 
 # Bytes that a folder for results must have room for: a picture takes more, its figures less.
@@ -35,6 +39,13 @@ _MIN_ROOM = 1 << 16
 def bad(option: str, message: str) -> typer.BadParameter:
     """A usage error that names ``option``; ends the command with exit status 2."""
     return typer.BadParameter(message, param_hint=option if option.isupper() else "--" + option.replace("_", "-"))
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of an option: usage error for NaN and infinity, which every comparison lets through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value}; expected a finite number")
+    return value
 
 
 def check_prompt(prompt: str, option: str) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from atedm.cli.checks import (
+    MAX_SEED,
     check_installed,
     check_options,
     check_output,
     check_prompt,
     failing_clearly,
+    finite,
     parse_device,
     parse_levels,
 )
@@ -26,10 +28,10 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     images: Annotated[int, typer.Option(min=1, help="Drawn at once, each from noise of its own.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image's starting noise.")] = 0,
-    ratio: Annotated[float, typer.Option(help="Part of the tokens to drop.")] = 0.63,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the first image's starting noise.")] = 0,
+    ratio: Annotated[float, typer.Option(callback=finite, help="Part of the tokens to drop.")] = 0.63,
     levels: Annotated[str, typer.Option(help="Levels to prune, such as 3.")] = "2,3",
-    guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 switches it off.")] = 5.0,
+    guidance: Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")] = 5.0,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     json: Annotated[Path | None, typer.Option(help="File for the figures. Default: comparison.json in it.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",

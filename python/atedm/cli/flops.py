@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_json, check_options, load_config, load_options, parse_levels, parse_size
+from atedm.cli.checks import (
+    bad,
+    check_json,
+    check_options,
+    finite,
+    load_config,
+    load_options,
+    parse_levels,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from atedm.app.flops import Flops, UNetFlops
@@ -36,14 +45,16 @@ def flops(
     ] = None,
     options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Part of the tokens to drop, if not the default or theirs.")
+        float | None, typer.Option(callback=finite, help="Part of the tokens to drop, if not the default or theirs.")
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
     placement: Annotated[
         str | None, typer.Option(help="Where a block is pruned: early, paper or both. Default: both, or theirs.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps that the average is taken over.")] = 50,
-    budget: Annotated[float | None, typer.Option(help="Solve for the ratio with this average of TFLOPs.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(callback=finite, help="Solve for the ratio with this average of TFLOPs.")
+    ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Beside the paper's rows a to d (SDXL, 1024).")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Text tokens.")] = 77,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atedm.cli.checks import (
+    MAX_SEED,
     bad,
     check_applicable,
     check_dtype,
@@ -17,6 +18,7 @@ from atedm.cli.checks import (
     check_output,
     check_prompt,
     failing_clearly,
+    finite,
     load_options,
     load_pipeline,
     parse_device,
@@ -42,15 +44,20 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 switches it off.")] = 5.0,
+    guidance: Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")] = 5.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the starting noise, the same on every device; the n-th prompt has seed + n.")
+        int,
+        typer.Option(
+            min=0, max=MAX_SEED, help="Of the starting noise, the same on every device; the n-th prompt has seed + n."
+        ),
     ] = 0,
     size: Annotated[str, typer.Option(help="Pixels: 1024 or WIDTHxHEIGHT such as 1216x832.")] = "1024",
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: images at a time.")] = 1,
     preset: Annotated[str | None, typer.Option(help="Settings by name, see atedm.PRESETS.")] = None,
     options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Part of the tokens to drop. Default: 0.63.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(callback=finite, help="Part of the tokens to drop. Default: 0.63.")
+    ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
     placement: Annotated[
         str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")

@@ -26,6 +26,7 @@ from atedm.policy.schedule import (
 )
 from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
+from atedm_kernels.registry import plain_number
 
 # Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.policy.ranking`.
 BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "keys", "grid": 2})
@@ -73,12 +74,15 @@ class Options:
     warm_start: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         if isinstance(self.ratio, Mapping):
-            object.__setattr__(self, "ratio", dict(self.ratio))
+            plain = {plain_number(level): plain_number(ratio) for level, ratio in self.ratio.items()}
+            object.__setattr__(self, "ratio", plain)
+        if isinstance(self.levels, Iterable) and not isinstance(self.levels, (str, Mapping)):
+            object.__setattr__(self, "levels", tuple(map(plain_number, self.levels)))
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         _check(self)
-        if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(self.levels))
 
     @property
     def steps(self) -> Schedule:
@@ -103,7 +107,7 @@ class Options:
     @property
     def follows_pictures(self) -> bool:
         """Whether anything is kept from one step of a picture to the next."""
-        return self.remembers or self.starts_warm or self.rank_every > 1
+        return self.remembers or self.starts_warm or self.rank_every > 1 or self.steps.reads_past
 
     @property
     def remembers(self) -> bool:
@@ -218,7 +222,7 @@ def _check(options: Options) -> None:
     else:
         _check_ratio("ratio", options.ratio)
     if options.levels is not None:
-        is_list = isinstance(options.levels, (tuple, list, set, frozenset, range))
+        is_list = isinstance(options.levels, tuple)
         if not is_list or not all(isinstance(n, int) and not isinstance(n, bool) for n in options.levels):
             raise TypeError(f"levels is {options.levels!r}; expected level numbers, such as (3,)")
     _one_of("placement", options.placement, PLACEMENTS)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from atedm_kernels.registry import plain_number
+
 KINDS = ("whole", "light", "pruned", "reused")
 
 # Those that drop tokens.
@@ -66,8 +68,13 @@ class Schedule:
         """The kind of every step, where that depends on nothing; else None."""
         return None
 
+    @property
+    def reads_past(self) -> bool:
+        """Whether a kind may depend on what the picture has run, not on the step alone."""
+        return self.constant is None
+
     def kind(self, progress: Progress) -> str:
-        """The kind of the step that ``progress`` has come to."""
+        """The kind of the step that ``progress`` has come to, one of :attr:`kinds`."""
         raise NotImplementedError
 
     def kind_at(self, timestep: float) -> str:
@@ -94,8 +101,21 @@ class Schedule:
         return list(kinds.values())
 
 
+class _ByStep(Schedule):
+    """The kinds depend on the step alone."""
+
+    @property
+    def reads_past(self) -> bool:
+        return False
+
+
 class _DependsOnRun(Exception):
     """A schedule has asked for a rate of change."""
+
+
+def _with_plain_numbers(schedule: Any) -> None:
+    for each in fields(schedule):
+        object.__setattr__(schedule, each.name, plain_number(getattr(schedule, each.name)))
 
 
 def _check_number(name: str, value: object, lowest: float, highest: float, meaning: str) -> None:
@@ -116,7 +136,7 @@ def _check_kind(name: str, kind: object, allowed: Sequence[str] = KINDS) -> None
 
 
 @dataclass(frozen=True)
-class DSAP(Schedule):
+class DSAP(_ByStep):
     """Prune lightly during the first ``fraction`` of the denoising steps, everywhere after that.
 
     Of ``n`` steps the first ``ceil(fraction · n)`` are light: 15 of 50 at the paper's 0.3.
@@ -131,6 +151,7 @@ class DSAP(Schedule):
     fraction: float = 0.3
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         _check_number("fraction", self.fraction, 0, 1, "the part of the steps pruned lightly")
 
     @property
@@ -150,7 +171,7 @@ class DSAP(Schedule):
 
 
 @dataclass(frozen=True)
-class Every(Schedule):
+class Every(_ByStep):
     """Compute every ``n``-th step, from the first on; the steps between reuse its features.
 
     With ``computed="whole"`` that is what DeepCache (Ma et al., CVPR 2024) does at its interval ``n``.
@@ -166,6 +187,7 @@ class Every(Schedule):
     computed: str = "whole"
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         _check_count("n", self.n, 1)
         _check_kind("computed", self.computed, KINDS[:3])
 
@@ -182,7 +204,7 @@ class Every(Schedule):
 
 
 @dataclass(frozen=True)
-class Listed(Schedule):
+class Listed(_ByStep):
     """One kind for each step; a run of another number of steps takes them at the same fractions of the run.
 
     Args:
@@ -246,6 +268,7 @@ class Adaptive(Schedule):
     min_gap: int = 1
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         _check_number("tolerance", self.tolerance, 0, math.inf, "the relative change of the feature")
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number above 0")
@@ -292,6 +315,8 @@ class Adaptive(Schedule):
 
     def _gap(self, progress: Progress) -> int:
         """How many steps it takes to change by ``tolerance``, within the bounds of a gap."""
+        if self.max_gap == 1:
+            return 1
         rate = progress.rate()
         if not rate:
             return self.max_gap

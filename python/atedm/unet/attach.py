@@ -130,20 +130,15 @@ def _around_graph(
 ) -> list[Callable[[], None]]:
     """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
 
-    ``after`` is told whether the run has come to its end, or raised.
+    ``after`` is told whether the run has come to its end, or was broken off.
 
     Args:
-        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned, whose hooks are in no graph.
+        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned.
     """
     undo: list[Callable[[], None]] = []
-    if target is not unet:
-        hooks = (
-            target.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True),
-            target.register_forward_hook(lambda module, args, output: after(output is not None), always_call=True),
-        )
-        undo += [hook.remove for hook in hooks]
-    compiled = unet._compiled_call_impl  # by unet.compile(), with the hooks in the graph
-    if compiled is not None:
+
+    def follow(module: nn.Module, attribute: str) -> None:
+        compiled = getattr(module, attribute)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
             before(args, kwargs)
@@ -151,15 +146,20 @@ def _around_graph(
             try:
                 output = compiled(*args, **kwargs)
                 return output
-            finally:
+            finally:  # a forward hook is not called after an interrupt
                 after(output is not None)
 
         def restore() -> None:
-            if unet._compiled_call_impl is followed:
-                unet._compiled_call_impl = compiled
+            if module.__dict__.get(attribute) is followed:
+                setattr(module, attribute, compiled)
 
-        unet._compiled_call_impl = followed
+        setattr(module, attribute, followed)
         undo.append(restore)
+
+    if target is not unet:
+        follow(target, "forward")
+    if unet._compiled_call_impl is not None:  # by unet.compile(), with the hooks in the graph
+        follow(unet, "_compiled_call_impl")
     return undo
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -140,6 +141,10 @@ def _attentions_of(stage: nn.Module | None) -> list[nn.Module]:
     return [unwrapped(module) for module in getattr(stage, "attentions", None) or ()]
 
 
+# UNets of which it was said that a block has no layers.
+_said_empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def blocks_to_prune(
     unet: UNet2DConditionModel, options: Options, is_pruned: Callable[[nn.Module], bool]
 ) -> list[AttentionBlock]:
@@ -156,6 +161,8 @@ def blocks_to_prune(
     blocks = attention_blocks(unet)
     available = sorted({block.level for block in blocks})
     if not blocks:
+        if options.ratio == 0:
+            return []
         raise ValueError("the UNet has no attention block; expected at least one to prune")
     for name, levels in (
         ("levels", options.levels),
@@ -168,7 +175,8 @@ def blocks_to_prune(
     if isinstance(options.ratio, dict):
         chosen = [block for block in chosen if options.ratio_at(block.level) > 0]
     empty = [block.name for block in chosen if not len(getattr(block.module, "transformer_blocks", [None]))]
-    if empty:
+    if empty and unet not in _said_empty:
+        _said_empty.add(unet)
         logger.warning("%s: without layers there is nothing to prune, so it stays whole", ", ".join(empty))
     chosen = [block for block in chosen if block.name not in empty]
     for block in chosen:
@@ -203,12 +211,33 @@ def runs_its_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
 
 def _runs_its_own_forward_or_accelerates(module: nn.Module) -> bool:
     """As :func:`runs_its_own_forward`, also under accelerate's hooks, which move weights and inputs to a device."""
+    attribute = _inner_forward(module)
+    return attribute is not None and runs_its_own_forward(module, attribute)
+
+
+def _inner_forward(module: nn.Module) -> str | None:
+    """Where a module's forward lies: under accelerate's hook, if it has one; None where another tool's is on top."""
     attributes = module.__dict__
     if "_hf_hook" not in attributes:
-        return runs_its_own_forward(module)
-    # Its forward is a partial; one of another tool may have come on top.
+        return "forward"
+    # Its forward is a partial.
     outer = getattr(attributes.get("forward"), "func", None)
-    return getattr(outer, "__module__", None) == "accelerate.hooks" and runs_its_own_forward(module, "_old_forward")
+    return "_old_forward" if getattr(outer, "__module__", None) == "accelerate.hooks" else None
+
+
+def why_stage_replaced(stage: nn.Module) -> str | None:
+    """Which of a stage's parts runs another tool's forward, which may count on every step; None where none does."""
+    for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
+        for n, part in enumerate(getattr(stage, name, None) or ()):
+            module = unwrapped(part)
+            attribute = _inner_forward(module)
+            # One of atedm's is no tool's.
+            is_own = attribute is not None and (
+                hasattr(module.__dict__.get(attribute), "runs_when_reused") or runs_its_own_forward(module, attribute)
+            )
+            if not is_own:
+                return f"{name}.{n}"
+    return None
 
 
 # The parts of a layer that a tool may replace.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
+from atedm.unet import running
 from atedm.unet.blocks import feature_map_size
 from atedm.unet.graph_call import GraphCall
-from atedm.unet.graphs import compiled_parts, count_graphs, forward_is_compiled
+from atedm.unet.graphs import check_own_forward, compiled_parts, count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory, Slot
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
@@ -32,8 +32,10 @@ _UNTOLD_GRAPH = (
     "every step is alike"
 )
 
-# The call that runs, and of which UNet: threads that share a UNet have one each.
-_running: ContextVar[tuple[UNetCalls, Call] | None] = ContextVar("atedm_call", default=None)
+_DIRECT = (
+    "%s makes calls differ, and a part of the UNet was called outside of a call of the UNet, so its step is unknown; "
+    "it is computed as in a %s step"
+)
 
 
 @dataclass
@@ -134,11 +136,16 @@ class UNetCalls:
         """The call that runs; in a graph the one that it is guarded by."""
         if torch.compiler.is_compiling():
             return self.told.call
-        running = _running.get()
-        if running is not None and running[0] is self:
-            return running[1]
+        call = running.running(self)
+        if call is not None:
+            return call
         self.following.check()
-        return self.planner.forced or self.told.call
+        if self.planner.forced is not None:
+            return self.planner.forced
+        # A part of a compiled UNet that runs uncompiled reads this too, and what a checkpoint computes again.
+        if self.told.running is None and not torch.is_grad_enabled() and not self.is_constant:
+            self.planner.say_once("direct", _DIRECT, self.planner.differ, self.told.call.kind)
+        return self.told.call
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: tell the parts of the UNet of the call that begins."""
@@ -149,7 +156,9 @@ class UNetCalls:
             if not self.is_constant and not self.told.is_outside:
                 raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
             return
-        self._break_off(self._stop_running())  # what an interrupt left
+        left = running.stop(self)
+        if left is not None:  # by an interrupt
+            left.break_off()
         self.following.check()
         if self.told.is_followed_outside:
             # A compiled UNet that runs uncompiled, to be recorded, or where torch makes no more graphs.
@@ -160,6 +169,8 @@ class UNetCalls:
         if compiled:
             count_graphs(unet, self, compiled)
         in_graph = bool(compiled) or forward_is_compiled(unet)
+        if forward_is_compiled(unet):
+            check_own_forward(unet)
         if in_graph:
             self._count_kept(args, kwargs)
         if self.is_constant and not self.recordings and self.planner.forced is None:
@@ -173,43 +184,39 @@ class UNetCalls:
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
         """The call that begins; graphs are told of it. ``in_graph``: whether there are any."""
         if in_graph:
-            self._break_off(self.told.claim())
-        call = self.planner.call(args, kwargs, in_graph=in_graph)
+            self.told.claim()
+        try:
+            call = self.planner.call(args, kwargs, in_graph=in_graph)
+        except BaseException:
+            self.told.release()
+            raise
         self.told.tell(call, in_graph)
         return call
 
     def _begin(self, call: Call) -> None:
         """``call`` runs from now on, uncompiled but for parts of the UNet."""
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
-        call.before = _running.get()
-        _running.set((self, call))
+        running.begin(self, call)
 
     def _note(self, call: Call) -> None:
         for recording in self.recordings:
-            recording.note(call.step, call.total, call.kind, self.memory.nbytes)
+            run = None if call.picture is None else call.picture.run
+            recording.note(call.step, call.total, call.kind, self.memory.nbytes, run)
 
     def end(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, which runs after an exception too; then there is no output."""
         if torch.compiler.is_compiling():
             return
-        call = self._stop_running()
+        call = running.stop(self)
         if call is not None and not self.told.is_followed_outside:  # else the graph's run has an end of its own
             self._ended(call, output is not None)
 
     def _ended(self, call: Call, is_complete: bool) -> None:
         self.told.end(call)
-        (self.planner.ended if is_complete else self._break_off)(call)
-
-    def _break_off(self, call: Call | None) -> None:
-        if call is not None and call.picture is not None:
-            call.picture.break_off()
-
-    def _stop_running(self) -> Call | None:
-        running = _running.get()
-        if running is None or running[0] is not self:
-            return None
-        _running.set(running[1].before)
-        return running[1]
+        if is_complete:
+            self.planner.ended(call)
+        else:
+            call.break_off()
 
     def check_unchanged(self) -> None:
         """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
@@ -217,7 +224,7 @@ class UNetCalls:
 
     def stop_following(self) -> None:
         """Take away what follows the calls, and let go of what belongs to them."""
-        self._stop_running()
+        running.stop(self)
         self.following.end()
         self.begin(None)
 

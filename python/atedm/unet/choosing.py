@@ -99,8 +99,12 @@ class TokenChoice:
                 raise
             raise RankedNaN(self._block.name, self._call.step, rows, scores.shape[0]) from error
 
-    def _record(self, scores: Tensor, iterations: Tensor | None) -> None:
-        scores = join_heads(scores.cpu(), self._block.calls.options.reduction).float()
+    def _record(self, scores: Tensor | None, iterations: Tensor | None) -> None:
+        if scores is None:
+            height, width = self.size
+            scores = torch.full((self.index.shape[0], height * width), torch.nan)
+        else:
+            scores = join_heads(scores.cpu(), self._block.calls.options.reduction).float()
         index, iterations = self.index.cpu().clone(), None if iterations is None else iterations.cpu()
         for recording, number in self._call.recordings:
             place = (number, self._call.step, self._block.name, self._block.level, *self.size)

@@ -6,6 +6,8 @@ import threading
 
 from atedm.unet.planner import Call
 
+_claims = threading.Lock()
+
 
 class GraphCall:
     """The one call that the graphs of a UNet, or of its parts, can be told of.
@@ -19,12 +21,12 @@ class GraphCall:
         """``kind``: of the call that a graph reads before any was told."""
         self.call = Call(kind=kind)
         self.is_outside = False
-        self._running: tuple[int, Call] | None = None  # and the thread that runs it
+        self._running: tuple[threading.Thread, Call | None] | None = None
 
     @property
     def running(self) -> Call | None:
         """The call that this thread's graphs run."""
-        if self._running is None or self._running[0] != threading.get_ident():
+        if self._running is None or self._running[0] is not threading.current_thread():
             return None
         return self._running[1]
 
@@ -33,30 +35,43 @@ class GraphCall:
         """Whether this thread's call is followed from outside."""
         return self.is_outside and self.running is not None
 
-    def claim(self) -> Call | None:
-        """Make room for a call; returns the one that an interrupt has left.
+    def claim(self) -> None:
+        """Make room for a call; one that an interrupt has left is broken off.
 
         Raises:
             RuntimeError: another thread's graphs run.
         """
-        left = self.running
-        if left is None and self._running is not None:
-            raise RuntimeError(
-                "two threads call a compiled UNet at the same time, and its graphs can be told of one call; expected "
-                "one thread at a time: give each a UNet of its own"
-            )
-        self._running = None
-        return left
+        own = threading.current_thread()
+        with _claims:
+            thread, left = self._running or (own, None)
+            if thread is not own and thread.is_alive():
+                raise RuntimeError(
+                    "two threads call a compiled UNet at the same time, and its graphs can be told of one call; "
+                    "expected one thread at a time: give each a UNet of its own. If an interrupt has ended the other "
+                    "call, call atedm.apply again"
+                )
+            self._running, self.is_outside = (own, None), False
+        if left is not None:
+            left.break_off()
+
+    def release(self) -> None:
+        """Give up what :meth:`claim` has taken for a call that cannot begin."""
+        if self._running == (threading.current_thread(), None):
+            self._running = None
 
     def tell(self, call: Call, in_graph: bool) -> None:
-        """``in_graph``: whether graphs are to run it. If not, they may have to compute parts of it again later."""
+        """``in_graph``: whether graphs are to run it. If not, a checkpoint may compute parts of it again later."""
         if in_graph:
-            self._running = threading.get_ident(), call
+            self._running = threading.current_thread(), call
         elif self._running is not None:
             return  # another thread's graphs read theirs
         told = self.call
         told.kind, told.slot, told.ranks, told.is_warm = call.kind, call.slot, call.ranks, call.is_warm
 
     def end(self, call: Call) -> None:
+        """``call`` has ended: let go of what is remembered, and of a kind that would compute nonsense without it."""
         if self.running is call:
             self._running, self.is_outside = None, False
+        if self.call.slot is call.slot is not None:
+            told = self.call
+            told.kind, told.slot, told.ranks, told.is_warm = "whole", None, True, False

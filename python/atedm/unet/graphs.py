@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,18 @@ logger = logging.getLogger("atedm")
 # How many graphs there are of each function.
 _Graphs = Counter[Callable[..., Any]]
 
-# For each UNet: those of each of its settings, and of all settings so far.
-_counted: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.WeakKeyDictionary[UNetCalls, _Graphs], _Graphs]] = (
-    weakref.WeakKeyDictionary()
-)
+
+@dataclass
+class _Counted:
+    """Of one UNet: the graphs of each of its settings, of all settings so far, and those without any."""
+
+    known: weakref.WeakKeyDictionary[UNetCalls, _Graphs] = field(default_factory=weakref.WeakKeyDictionary)
+    graphs: _Graphs = field(default_factory=Counter)
+    unpruned: _Graphs = field(default_factory=Counter)
+
+
+# torch counts those of all UNets with one class, such as a base model and a refiner.
+_counted: weakref.WeakKeyDictionary[nn.Module, _Counted] = weakref.WeakKeyDictionary()
 
 
 def graphs_per_size(options: Options, runs_when_reused: bool = True) -> int:
@@ -48,6 +57,19 @@ def graphs_per_size(options: Options, runs_when_reused: bool = True) -> int:
 def forward_is_compiled(module: nn.Module) -> bool:
     """Whether ``module.forward = torch.compile(module.forward)`` was done: then hooks run outside of the graph."""
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
+def check_own_forward(unet: nn.Module) -> None:
+    """
+    Raises:
+        RuntimeError: the compiled forward of ``unet`` is that of a UNet which it is a copy of.
+    """
+    owner = getattr(unet.__dict__["forward"]._torchdynamo_orig_callable, "__self__", unet)
+    if owner is not unet:
+        raise RuntimeError(
+            "the UNet is a copy, and its compiled forward runs the modules of the UNet that it was copied from; "
+            "expected its own: compile it again, or del unet.forward"
+        )
 
 
 def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
@@ -73,25 +95,28 @@ def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) ->
 
     torch counts the graphs of a function, and all attention blocks run one.
     """
-    known, graphs = _counted.setdefault(unet, (weakref.WeakKeyDictionary(), Counter()))
-    own, unpruned = _Graphs(), _Graphs()
+    counted = _counted.setdefault(unet, _Counted())
+    options, own, counted.unpruned = calls.options, _Graphs(), _Graphs()
+    # One more where nothing is remembered of a picture, since another has the room, or one for each kind.
+    without_memory = 0 if not options.follows_pictures else 1 if options.remembers else len(options.kinds)
     for module in modules:
         part = _part_on(module)
         if part is None:
-            own[type(module).forward] += graphs_per_size(calls.options)
-            unpruned[type(module).forward] += 1
+            own[type(module).forward] += graphs_per_size(options) + without_memory
+            counted.unpruned[type(module).forward] += 1
         else:
-            own[type(part).__call__] += graphs_per_size(calls.options, part.runs_when_reused)
-    earlier = known.get(calls, _Graphs())
+            own[type(part).__call__] += graphs_per_size(options, part.runs_when_reused) + without_memory
+    earlier = counted.known.get(calls, _Graphs())
+    own |= earlier  # parts may be compiled beside the whole
     if own == earlier:
         return
-    known[calls] = own
-    graphs.update(own - earlier)
+    counted.known[calls] = own
+    counted.graphs.update(own - earlier)
     limit = torch._dynamo.config.recompile_limit
-    needed = max(graphs[function] + unpruned[function] for function in own)
+    needed = max(sum(each.graphs[f] + each.unpruned[f] for each in _counted.values()) for f in own)
     if needed > limit:
         logger.warning(
-            "what was applied to this UNet so far takes up to %d graphs of one function for one image size; torch "
+            "what was applied to compiled UNets so far takes up to %d graphs of one function for one image size; torch "
             "makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each "
             "size",
             needed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ class BlockMemory:
         index: int64 ``[B, K]``, the tokens of the last choice. update: ``[B, N, C]``, what the block last added to its
             input, token by token. staleness: what tells how out of date that is.
         ranks: float32 ``[B, H, N]``, the scores that the ranking last came to, where the next begins; uniform before.
-        choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by. A graph leaves both.
+        choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by; None of a graph's.
     """
 
     size: tuple[int, int, int]
@@ -71,6 +72,9 @@ class Slot:
         return sum(x.nbytes for x in self.tensors())
 
 
+_runs = itertools.count()
+
+
 class Picture:
     """What belongs to one picture.
 
@@ -80,6 +84,7 @@ class Picture:
         is_shared: whether several contents have its timesteps: tiles, halves of guidance one by one, pictures in turn,
             threads. Then what is remembered may be another's.
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
+        run: no other run has this number: the same timesteps may serve several. first: the step that it began at.
 
     What a call changes of that is noted when it has come to its end.
     """
@@ -89,6 +94,7 @@ class Picture:
         self.is_over = False
         self._last: int | None = None
         self._thread = threading.get_ident()
+        self.first = 0
         self.restart()
 
     def restart(self) -> None:
@@ -102,19 +108,23 @@ class Picture:
 
     def begin(self, step: int, total: int) -> None:
         """Note that a call at ``step`` of ``total`` begins."""
-        if self._last is not None and step <= self._last:
-            if self.is_over:
-                self.restart()  # the same timesteps serve another run
-            else:
-                # A step that comes again, or an earlier one before the last: another content, or a run broken off.
-                self.is_shared = True
+        if self._last is None or (step <= self._last and self.is_over):
+            self.restart()  # the same timesteps may serve another run
+            self.run, self.first = next(_runs), step
+        elif step <= self._last:
+            # A step that comes again, or an earlier one before the last: another content, or a run broken off.
+            self.is_shared = True
         self.is_shared |= threading.get_ident() != self._thread
         self._last, self.is_over = step, step == total - 1
         if self.is_shared:
             self.restart()
 
-    def end(self, step: int, kind: str, ranks: bool) -> None:
-        """Note that a call of ``kind`` at ``step`` has ended; ``ranks``: it has chosen tokens."""
+    def end(self, step: int, kind: str, ranks: bool, in_graph: bool = False) -> None:
+        """Note that a call of ``kind`` at ``step`` has ended.
+
+        Args:
+            ranks: it has chosen tokens. in_graph: in graphs.
+        """
         self.kinds[step] = kind
         self.is_filled = True  # every call before the first whole one is whole
         if kind != "reused":
@@ -122,6 +132,9 @@ class Picture:
         if ranks:
             self.chosen = step
             self.ranked.add(kind)
+            for block in self.slot.blocks.values() if in_graph else ():
+                if block.choice != step:  # a graph notes no choice, and leaves no block out
+                    block.choice, block.scores = step, None
 
     def break_off(self) -> None:
         """Forget what a call has left that raised: it may have written one part and not another."""

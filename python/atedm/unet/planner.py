@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atedm.policy.options import Options
-from atedm.policy.schedule import PRUNING, Progress
+from atedm.policy.schedule import PRUNING
+from atedm.unet.kinds import Kinds
 from atedm.unet.memory import Memory, Picture, Slot
 from atedm.unet.recording import Recording
 from atedm.unet.steps import Step, step_of
@@ -33,7 +33,7 @@ class Call:
             choice: the step of the choice that it goes by. is_warm: whether the ranking begins at the scores of an
             earlier step.
         slot: what is remembered of its picture; None where nothing is, or where that cannot be told.
-        picture: the one that ``slot`` belongs to. step: denoising step of ``total``, where it is known.
+        picture: the one that it belongs to, where that is known. step: denoising step of ``total``, where it is known.
         recordings: those that see it, and which of their calls it is.
         before: what ran when it began, which runs on when it has ended: a UNet may call another.
     """
@@ -48,6 +48,11 @@ class Call:
     total: int | None = None
     recordings: list[tuple[Recording, int]] = field(default_factory=list)
     before: tuple[UNetCalls, Call] | None = None
+
+    def break_off(self) -> None:
+        """Note that it has not come to its end."""
+        if self.picture is not None:
+            self.picture.break_off()
 
 
 class Planner:
@@ -67,11 +72,14 @@ class Planner:
         self.memory = Memory()
         self._start = start
         self._said: set[str] = set()
+        self._kinds = Kinds(options.steps, self.say_once)
         self.differ = options.why_not_constant()
         self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
         # What a call does of which nothing can be remembered.
         if options.remembers:
             self._instead = "every step is whole"
+        elif options.steps.reads_past:
+            self._instead = "a step's kind is judged by the step alone"
         elif options.rank_every > 1:
             self._instead = "tokens are chosen in every call"
         else:
@@ -106,34 +114,30 @@ class Planner:
             return replace(self.forced)
         step = step_of(args[1] if len(args) > 1 else kwargs.get("timestep"), self.scheduler)
         picture = self._picture(step) if self._follows_pictures else None
-        slot = None if picture is None else self._slot(picture, sample, in_graph)
+        if picture is not None:
+            try:
+                call = self._call_of(picture, step, sample, in_graph)
+            except BaseException:
+                picture.break_off()
+                raise
+            if call is not None:
+                return call
+        kind = "whole" if options.remembers else self._kinds.of_one(step)
+        return Call(kind=kind, picture=picture, step=step.index, total=step.total)
+
+    def _call_of(self, picture: Picture, step: Step, sample: Tensor, in_graph: bool) -> Call | None:
+        """The call of ``picture`` at ``step``; None where there is no room for what is remembered of it."""
+        options = self.options
+        slot = self._slot(picture, sample, in_graph)
         if slot is None:
-            kind = "whole" if options.remembers else self._kind_of_one(step)
-            return Call(kind=kind, step=step.index, total=step.total)
-        kind = options.steps.kind(
-            Progress(step.index, step.total, picture.kinds, lambda: self._rate(picture, step.index))
-        )
+            return None
+        kind = self._kinds.of(picture, step)
         if options.remembers and not picture.is_filled:
             kind = "whole"
         ranks = kind in PRUNING and picture.is_choice_due(step.index, kind, options.rank_every)
         is_warm = self._starts_warm and ranks and picture.has_ranks_for(kind)
         choice = step.index if ranks else picture.chosen
         return Call(kind, ranks, choice, is_warm, slot, picture, step.index, step.total)
-
-    def _rate(self, picture: Picture, step: int) -> float | None:
-        """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
-        rate = picture.rate()
-        if rate is not None and not math.isfinite(rate):
-            # Reused and whole steps rank nothing, so that nothing else would name a NaN.
-            self.say_once(
-                "rate",
-                "%r: before step %d the features of the batch change by %s; expected finite numbers: look at the "
-                "latents and the prompts, and at the dtype",
-                self.options.steps,
-                step,
-                rate,
-            )
-        return rate
 
     def _picture(self, step: Step) -> Picture | None:
         """The picture of a call; None, said once, where it cannot be told."""
@@ -175,43 +179,30 @@ class Planner:
         return slot
 
     def _make_slot(self, key: tuple[Any, ...], sample: Tensor) -> Slot:
-        slot, device = Slot(key), sample.device
-        is_cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_cast else sample.dtype
+        slot = Slot(key)
         # Ordinary tensors, which may be written in any mode.
         with torch.inference_mode(False):
-            self._start(slot, sample, dtype)
+            self._start(slot, sample, _dtype_of(sample))
         return slot
-
-    def _kind_of_one(self, step: Step) -> str:
-        """The kind of a step where nothing is remembered."""
-        steps = self.options.steps
-        if steps.constant is not None:
-            return steps.constant
-        if step.index is not None:
-            return steps.kind(Progress(step.index, step.total, {}, lambda: None))
-        value = step.value()
-        if value is None:
-            raise ValueError(f"timestep has no value (a meta tensor?); expected one with schedule={steps!r}")
-        return steps.kind_at(value)
 
     def ended(self, call: Call) -> None:
         """Note that ``call`` has come to its end without an exception."""
         picture = call.picture
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
-        picture.end(call.step, call.kind, call.ranks)
+        picture.end(call.step, call.kind, call.ranks, in_graph=call.slot.owner is not None)
         if picture.is_over:
-            if set(picture.kinds.values()) == {"whole"} != self.options.steps.kinds:
-                self.say_once(
-                    "few steps",
-                    "all %d steps of a picture were computed whole: %r found none to prune or reuse",
-                    len(picture.kinds),
-                    self.options.steps,
-                )
+            self._kinds.look_back(picture, call.total)
             if call.slot.owner is None:
                 picture.restart()  # nothing more will be asked of it
 
 
 def _key(sample: Tensor) -> tuple[Any, ...]:
-    return tuple(sample.shape), sample.dtype, sample.device
+    return tuple(sample.shape), _dtype_of(sample), sample.device
+
+
+def _dtype_of(sample: Tensor) -> torch.dtype:
+    """That in which the UNet computes."""
+    device = sample.device.type
+    is_cast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else sample.dtype

@@ -16,7 +16,8 @@ class Ranked:
         step: denoising step, where the scheduler tells it.
         block: module path in the UNet. level: its resolution level.
         height, width: of the feature map. tokens: ``height · width``.
-        scores: float32 ``[B, tokens]`` on the CPU: what the tokens were chosen by, heads joined.
+        scores: float32 ``[B, tokens]`` on the CPU: what the tokens were chosen by, heads joined. NaN where a graph had
+            chosen them before recording began.
         index: int64 ``[B, K]`` on the CPU, the kept tokens.
         iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None where this call ran none.
     """
@@ -50,6 +51,7 @@ class Recording:
         tokens: whether it holds ``ranked``, what was chosen.
         calls: the denoising step of each UNet call, None where no scheduler tells it.
         kinds: the kind of each UNet call, see :mod:`atedm.policy.schedule`.
+        runs: a number for each UNet call, the same for those of one run; None where that is not known.
         memory_bytes: the most that was remembered between two calls, of all pictures.
     """
 
@@ -57,14 +59,16 @@ class Recording:
     ranked: list[Ranked] = field(default_factory=list)
     calls: list[int | None] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    runs: list[int | None] = field(default_factory=list)
     memory_bytes: int = 0
     tokens: bool = True
     _total: int | None = None
 
-    def note(self, step: int | None, total: int | None, kind: str, memory_bytes: int) -> None:
+    def note(self, step: int | None, total: int | None, kind: str, memory_bytes: int, run: int | None = None) -> None:
         """Add a UNet call at ``step`` of ``total``."""
         self.calls.append(step)
         self.kinds.append(kind)
+        self.runs.append(run)
         self._total = total
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
 
@@ -79,10 +83,11 @@ class Recording:
         if self._total is None:
             raise ValueError("no recorded call has a known step; expected calls with a scheduler's timesteps")
         kinds = ["whole"] * self._total
+        # Where runs have no numbers, the step falls where one begins.
         falls = [n for n in range(1, len(self.calls)) if (self.calls[n] or 0) < (self.calls[n - 1] or 0)]
-        start = max(falls, default=0)  # of the last run
-        for step, kind in zip(self.calls[start:], self.kinds[start:], strict=True):
-            if step is not None and step < self._total:
+        start = max(falls, default=0) if self.runs[-1] is None else 0
+        for step, kind, run in list(zip(self.calls, self.kinds, self.runs, strict=True))[start:]:
+            if step is not None and step < self._total and run == self.runs[-1]:
                 kinds[step] = kind
         return kinds
 

@@ -8,7 +8,6 @@ last layer, with what entered it in the last computed step (DeepCache, section 3
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.unet.blocks import Place, attention_blocks, runs_its_own_forward, unwrapped, why_not_skippable
+from atedm.unet.blocks import (
+    Place,
+    attention_blocks,
+    runs_its_own_forward,
+    unwrapped,
+    why_not_skippable,
+    why_stage_replaced,
+)
 from atedm.unet.calls import UNetCalls
 from atedm.unet.memory import Slot
 
@@ -36,9 +42,9 @@ def why_not_reusable(unet: UNet2DConditionModel) -> str | None:
     for name, stage in stages_of(unet):
         if not isinstance(stage.__dict__.get("forward"), UNetStage) and not runs_its_own_forward(stage):
             return f"the forward of {name} has been replaced by another tool"
-    for n, layer in enumerate(unet.up_blocks[-1].resnets):
-        if not runs_its_own_forward(layer):
-            return f"the forward of layer {n} of the last up stage has been replaced by another tool"
+        part = why_stage_replaced(stage)
+        if part is not None:
+            return f"the forward of {name}.{part} has been replaced by another tool"
     for block in attention_blocks(unet):
         reason = why_not_skippable(block.module)
         if reason is not None:
@@ -73,11 +79,6 @@ class UNetStage:
         """Whether the forward that was looked up is still that of the module's class."""
         return self.forward is type(self.module).forward
 
-    @property
-    def layers(self) -> Iterable[nn.Module]:
-        """Those that it runs apart from the others."""
-        return ()
-
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         """Make room in ``slot`` for what it remembers of a picture with ``sample`` ``[B, 4, h, w]``."""
 
@@ -105,10 +106,6 @@ class DownStage(UNetStage):
 
 class LastStage(UNetStage):
     """Runs in two parts, so that what enters its last layer can be kept and taken, before FreeU changes it."""
-
-    @property
-    def layers(self) -> Iterable[nn.Module]:
-        return self.module.resnets
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         channels = self.module.resnets[-1].norm1.num_channels - self.skip_channels

@@ -17,11 +17,11 @@ from atedm.unet.blocks import (
     PARTS,
     PLAIN,
     parts_of,
-    runs_its_own_forward,
     why_hooked,
     why_not_plain,
     why_not_skippable,
     why_not_tokenwise,
+    why_stage_replaced,
 )
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ def _check_stage(stage: UNetStage) -> None:
             f"the features of {stage.name} can no longer be reused: it, or its class, is another than at atedm.apply; "
             "undo that, or call atedm.apply again"
         )
-    parts = [(stage.name, stage.module.__dict__.get("forward") is stage)]
-    parts += [(f"{stage.name}.resnets.{n}", runs_its_own_forward(layer)) for n, layer in enumerate(stage.layers)]
-    for name, is_unchanged in parts:
-        if not is_unchanged:
-            raise ValueError(
-                f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
-                "undo that, or call atedm.remove first"
-            )
+    replaced = why_stage_replaced(stage.module)
+    name = stage.name if replaced is None else f"{stage.name}.{replaced}"
+    if replaced is not None or stage.module.__dict__.get("forward") is not stage:
+        raise ValueError(
+            f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
+            "undo that, or call atedm.remove first"
+        )
 
 
 class _Places:

@@ -1,0 +1,70 @@
+"""The kinds that a schedule names the steps of a picture, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from atedm.policy.schedule import Progress, Schedule
+from atedm.unet.memory import Picture
+from atedm.unet.steps import Step
+
+
+class Kinds:
+    """Asks ``schedule``. ``say_once``: takes a key, a message for the log, and its arguments."""
+
+    def __init__(self, schedule: Schedule, say_once: Callable[..., None]) -> None:
+        self._schedule = schedule
+        self._say_once = say_once
+
+    def of(self, picture: Picture, step: Step) -> str:
+        """The kind of ``step`` of ``picture``."""
+        return self._ask(Progress(step.index, step.total, picture.kinds, lambda: self._rate(picture, step.index)))
+
+    def of_one(self, step: Step) -> str:
+        """The kind of a step of which no picture is known."""
+        if self._schedule.constant is not None:
+            return self._schedule.constant
+        if step.index is not None:
+            return self._ask(Progress(step.index, step.total, {}, lambda: None))
+        value = step.value()
+        if value is None:
+            raise ValueError(f"timestep has no value (a meta tensor?); expected one with schedule={self._schedule!r}")
+        return self._checked(self._schedule.kind_at(value), f"timestep {value:g}")
+
+    def _ask(self, progress: Progress) -> str:
+        return self._checked(self._schedule.kind(progress), f"step {progress.step}")
+
+    def _checked(self, kind: str, step: str) -> str:
+        if kind not in self._schedule.kinds:
+            expected = ", ".join(map(repr, sorted(self._schedule.kinds)))
+            raise ValueError(
+                f"schedule={self._schedule!r} names {step} {kind!r}; expected one of its kinds: {expected}"
+            )
+        return kind
+
+    def _rate(self, picture: Picture, step: int) -> float | None:
+        """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
+        rate = picture.rate()
+        if rate is not None and not math.isfinite(rate):
+            # Reused and whole steps rank nothing, so that nothing else would name a NaN.
+            self._say_once(
+                "rate",
+                "%r: before step %d the features of the batch change by %s; expected finite numbers: look at the "
+                "latents and the prompts, and at the dtype",
+                self._schedule,
+                step,
+                rate,
+            )
+        return rate
+
+    def look_back(self, picture: Picture, total: int) -> None:
+        """Say once that all steps of a picture, whose last of ``total`` has run, were whole, if they need not be."""
+        has_run = len(picture.kinds) == total - picture.first
+        if has_run and set(picture.kinds.values()) == {"whole"} != self._schedule.kinds:
+            self._say_once(
+                "few steps",
+                "all %d steps of a picture were computed whole: %r found none to prune or reuse",
+                len(picture.kinds),
+                self._schedule,
+            )

@@ -1,0 +1,88 @@
+"""Numbers that users give: finite, of NumPy too, and seeds that fit."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+import atedm
+import atedm_kernels as kernels
+from atedm.cli import app
+from atedm.policy.schedule import SCHEDULES
+from atedm_bench.cli import app as bench
+
+
+def parameters():
+    """Every parameter of every command, with the command's name."""
+    found = []
+
+    def walk(name, command):
+        for each, of_name in getattr(command, "commands", {}).items():
+            walk(f"{name} {each}", of_name)
+        found.extend((f"{name} {each.name}", command, each) for each in command.params)
+
+    for name, of_app in (("atedm", app), ("atedm-bench", bench)):
+        walk(name, typer.main.get_command(of_app))
+    return found
+
+
+def refuses(command, parameter, text):
+    try:
+        parameter.process_value(command.make_context("x", [], resilient_parsing=True), text)
+    except (typer.BadParameter, SystemExit):
+        return True
+    except Exception as error:  # click's own, of which typer has a copy
+        return type(error).__name__ == "BadParameter"
+    return False
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_every_option_that_is_a_number_is_finite(text):
+    floats = [each for each in parameters() if each[2].type.name.startswith("float")]
+    assert len(floats) >= 9
+    assert [name for name, command, each in floats if not refuses(command, each, text)] == []
+    assert all(refuses(command, each, "0.5") is False for _, command, each in floats)
+
+
+def test_every_seed_fits():
+    seeds = [each for each in parameters() if each[2].name == "seed"]
+    assert len(seeds) == 3
+    for _, command, each in seeds:
+        assert refuses(command, each, str(2**64)) and refuses(command, each, "-1")
+        assert not refuses(command, each, str(2**63 - 1))
+    torch.Generator().manual_seed(2**63 - 1 + 2**40)  # that of a later picture
+
+
+def test_numbers_of_numpys_count_as_pythons():
+    options = atedm.Options(
+        ratio={np.int64(2): np.float32(0.5)},
+        levels=np.array([2, 3]),
+        rank_every=np.int32(2),
+        tolerance=np.float32(0.25),
+        max_iterations=np.int64(3),
+        schedule=atedm.Adaptive(np.float32(0.5), max_gap=np.int64(3)),
+    )
+    plain = {"ratio": {2: 0.5}, "levels": (2, 3), "rank_every": 2, "tolerance": 0.25, "max_iterations": 3}
+    assert options == atedm.Options(**plain, schedule=atedm.Adaptive(0.5, max_gap=3))
+    assert atedm.Options.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+    assert atedm.DSAP(np.float16(0.25)) == atedm.DSAP(0.25) and atedm.Every(np.uint8(3)) == atedm.Every(3)
+    assert len(SCHEDULES) == 3
+    q = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    _, lse = kernels.attention_with_logsumexp(q, q, q, scale=np.float32(0.25))
+    found = kernels.weighted_page_rank(
+        q, q, lse, scale=np.float32(0.25), max_iterations=np.int16(3), tolerance=np.float64(0)
+    )
+    expected = kernels.weighted_page_rank(q, q, lse, scale=0.25, max_iterations=3, tolerance=0.0)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert kernels.select_tokens(found[0], np.int64(7)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("ratio", [np.bool_(True), np.float32(math.nan), np.float32(1.0), np.complex64(0.5)])
+def test_what_is_no_number_of_numpys_is_refused(ratio):
+    with pytest.raises((TypeError, ValueError), match="ratio is"):
+        atedm.Options(ratio=ratio)
+    with pytest.raises((TypeError, ValueError), match="keep is"):
+        kernels.select_tokens(torch.rand(1, 1, 4), ratio)
