@@ -1,7 +1,8 @@
 """Checks of op arguments. Every error names the argument, what it is, and what it should be.
 
 Shapes, dtypes and devices are always checked: this needs no synchronisation. Values (an index in range,
-scores without NaN) are always read on the CPU, and on a GPU only with ``ATEDM_CHECK=1``.
+scores without NaN) are always read on the CPU, and on a GPU only with ``ATEDM_CHECK=1``; so is the size of logits
+everywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+# The relative error of a map's elements is about 2e-7 of the largest logit, the rounding of float32: up to here it is
+# the promised 2e-4.
+MAX_LOGIT = 1000.0
 
 
 def values_are_checked(tensor: Tensor) -> bool:
@@ -63,6 +68,17 @@ def check_attention_map(q: Tensor, k: Tensor, lse: Tensor) -> None:
     check_query_key(q, k)
     check_tensor("lse", lse, "B H M", (score_dtype(q),), q.device)
     check_shape("lse", lse, tuple(q.shape[:3]), "batch, heads and queries of q")
+
+
+def check_logits(lse: Tensor) -> None:
+    """No logit is so large that float32 misses the promised accuracy. Read with ``ATEDM_CHECK=1`` only."""
+    if lse.dtype == torch.float32 and os.environ.get("ATEDM_CHECK") == "1" and lse.device.type in ("cpu", "cuda"):
+        largest = float(lse.abs().amax())
+        if not largest <= MAX_LOGIT:
+            raise ValueError(
+                f"lse reaches {largest:g}; expected at most {MAX_LOGIT:g}, as float32 rounds larger logits too much: "
+                "smaller q and k, or another scale"
+            )
 
 
 def check_self_attention(q: Tensor, k: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from atedm_kernels._checks import (
     check_attention_map,
     check_iteration,
+    check_logits,
     check_scale,
     check_shape,
     check_tensor,
@@ -49,9 +50,10 @@ def check_ranking(
         check_shape("initial", initial, tuple(lse.shape), "the shape of lse")
 
 
-def check_initial_values(*arguments: Any) -> None:
-    """None is negative, none NaN, and each head's sum is a positive number."""
-    initial = arguments[-1]
+def check_ranking_values(q: Tensor, k: Tensor, lse: Tensor, *others: Any) -> None:
+    """No logit is too large; no initial score is negative or NaN, and each head's sum is a positive number."""
+    check_logits(lse)
+    initial = others[-1]
     if initial is None or not values_are_checked(initial):
         return
     low, sums = initial.amin(), initial.sum(-1)

@@ -327,3 +327,34 @@ def test_reference_never_stores_the_map(name):
     with LargestTensor() as largest:
         REFERENCES[name](q, k, lse)
     assert 2**16 < largest.bytes <= 20 * 2**20
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_column_sums", "weighted_page_rank", "weighted_page_rank_cross", "similarity_source"]
+)
+def test_logits_beyond_what_float32_holds_are_refused_if_asked(monkeypatch, name):
+    t = inputs(torch.device("cpu"))
+    arguments = good_arguments(name, t)
+    for large in (2000.0, -2000.0, float("nan")):
+        lse = arguments["lse"].clone()
+        lse[0, 0, 0] = large
+        monkeypatch.setenv("ATEDM_CHECK", "1")
+        with pytest.raises(ValueError, match=r"lse reaches (2000|nan); expected at most 1000"):
+            getattr(atedm_kernels, name)(**{**arguments, "lse": lse})
+        monkeypatch.delenv("ATEDM_CHECK")
+        if large > 0:
+            getattr(atedm_kernels, name)(**{**arguments, "lse": lse})
+
+
+def test_up_to_that_the_promised_accuracy_holds(backend, device):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 64, 64, generator=generator) * 1.5 for _ in range(2))
+    for x in (q, k):  # one direction that all have in common
+        x[..., 0] = (990 * 8) ** 0.5
+    q, k = q.to(device), k.to(device)
+    exact = torch.softmax(q.double() @ k.double().mT / 8, -1)
+    with atedm_kernels.backend(backend):
+        _, lse = atedm_kernels.attention_with_logsumexp(q, k, k)
+        sums = atedm_kernels.attention_column_sums(q, k, lse)
+    assert 950 < lse.abs().max() < 1000
+    torch.testing.assert_close(sums.double(), exact.mean(-2), rtol=2e-4, atol=0)

@@ -104,9 +104,7 @@ def test_what_a_reused_step_leaves_out_must_be_diffusers_own(unet, inputs, name,
     def put_on():
         part.forward = counting
 
-    expected = (
-        rf"forward of {name} has been replaced|{name} can no longer be reused|{name} cannot be pruned"
-    )
+    expected = rf"forward of {name} has been replaced|{name} can no longer be reused|{name} cannot be pruned"
     if is_before:
         put_on()
         with pytest.raises(ValueError, match=expected):

@@ -137,3 +137,17 @@ def test_a_ratio_of_zero_changes_nothing_unless_a_schedule_asks_for_it(unet, inp
         assert torch.equal(samples(ratio=0, **options)[0], full)
     found, kinds = samples(ratio=0, schedule=["whole", "reused", "reused"])
     assert kinds == ["whole", "reused", "reused"] and not torch.equal(found, full)
+
+
+def test_a_ratio_of_0_compares_on_a_unet_without_attention_too(make_unet, make_inputs):
+    kinds = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "mid_block_type": None}
+    unet, inputs = make_unet(**kinds), make_inputs()
+    with torch.no_grad():
+        full = unet(**inputs).sample
+        for options in ({"ratio": 0}, {"ratio": 0.0, "schedule": None}):
+            atedm.apply(unet, **options)
+            assert atedm.pruned_blocks(unet) == []
+            assert torch.equal(unet(**inputs).sample, full)
+            assert torch.equal(atedm.remove(unet)(**inputs).sample, full)
+    with pytest.raises(ValueError, match="the UNet has no attention block; expected at least one to prune"):
+        atedm.apply(unet, ratio=0.5)

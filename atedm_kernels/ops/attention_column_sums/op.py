@@ -5,6 +5,7 @@ from torch import Tensor
 
 from atedm_kernels._checks import (
     check_attention_map,
+    check_logits,
     check_scale,
     check_shape,
     check_tensor,
@@ -49,6 +50,7 @@ _op = define_op(
         "native": attention_column_sums_native,
         "reference": attention_column_sums_reference,
     },
+    check_values=lambda q, k, lse, *_: check_logits(lse),
     prepare=_prepare,
     flops=_flops,
 )
@@ -65,7 +67,8 @@ def attention_column_sums(
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
-        lse: ``[B, H, M]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
+        lse: ``[B, H, M]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
+            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
         weights: ``[B, H, M]`` float32; uniform ``1/M`` by default.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 

@@ -7,6 +7,7 @@ from atedm_kernels._checks import (
     check_attention_map,
     check_index,
     check_index_values,
+    check_logits,
     check_scale,
     check_self_attention,
     softmax_scale,
@@ -27,6 +28,7 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None
 
 
 def _check_values(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None) -> None:
+    check_logits(lse)
     check_index_values("index", index, q.shape[2], "tokens of q")
 
 
@@ -71,7 +73,8 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
     Args:
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
-        lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
+        lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
+            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
         index: int64 ``[B, K]``, the kept tokens, from :func:`select_tokens`, without repeats.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 

@@ -11,8 +11,8 @@ from atedm_kernels.ops.ranking import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
     SCHEMA,
-    check_initial_values,
     check_ranking,
+    check_ranking_values,
     fake_ranking,
     prepare_ranking,
 )
@@ -40,7 +40,7 @@ _op = define_op(
         "native": weighted_page_rank_native,
         "reference": weighted_page_rank_reference,
     },
-    check_values=check_initial_values,
+    check_values=check_ranking_values,
     prepare=prepare_ranking,
     flops=_flops,
 )
@@ -65,7 +65,8 @@ def weighted_page_rank(
     Args:
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
-        lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``.
+        lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
+            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
         initial: ``[B, H, N]``, dtype of ``lse``, where to start, such as the scores of the denoising step before: not
