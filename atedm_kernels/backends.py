@@ -76,7 +76,7 @@ def _why_not(name: str, implementations: Collection[str], device: torch.device, 
     return None
 
 
-def _forced_backend() -> tuple[str | None, str]:
+def forced_backend() -> tuple[str | None, str]:
     """The backend forced for this thread or process, or None, and what forces it.
 
     Raises:
@@ -98,7 +98,7 @@ def choose(op: str, implementations: Collection[str], device: torch.device, dtyp
     Raises:
         ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names an unknown one.
     """
-    forced, source = _forced_backend()
+    forced, source = forced_backend()
     if "torch" in implementations and forced != "reference":
         return "torch", "torch's own kernel returns every output"
     if forced is not None:

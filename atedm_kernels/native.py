@@ -12,6 +12,7 @@ import functools
 import multiprocessing
 import os
 import platform
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             None,
             f"{PATH.name} was not built: installing found no C++ compiler that can (see the installer's output)",
         )
+    if not _is_whole(PATH):
+        return None, f"{PATH.name} is cut off: reinstall it"
     try:
         library = ctypes.CDLL(str(PATH))
         abi = library.atedm_abi()
@@ -121,6 +124,19 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.atedm_set_openmp.argtypes = (_pointer,)
     library.atedm_set_openmp(_torch_openmp())
     return library, None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as long as it says: to read behind the end of a mapped file ends the process.
+
+    ELF's header says where the table of sections, its last part, begins, and how many of which size there are.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return len(header) == 64 and header[:4] != b"\x7fELF"  # another form, or 32 bits: the loader looks at it
+    begin, size, count = struct.unpack_from("<Q", header, 0x28) + struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size >= begin + size * count
 
 
 def _torch_openmp() -> int | None:

@@ -90,7 +90,9 @@ def ops(
     picture = plot or path.with_suffix(".png")
     if any("seconds" in row for row in document["rows"]):
         plot_roofline(document, picture)
-    console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path} and {picture}")
+    console.print(
+        f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path} and {picture}", markup=False
+    )
     if not finished:
         raise typer.Exit(130)
     if measured.failed:

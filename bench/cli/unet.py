@@ -99,7 +99,7 @@ def unet(
     document = save(finished)
     console = Console()
     _print(document, console)
-    console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}")
+    console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}", markup=False)
     if not finished:
         raise typer.Exit(130)
 

@@ -178,7 +178,12 @@ def _run(
     if main:
         run.check_root()
     PartialState().wait_for_everyone()
-    columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<42}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not main) as progress:
         total = progress.add_task("pictures", total=len(cases) * len(settings))
         processes = PartialState().num_processes
@@ -263,7 +268,7 @@ def _write(
         plots.plot_convergence(studies["convergence"], request.out / "convergence.png")
         written.append(request.out / "convergence.png")
     _print(rows, claims, studies, described, device)
-    Console().print("Written: " + ", ".join(map(str, written)))
+    Console().print("Written: " + ", ".join(map(str, written)), markup=False)
 
 
 def _print(
@@ -315,7 +320,7 @@ def _print(
         )
     for row in rows:
         if row["note"]:
-            Console().print(f"{row['name']}: {row['note']}", style="dim")
+            Console().print(f"{row['name']}: {row['note']}", style="dim", markup=False)
 
 
 def _shown_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -269,7 +269,12 @@ def compare(
 
 @contextlib.contextmanager
 def _progress(console: Console | None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
         yield progress
 
@@ -382,4 +387,4 @@ def write_report(
     elif speedup is not None and speedup <= 1:
         console.print(why_slower)
     for file in [*comparison.files, path]:
-        console.print(f"  {file}", highlight=False, soft_wrap=True)
+        console.print(f"  {file}", highlight=False, markup=False, soft_wrap=True)

@@ -71,17 +71,23 @@ def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     return torch.nn.Module.to(unet, dtype).eval().requires_grad_(False)
 
 
+# Pixels. SDXL draws 1024; at this its attention would take hours, and its map 2^48 entries.
+MAX_SIDE = 2**15
+
+
 def image_size(text: str) -> tuple[int, int]:
     """``(width, height)`` in pixels from ``"1024"`` or ``"1216x832"``.
 
     Raises:
-        ValueError: another form, or a size that does not fit the latent.
+        ValueError: another form, or a size that does not fit the latent, or no memory.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
         raise ValueError(f"{text!r} is no size; expected a side such as 1024, or WIDTHxHEIGHT such as 1216x832")
     width, height = int(sides[0]), int(sides[-1])
     latent_size(width, height)
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{text!r} is larger than any picture; expected sides of at most {MAX_SIDE} pixels")
     return width, height
 
 

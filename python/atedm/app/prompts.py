@@ -25,6 +25,10 @@ from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN
 
 
+class OtherRun(ValueError):
+    """A folder holds pictures of another run, or its record cannot be read."""
+
+
 @dataclass(frozen=True)
 class PromptCase:
     """A prompt and the seed of its starting noise."""
@@ -99,7 +103,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         if not isinstance(found.get("cases"), list):
             raise ValueError("it has no cases")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+        raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
     return found
 
 
@@ -112,7 +116,7 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase],
         described: what all pictures have in common. settings: what some have, by name. Both as JSON has it.
 
     Raises:
-        ValueError: ``root`` holds pictures made in another way; the message says what differs.
+        OtherRun: ``root`` holds pictures made in another way; the message says what differs.
     """
     path = root / RUN
     asked = [[case.prompt, case.seed] for case in cases]
@@ -120,7 +124,7 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase],
     if not path.is_file():
         stray = next(root.glob("*/" + "[0-9]" * 5 + ".png"), None)
         if stray is not None:
-            raise ValueError(
+            raise OtherRun(
                 f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
                 "expected an empty folder or a run to go on with"
             )
@@ -132,7 +136,7 @@ def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase],
             differing.append("cases")
         differing += [name for name, value in settings.items() if before["settings"].get(name, value) != value]
         if differing:
-            raise ValueError(
+            raise OtherRun(
                 f"{root} holds pictures of another run ({', '.join(differing)} differ); "
                 "expected an empty folder or the same run to go on with"
             )
@@ -245,14 +249,19 @@ class PromptRun:
         """Make what is missing, but for pictures that rank NaN; each process its part, and all wait for the last one.
 
         Raises:
-            ValueError: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
+            OtherRun: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
         """
         state = PartialState()
         described = {"model": self.model, "dtype": self.dtype, "sampling": dataclasses.asdict(self.sampling)}
         if state.is_main_process:
             claim(self.root, described, self.cases, {"pruned": self.options.to_dict(), "full": None})
         state.wait_for_everyone()
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         console = Console(stderr=True, quiet=not state.is_main_process)
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not state.is_main_process) as progress:
             for name in self.names:

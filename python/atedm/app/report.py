@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atedm.files import whole_file
 
@@ -107,9 +108,10 @@ def print_table(
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_FILE_WIDTH)
-    table = Table(title=title, title_justify="left")
+    # Names of files may hold square brackets, which are rich's markup.
+    table = Table(title=Text(title), title_justify="left")
     for key, heading in columns.items():
         table.add_column(heading, justify="left" if key == "name" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(row.get(key)) for key in columns))
+        table.add_row(*(Text(cell(row.get(key))) for key in columns))
     console.print(table)

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -139,6 +139,7 @@ def parse_device(text: str | None) -> torch.device:
     """The device named, or the best there is; usage error for one that is unknown or absent."""
     import torch
 
+    _check_environment()
     if text is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -154,6 +155,19 @@ def parse_device(text: str | None) -> torch.device:
     return device
 
 
+def _check_environment() -> None:
+    """Usage error for a variable of atedm's that no call could obey."""
+    from atedm_kernels.backends import forced_backend
+    from atedm_kernels.native import isa
+
+    try:
+        forced_backend()
+        if os.environ.get("ATEDM_CPU"):
+            isa()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def parse_dtype(text: str) -> torch.dtype:
     import torch
 
@@ -166,6 +180,16 @@ def check_dtype(text: str) -> str:
     return text
 
 
+# What torch says where it cannot allocate on a CPU, and where a tensor's size fits in no number.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+
+def _end_without_memory(error: BaseException) -> NoReturn:
+    first = str(error).partition("\n")[0]
+    typer.echo(f"Error: out of memory, finished images are kept: {first}", err=True)
+    raise typer.Exit(1) from None
+
+
 @contextlib.contextmanager
 def failing_clearly() -> Iterator[None]:
     """A message instead of a traceback for what the user can mend: too little memory, a full disk, NaN."""
@@ -175,9 +199,12 @@ def failing_clearly() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        typer.echo(f"Error: out of memory, finished images are kept: {str(error).partition(chr(10))[0]}", err=True)
-        raise typer.Exit(1) from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _end_without_memory(error)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        _end_without_memory(error)
     except (OSError, atedm.RankedNaN) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -271,5 +298,12 @@ def _naming(model: str) -> Iterator[None]:
     except Exception as error:
         # The first line says what is wrong; what follows are pages of advice on the hub.
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        advice = "; --allow-pickled reads other weights than safetensors" if "safetensors" in first else ""
+        advice = ""
+        if "no file named" in first.lower() and "safetensors" in first:
+            advice = "; --allow-pickled reads other weights than safetensors"
+        elif isinstance(error, OSError) and not Path(model).expanduser().exists():
+            advice = (
+                "; it is not in the cache here, or not whole: give a folder, or download it where there is a network "
+                "(HF_HUB_OFFLINE=1 then keeps to the cache)"
+            )
         raise bad("model", f"{model} cannot be loaded: {first}{advice}") from None

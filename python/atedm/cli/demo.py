@@ -9,6 +9,7 @@ import typer
 
 from atedm.cli.checks import (
     MAX_SEED,
+    check_applicable,
     check_installed,
     check_options,
     check_output,
@@ -51,6 +52,7 @@ def demo(
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
         pipe = embedded_pipeline().to(place)
+        check_applicable(options, pipe)
         request = comparison.sized(comparison.ImageRequest(prompt, None, steps, guidance, seed, images=images), pipe)
         found = comparison.compare(pipe, request, options, output)
         described = comparison.describe(request, options, model="embedded", dtype="fp32")

@@ -172,7 +172,7 @@ def _generate_many(
         check_applicable(run.options, run.pipe)
         try:
             run.make()
-        except ValueError as error:
+        except many.OtherRun as error:
             raise bad("output", str(error)) from None
         except KeyboardInterrupt:
             typer.echo(f"Interrupted; the same command resumes from the pictures in {run.root}", err=True)

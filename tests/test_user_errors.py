@@ -1,0 +1,131 @@
+"""What a user does wrong is one line that says what to do: exit status 2, or 1 where the machine failed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from atedm import embedded
+from atedm.app import comparison, report
+from atedm.cli import app
+from atedm_bench.cli import app as bench
+from atedm_kernels import native
+from tests.helpers.shallow import save_shallow, shallow_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_shallow(folder, side=64)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(embedded, "embedded_pipeline", lambda: shallow_pipeline(side=64))
+
+
+def ends(arguments, status, *words, runner=app):
+    done = CliRunner().invoke(runner, [str(each) for each in arguments])
+    assert done.exit_code == status, (done.output, done.exception)
+    assert isinstance(done.exception, SystemExit)
+    assert "Traceback" not in done.output
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_levels_that_a_model_lacks(small, tmp_path):
+    ends(["demo", "--levels", "9", "--output", tmp_path], 2, "--levels", "expected levels with attention: [2, 3]")
+
+
+@pytest.mark.parametrize("batch", ["²", "0", "two", "-1", ""])
+def test_batches_that_are_no_numbers(batch):
+    ends(["ops", "--device", "cpu", "--batch", batch], 2, "--batch", runner=bench) if batch else None
+
+
+@pytest.mark.parametrize("command", [["flops"], ["generate", "a star", "--model", "{model}", "--output", "{out}"]])
+def test_sizes_beyond_any_picture(model, tmp_path, command):
+    named = [each.format(model=model, out=tmp_path) for each in command]
+    ends([*named, "--size", "8000000"], 2, "--size", "expected sides of at most 32768 pixels")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("ATEDM_BACKEND", "ATEDM_BACKEND is 'nonsense'"), ("ATEDM_CPU", "ATEDM_CPU is 'nonsense'")]
+)
+def test_variables_of_the_environment(tmp_path, name, message):
+    """In a process of their own, which has chosen nothing before."""
+    words = [sys.executable, "-m", "atedm", "demo", "--output", str(tmp_path)]
+    done = subprocess.run(words, env={**os.environ, name: "nonsense"}, capture_output=True, text=True)
+    if name == "ATEDM_CPU" and native.why_not() is not None:
+        pytest.skip("the native library is not built here")
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(""),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["device", "Python", "CPU"],
+)
+def test_memory_that_is_not_there(small, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(comparison, "compare", fail)
+    ends(["demo", "--output", tmp_path], 1, "Error: out of memory")
+
+
+def test_square_brackets_in_names_are_no_markup(tmp_path, capsys):
+    rows = [{"name": "[/red] a", "seconds_per_call": 1.0, "undisturbed_seconds_per_call": 1.0, "speedup": 1.0}]
+    path = tmp_path / "[bold]x[/].json"
+    found = comparison.Comparison(rows, files=[tmp_path / "[/]y.png"])
+    comparison.write_report(found, torch.device("cpu"), {}, path, "[red]title[/blue]", "slow")
+    printed = capsys.readouterr().out
+    for text in ("[/red] a", "[red]title[/blue]", "[/]y.png", "[bold]x[/].json"):
+        assert text in printed
+    assert path.is_file() and report.cell("[/]") == "[/]"
+
+
+def test_truncated_weights_are_not_answered_with_pickles(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    done = CliRunner().invoke(app, ["generate", "a star", "--model", str(folder), "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "cannot be loaded" in done.stderr
+    assert "--allow-pickled" not in done.stderr
+
+
+def test_an_id_that_is_not_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ["generate", "a star", "--model", "nobody/nothing-of-this-name", "--output", tmp_path]
+    ends(arguments, 2, "nobody/nothing-of-this-name cannot be loaded", "give a folder, or download it")
+
+
+def test_a_library_that_is_cut_off_is_not_loaded(tmp_path):
+    if native.why_not() is not None:
+        pytest.skip("the native library is not built here")
+    whole = native.PATH.read_bytes()
+    assert native._is_whole(native.PATH)
+    for size in (0, 10, 63, 64, 4096, len(whole) // 2, len(whole) - 1):
+        cut = tmp_path / "cut.so"
+        cut.write_bytes(whole[:size])
+        assert not native._is_whole(cut), size
+    package = tmp_path / "package"
+    shutil.copytree(Path(native.__file__).parent, package / "atedm_kernels")
+    (package / "atedm_kernels" / native.PATH.name).write_bytes(whole[: len(whole) // 2])
+    code = "from atedm_kernels import native; print(native.__file__); print(native.why_not())"
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(package) in done.stdout and "is cut off: reinstall it" in done.stdout
