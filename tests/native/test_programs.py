@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,52 @@ def test_no_sanitizer_complains(tmp_path):
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert int(done.stdout.split()[0]) > 1000
+
+
+# A CPU that has everything, on a system that grants the tiles or does not.
+ASKS = """
+#include <cstdint>
+#include <cstdio>
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static long asked = 0, granted = 0;
+static int everything(unsigned *a, unsigned *b, unsigned *c, unsigned *d) { *a = *b = *c = *d = ~0u; return 1; }
+static long grant(long number, long code, long state) {
+  asked += number == SYS_arch_prctl && code == 0x1023 && state == 18;
+  return granted ? 0 : -1;
+}
+#define __get_cpuid(leaf, a, b, c, d) everything(a, b, c, d)
+#define __get_cpuid_count(leaf, part, a, b, c, d) everything(a, b, c, d)
+#define syscall(number, code, state) grant(number, code, state)
+#define ATEDM_HAS_AMX
+%s
+namespace atedm {
+namespace portable { const Kernels kKernels{}; }
+namespace amx { const Kernels kKernels{}; }
+}
+int main() {
+  for (granted = 0; granted < 2; ++granted) {
+    asked = 0;
+    const char *reason = atedm_isa_why_not(ATEDM_AMX);
+    std::printf("%%ld %%s\\n", asked, reason == nullptr ? "runs" : reason);
+  }
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX is x86's, and Linux asks")
+def test_amx_is_used_only_where_the_system_grants_it(tmp_path):
+    code = (build.SOURCES / "isa.cpp").read_text()
+    saved = '__asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));'
+    assert code.count(saved) == 1
+    source, program = tmp_path / "asks.cpp", tmp_path / "asks"
+    source.write_text(ASKS % code.replace(saved, "low = high = ~0u;"))
+    build._run([*build.compiler(), *build.FLAGS, f"-I{build.SOURCES}", str(source), "-o", str(program)])
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["1 the operating system grants no AMX tiles", "1 runs"], (
+        done.stdout + done.stderr
+    )
 
 
 def test_amx_kernels_on_emulated_tiles(tmp_path):
