@@ -133,8 +133,10 @@ def _is_whole(path: Path) -> bool:
     """
     with path.open("rb") as file:
         header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return len(header) == 64 and header[:4] != b"\x7fELF"  # another form, or 32 bits: the loader looks at it
+    if header[:4] != b"\x7fELF" or header[4:5] == b"\x01":
+        return True  # another form, or 32 bits: the loader looks at it
+    if len(header) < 64:
+        return False
     begin, size, count = struct.unpack_from("<Q", header, 0x28) + struct.unpack_from("<HH", header, 0x3A)
     return path.stat().st_size >= begin + size * count
 

@@ -116,7 +116,7 @@ def test_a_library_that_is_cut_off_is_not_loaded(tmp_path):
         pytest.skip("the native library is not built here")
     whole = native.PATH.read_bytes()
     assert native._is_whole(native.PATH)
-    for size in (0, 10, 63, 64, 4096, len(whole) // 2, len(whole) - 1):
+    for size in (4, 10, 63, 64, 4096, len(whole) // 2, len(whole) - 1):
         cut = tmp_path / "cut.so"
         cut.write_bytes(whole[:size])
         assert not native._is_whole(cut), size

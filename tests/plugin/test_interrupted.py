@@ -56,8 +56,7 @@ def raising_once(module, error):
     handle = module.register_forward_pre_hook(stop)
 
 
-@pytest.mark.parametrize("error", [OSError("stop"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_an_interrupt_inside_a_graph_of_the_unet(unet, make_inputs, error):
+def test_an_interrupt_inside_a_graph_of_the_unet(unet, make_inputs):
     first, second = make_inputs(seed=1), make_inputs(seed=2)
     expected, errors = expected_of(unet, second, **OURS), []
 
@@ -75,8 +74,8 @@ def test_an_interrupt_inside_a_graph_of_the_unet(unet, make_inputs, error):
     timesteps = timesteps_of(len(KINDS))
     with torch.no_grad():
         call(compiled, first, timesteps[0], 0)
-        errors.append(error)
-        with pytest.raises(type(error)):
+        errors.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
             call(compiled, first, timesteps[1], 1)
     with atedm.record(unet, tokens=False) as recording:
         assert_same(run(unet, second), expected)
