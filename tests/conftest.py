@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small pipeline, for pictures of 64 pixels. Tests that change it change a copy."""
+    from tests.helpers.shallow import save_shallow
+
+    folder = tmp_path_factory.mktemp("model")
+    save_shallow(folder, side=64)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from atedm.app import comparison, flops, models, pictures
 from atedm.cli import app
 from atedm.policy.options import PUBLISHED
 from tests.helpers.counting import shared_counters
-from tests.helpers.shallow import save_shallow, shallow_pipeline
+from tests.helpers.shallow import shallow_pipeline
 
 STEPS = 12  # fewer are not pruned
 PICTURES = ("full.png", "pruned.png", "tokens.png")
@@ -49,13 +49,6 @@ def demo_folder(tmp_path_factory):
     assert embedded.ABOUT in result.stdout
     assert "never saw" not in result.stderr
     assert "pruned" in result.stdout
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_shallow(folder, side=64)
     return folder
 
 
@@ -138,21 +131,21 @@ def test_demo_names_words_that_the_model_never_saw(tmp_path, monkeypatch):
     assert "never saw these words: fox, wolf\n" in result.stderr
 
 
-def test_generate_on_a_saved_folder_gives_the_demo_images(demo_folder, model_folder, side, tmp_path):
+def test_generate_on_a_saved_folder_gives_the_demo_images(demo_folder, model, side, tmp_path):
     report = tmp_path / "figures" / "report.json"
     result = run(
-        *("generate", "a red circle", "--model", model_folder, "--size", side, "--steps", STEPS, "--dtype", "fp32"),
+        *("generate", "a red circle", "--model", model, "--size", side, "--steps", STEPS, "--dtype", "fp32"),
         *("--device", "cpu", "--output", tmp_path / "out", "--json", report),
     )
     assert result.exit_code == 0, result.output
     for name in PICTURES:
         assert np.array_equal(pixels(tmp_path / "out" / name), pixels(demo_folder / name)), name
-    assert json.loads(report.read_text())["settings"]["model"] == str(model_folder)
+    assert json.loads(report.read_text())["settings"]["model"] == str(model)
 
 
-def test_generate_pruned_only_with_other_settings(model_folder, pipe, tmp_path):
+def test_generate_pruned_only_with_other_settings(model, pipe, tmp_path):
     result = run(
-        *("generate", "a red circle", "--model", model_folder, "--size", "128x64", "--steps", STEPS, "--no-compare"),
+        *("generate", "a red circle", "--model", model, "--size", "128x64", "--steps", STEPS, "--no-compare"),
         *("--levels", "3", "--ratio", "0.5", "--placement", "paper", "--guidance", "1", "--recovery", "zeros"),
         *("--ranking", "cross", "--negative-prompt", "blur", "--device", "cpu", "--output", tmp_path),
     )
@@ -278,13 +271,13 @@ def test_demo_refuses(tmp_path, arguments, expected):
         (["a red circle", "--model", "{model}", "--json", "{empty}"], "--json"),
     ],
 )
-def test_generate_refuses(model_folder, tmp_path, arguments, expected):
+def test_generate_refuses(model, tmp_path, arguments, expected):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     names = {name: tmp_path / name for name in ("empty", "file", "other")}
-    arguments = [argument.format(model=model_folder, **names) for argument in arguments]
+    arguments = [argument.format(model=model, **names) for argument in arguments]
     if "--output" not in arguments:
         arguments += ["--output", str(tmp_path / "out")]
     result = run("generate", *arguments, "--device", "cpu")
@@ -292,9 +285,9 @@ def test_generate_refuses(model_folder, tmp_path, arguments, expected):
     assert expected in result.stderr
 
 
-def test_generate_wants_safetensors_unless_asked(model_folder, tmp_path):
+def test_generate_wants_safetensors_unless_asked(model, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
+    shutil.copytree(model, folder)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()

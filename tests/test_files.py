@@ -14,7 +14,6 @@ import atedm
 from atedm.app import prompts as many
 from atedm.cli import app
 from atedm.files import whole_file
-from tests.helpers.shallow import save_shallow
 
 
 @pytest.mark.parametrize("before", [None, "before"])
@@ -52,13 +51,6 @@ class Disk:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.room -= 1
         self.save(image, path, **how)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_shallow(folder, side=64)
-    return folder
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from atedm.app import comparison, explain, flops, prompts
 from atedm.cli import app
 from atedm.policy.options import PUBLISHED, RANKINGS, RECOVERIES
 from tests.helpers.counting import shared_counters
-from tests.helpers.shallow import save_shallow, shallow_pipeline
+from tests.helpers.shallow import shallow_pipeline
 
 STEPS = 3
 PROMPTS = ["a red circle", "a large blue square", "a small green star above a red cross"]
@@ -48,11 +48,9 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def common(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_shallow(folder, side=64)
+def common(pipe, model):
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return ["--model", folder, "--dtype", "fp32", "--size", side, "--steps", STEPS, "--device", "cpu"]
+    return ["--model", model, "--dtype", "fp32", "--size", side, "--steps", STEPS, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,7 @@ from atedm.app import comparison, report
 from atedm.cli import app
 from atedm_bench.cli import app as bench
 from atedm_kernels import native
-from tests.helpers.shallow import save_shallow, shallow_pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_shallow(folder, side=64)
-    return folder
+from tests.helpers.shallow import shallow_pipeline
 
 
 @pytest.fixture
@@ -43,9 +36,9 @@ def test_levels_that_a_model_lacks(small, tmp_path):
     ends(["demo", "--levels", "9", "--output", tmp_path], 2, "--levels", "expected levels with attention: [2, 3]")
 
 
-@pytest.mark.parametrize("batch", ["²", "0", "two", "-1", ""])
+@pytest.mark.parametrize("batch", ["²", "0", "two", "-1"])
 def test_batches_that_are_no_numbers(batch):
-    ends(["ops", "--device", "cpu", "--batch", batch], 2, "--batch", runner=bench) if batch else None
+    ends(["ops", "--device", "cpu", "--batch", batch], 2, "--batch", runner=bench)
 
 
 @pytest.mark.parametrize("command", [["flops"], ["generate", "a star", "--model", "{model}", "--output", "{out}"]])

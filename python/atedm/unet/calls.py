@@ -168,9 +168,10 @@ class UNetCalls:
         compiled = self.compiled_parts
         if compiled:
             count_graphs(unet, self, compiled)
-        in_graph = bool(compiled) or forward_is_compiled(unet)
+        in_graph = bool(compiled)
         if forward_is_compiled(unet):
             check_own_forward(unet)
+            in_graph = True
         if in_graph:
             self._count_kept(args, kwargs)
         if self.is_constant and not self.recordings and self.planner.forced is None:
