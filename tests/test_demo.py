@@ -223,6 +223,23 @@ def test_a_warm_up_meets_every_kind_of_step(options, kinds):
 
 
 @pytest.mark.parametrize(
+    ("options", "tokens", "expected"),
+    [
+        (PUBLISHED, {2: 256, 3: 64}, "--levels 3 leaves it whole"),
+        (PUBLISHED, {2: 256, 3: 64, 4: 16}, "--levels 3,4 leaves it whole"),
+        (PUBLISHED, {2: 4096, 3: 1024}, None),
+        (replace(PUBLISHED, levels=(3,)), {2: 256, 3: 64}, None),
+        (replace(PUBLISHED, ratio={3: 0.6}), {2: 256, 3: 64}, None),
+        (atedm.Options(), {2: 256, 3: 64}, None),
+        (atedm.PRESETS["fast"], {2: 256, 3: 64}, None),
+    ],
+)
+def test_a_level_that_is_too_small_is_told(options, tokens, expected):
+    advice = comparison._advice(options, tokens)
+    assert advice is None if expected is None else expected in advice
+
+
+@pytest.mark.parametrize(
     ("full", "pruned", "expected"),
     [((1.0, 0.9), (2.0, 1.9), "too small"), ((9.0, 0.9), (1.0, 0.9), "Do not trust"), ((2.0, 1.9), (1.0, 0.9), "")],
 )

@@ -1,5 +1,6 @@
 """What a user does wrong is one line that says what to do: exit status 2, or 1 where the machine failed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import atedm
 from atedm import embedded
 from atedm.app import comparison, report
 from atedm.cli import app
@@ -34,6 +36,18 @@ def ends(arguments, status, *words, runner=app):
 
 def test_levels_that_a_model_lacks(small, tmp_path):
     ends(["demo", "--levels", "9", "--output", tmp_path], 2, "--levels", "expected levels with attention: [2, 3]")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["flops"], ["generate", "a star", "--model", "{model}"]], ids=str)
+def test_presets_are_one_option(model, small, tmp_path, command):
+    named = [each.format(model=model) for each in command]
+    where = [] if command == ["flops"] else ["--output", tmp_path]
+    described = CliRunner().invoke(app, [command[0], "--help"]).output
+    assert all(name in described for name in atedm.PRESETS)
+    ends([*named, "--preset", "nonsense", *where], 2, "--preset", *atedm.PRESETS)
+    settings = tmp_path / "options.json"
+    atedm.Options().save(settings)
+    ends([*named, "--preset", "fast", "--options", settings, *where], 2, "expected one of the two")
 
 
 @pytest.mark.parametrize("batch", ["²", "0", "two", "-1"])
@@ -122,3 +136,34 @@ def test_a_library_that_is_cut_off_is_not_loaded(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(package) in done.stdout and "is cut off: reinstall it" in done.stdout
+
+
+BROKEN = {
+    "empty": ("unet/config.json", ""),
+    "null": ("unet/config.json", "null"),
+    "unknown blocks": ("unet/config.json", {"down_block_types": ["Nope", "Nope"]}),
+    "negative": ("unet/config.json", {"in_channels": -1}),
+    "heads that do not fit": ("unet/config.json", {"attention_head_dim": 7}),
+    "other inputs": ("unet/config.json", {"class_embed_type": "timestep"}),
+    "no index": ("model_index.json", "{"),
+    "autoencoder": ("vae/config.json", {"block_out_channels": 5}),
+    "scheduler": ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}),
+    "tokenizer": ("tokenizer/tokenizer_config.json", "["),
+    "text encoder": ("text_encoder/config.json", {"hidden_size": -3}),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_configuration(model, tmp_path, broken):
+    name, change = BROKEN[broken]
+    folder = tmp_path / "broken"
+    shutil.copytree(model, folder)
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads((folder / name).read_text()), **change})
+    (folder / name).write_text(change)
+    paint = ["generate", "a star", "--size", "64", "--steps", "1", "--device", "cpu", "--output", tmp_path / "out"]
+    ends([*paint, "--model", folder], 2, "--model", str(folder))
+    if name.startswith("unet"):
+        ends(["flops", "--model", folder], 2, "--model")
+        ends(["unet", "--model", folder, "--device", "cpu"], 2, "--model", runner=bench)
+    assert torch.get_default_dtype() == torch.float32

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from atedm.cli.checks import bad, check_json, finite, parse_device, parse_dtype, parse_size
+from atedm.cli.parameters import Device
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -19,7 +20,7 @@ _DEFAULTS = {
 
 
 def ops(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; separate several by commas.")] = None,
     size: Annotated[str | None, typer.Option(help="Image sizes in pixels, such as 1024,1216x832.")] = None,
     batch: Annotated[

@@ -21,6 +21,7 @@ from atedm.cli.checks import (
     parse_device,
     parse_size,
 )
+from atedm.cli.parameters import AllowPickled, Device
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -78,10 +79,8 @@ def quality(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="File for the rows. Default: quality.json in the folder.")
     ] = None,
-    allow_pickled: Annotated[
-        bool, typer.Option("--allow-pickled", help="Also read weights that are not safetensors: they can run code.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda if available.")] = None,
+    allow_pickled: AllowPickled = False,
+    device: Device = None,
     convergence: Annotated[
         bool,
         typer.Option(help="Also study the power iteration and what refills dropped tokens (embedded model)."),

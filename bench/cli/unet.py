@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_json, finite, load_config, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import (
+    bad,
+    check_applicable,
+    check_json,
+    check_options,
+    finite,
+    load_config,
+    parse_device,
+    parse_dtype,
+    parse_size,
+)
+from atedm.cli.parameters import Device, Dtype, Size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -16,9 +27,9 @@ DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
 
 
 def unet(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
+    device: Device = None,
+    dtype: Dtype = "bf16",
+    size: Size = "1024",
     batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
     minutes: Annotated[
@@ -51,6 +62,7 @@ def unet(
     from rich.console import Console
 
     from atedm.app import report
+    from atedm.app.models import meta_unet
     from atedm_bench.unet import UNetBench, UNetSettings
     from atedm_bench.unet_variants import VARIANTS
     from atedm_bench.whole_runs import RUNS
@@ -67,6 +79,8 @@ def unet(
     if run_steps and config.get("addition_embed_type") != "text_time":
         raise bad("run", f"{run_steps}; expected none: the UNet of {model} does not fit SDXL's pipeline")
 
+    check_applicable(check_options(None, {"ratio": check_ratio(ratio)}), meta_unet(config))
+
     measured = UNetBench(
         config,
         UNetSettings(
@@ -75,7 +89,7 @@ def unet(
             width=width,
             height=height,
             batch=batch,
-            ratio=check_ratio(ratio),
+            ratio=ratio,
             steps=steps,
             repeats=repeats or DEFAULT_REPEATS[place.type],
             minutes=check_minutes(minutes),

@@ -1,8 +1,12 @@
 """A UNet with SDXL's structure in small, and inputs for it; ways to compile it whole."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
+from atedm.unet import graphs
 
 TEXT_WIDTH, POOLED_WIDTH, TIME_IDS = 24, 20, 6
 
@@ -101,8 +105,10 @@ def unet_with_a_middle():
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    """Without a graph, and with none counted: UNets of earlier tests may still be there."""
     torch._dynamo.reset()
+    monkeypatch.setattr(graphs, "_counted", weakref.WeakKeyDictionary())
     yield
     torch._dynamo.reset()
 

@@ -1,6 +1,5 @@
 """Stages and attention blocks that are compiled one by one: they follow the kind of the step, and remember."""
 
-import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +18,6 @@ REMEMBERED = {"schedule": KINDS, "recovery": "cached", "staleness": "drift", "ra
 
 @pytest.fixture(autouse=True)
 def all_graphs(fresh_compiler):
-    gc.collect()  # torch counts the graphs of all UNets
     with torch._dynamo.config.patch(recompile_limit=100):
         yield
 

@@ -35,6 +35,10 @@ WARM_UP_STEPS = 2
 # A run is disturbed if its mean call takes this many times the fastest call of its kind.
 DISTURBED = 2.0
 
+# As many as level 3 of SDXL has at 1024². The published method leaves 14 % of the embedded model's pictures right where
+# it prunes the 256 tokens of level 2, and 59 % where it prunes level 3 alone.
+MIN_TOKENS_TO_COPY = 1024
+
 COLUMNS = {
     "name": "UNet",
     "unet_seconds": "seconds, all calls",
@@ -81,11 +85,16 @@ class Generated:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` gave. ``rows``: flat, as in the JSON. ``files``: all that was written."""
+    """What :func:`compare` gave.
+
+    Attributes:
+        rows: flat, as in the JSON. files: all that was written. advice: on the picture, where there is some.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     recording: Recording | None = None
     files: list[Path] = field(default_factory=list)
+    advice: str | None = None
 
 
 class UNetTimer:
@@ -264,7 +273,30 @@ def compare(
         row["speedup"] = sum(full.call_seconds) / sum(pruned.call_seconds)
         row["psnr_db"] = psnr_db(pruned.image, full.image)
     result.rows.append(row)
+    result.advice = _advice(options, _token_counts(pipe, request))
     return result
+
+
+def _token_counts(pipe: StableDiffusionXLPipeline, request: ImageRequest) -> dict[int, int]:
+    """Tokens of each level that has attention."""
+    latent = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
+    levels = sorted({block.level for block in attention_blocks(pipe.unet)})
+    return {level: math.prod(feature_map_size(level, *latent)) for level in levels}
+
+
+def _ratio(options: Options, level: int) -> float:
+    prunes = options.prunes and (options.levels is None or level in options.levels)
+    return options.ratio_at(level) if prunes else 0.0
+
+
+def _advice(options: Options, tokens: dict[int, int]) -> str | None:
+    pruned = [level for level in tokens if _ratio(options, level) > 0]
+    if len(pruned) < 2 or options.remembers or tokens[pruned[0]] >= MIN_TOKENS_TO_COPY:
+        return None
+    return (
+        f"Level {pruned[0]} has only {tokens[pruned[0]]} tokens here, too few to prune without a memory: "
+        f"--levels {','.join(map(str, pruned[1:]))} leaves it whole."
+    )
 
 
 @contextlib.contextmanager
@@ -340,12 +372,9 @@ def _row(
         "speedup": None,
         "psnr_db": None,
     }
-    latent = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
-    for level in sorted({block.level for block in attention_blocks(pipe.unet)}):
-        tokens = math.prod(feature_map_size(level, *latent))
-        pruned = options is not None and options.prunes and (options.levels is None or level in options.levels)
-        ratio = options.ratio_at(level) if pruned else 0.0
-        row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if pruned else 1)
+    for level, tokens in _token_counts(pipe, request).items():
+        ratio = 0.0 if options is None else _ratio(options, level)
+        row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if ratio > 0 else 1)
     return row
 
 
@@ -386,5 +415,7 @@ def write_report(
         )
     elif speedup is not None and speedup <= 1:
         console.print(why_slower)
+    if comparison.advice is not None:
+        console.print(comparison.advice)
     for file in [*comparison.files, path]:
         console.print(f"  {file}", highlight=False, markup=False, soft_wrap=True)

@@ -47,11 +47,13 @@ def unet_config(model: str) -> dict[str, Any]:
     """
     if model == "sdxl":
         return dict(SDXL_UNET)
-    folder = Path(model)
+    folder = Path(model).expanduser()
     for candidate in (folder / "unet", folder):
         if not (candidate / "config.json").is_file():
             continue
         config = UNet2DConditionModel.load_config(candidate)
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{model!r} holds the configuration {str(config)[:40]}; expected a UNet2DConditionModel's")
         if config.get("_class_name") != "UNet2DConditionModel":
             raise ValueError(
                 f"{model!r} holds the configuration of a {config.get('_class_name')}; expected a UNet2DConditionModel"

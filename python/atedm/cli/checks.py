@@ -18,7 +18,7 @@ from atedm_extras import require
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     from atedm.policy.options import Options
 
@@ -31,6 +31,8 @@ _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 MAX_SEED = 2**63 - 1
 
 _MAX_PROMPT_TOKENS = 1 << 20  # SDXL takes 77
+
+_TRIAL_SIDE = 512  # pixels, which every UNet divides
 
 # Bytes that a folder for results must have room for: a picture takes more, its figures less.
 _MIN_ROOM = 1 << 16
@@ -113,7 +115,7 @@ def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Opt
         raise bad("preset" if name == "options" else name, str(error)) from None
 
 
-def check_applicable(options: Options, pipe: StableDiffusionXLPipeline) -> None:
+def check_applicable(options: Options, pipe: StableDiffusionXLPipeline | UNet2DConditionModel) -> None:
     """Usage error where :func:`atedm.apply` would refuse ``options`` for ``pipe``."""
     import atedm
 
@@ -125,12 +127,16 @@ def check_applicable(options: Options, pipe: StableDiffusionXLPipeline) -> None:
         raise bad(name if name in ("ratio", "levels") else "model", str(error)) from None
 
 
-def load_options(path: Path) -> Options:
-    """The options that a file holds; usage error where it holds none."""
+def chosen_settings(preset: str | None, file: Path | None) -> Options | str | None:
+    """What the options ``--preset`` and ``--options`` name, of which at most one is given."""
     from atedm.policy.options import Options
 
+    if file is None:
+        return preset
+    if preset is not None:
+        raise bad("preset", "is given with --options; expected one of the two")
     try:
-        return Options.load(path)
+        return Options.load(file)
     except (OSError, ValueError) as error:
         raise bad("options", str(error)) from None
 
@@ -212,12 +218,18 @@ def failing_clearly() -> Iterator[None]:
 
 def load_config(model: str) -> dict[str, Any]:
     """The UNet configuration that ``model`` names; usage error where it names none."""
-    from atedm.app.models import unet_config
+    from atedm.app.models import meta_unet, unet_config, unet_inputs
 
-    try:
-        return unet_config(model)
-    except ValueError as error:
-        raise bad("model", str(error)) from None
+    with _naming(model):
+        try:
+            config = unet_config(model)
+        except ValueError as error:
+            raise bad("model", str(error)) from None
+        # What makes no UNet, or one that needs other inputs, is told here: a call on the meta device takes little time.
+        unet = meta_unet(config)
+        positional, named = unet_inputs(unet, width=_TRIAL_SIDE, height=_TRIAL_SIDE)
+        unet(*positional, **named)
+    return config
 
 
 def parse_levels(text: str | None) -> tuple[int, ...] | None:
@@ -283,7 +295,8 @@ def load_pipeline(
             f"{model} has a UNet of {channels} channels, its latents have {of_latent}; expected a text-to-image model "
             "(one for inpainting or editing is not)",
         )
-    return pipe.to(device)
+    with _naming(model):  # parts whose weights are missing are on no device
+        return pipe.to(device)
 
 
 @contextlib.contextmanager
@@ -291,6 +304,7 @@ def _naming(model: str) -> Iterator[None]:
     """A usage error that names ``model`` for what reading it raises: a damaged file can be anything, to any library."""
     import torch
 
+    default = torch.get_default_dtype()
     try:
         yield
     except (typer.BadParameter, torch.OutOfMemoryError):
@@ -307,3 +321,5 @@ def _naming(model: str) -> Iterator[None]:
                 "(HF_HUB_OFFLINE=1 then keeps to the cache)"
             )
         raise bad("model", f"{model} cannot be loaded: {first}{advice}") from None
+    finally:
+        torch.set_default_dtype(default)  # diffusers changes it while it builds a model, and not back where that fails

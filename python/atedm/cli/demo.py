@@ -14,11 +14,12 @@ from atedm.cli.checks import (
     check_options,
     check_output,
     check_prompt,
+    chosen_settings,
     failing_clearly,
-    finite,
     parse_device,
     parse_levels,
 )
+from atedm.cli.parameters import Comparison, Guidance, Levels, OptionsFile, Pictures, Preset, Ratio, Steps
 
 PROMPT = "a small red circle left of a large blue square on a green background"
 
@@ -27,22 +28,24 @@ WHY_SLOWER = "Not faster here: the embedded model is tiny, so what is added to a
 
 def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    steps: Steps = 50,
     images: Annotated[int, typer.Option(min=1, help="Drawn at once, each from noise of its own.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the first image's starting noise.")] = 0,
-    ratio: Annotated[float, typer.Option(callback=finite, help="Part of the tokens to drop.")] = 0.63,
-    levels: Annotated[str, typer.Option(help="Levels to prune, such as 3.")] = "2,3",
-    guidance: Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")] = 5.0,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
-    json: Annotated[Path | None, typer.Option(help="File for the figures. Default: comparison.json in it.")] = None,
+    preset: Preset = None,
+    options: OptionsFile = None,
+    ratio: Ratio = None,
+    levels: Levels = None,
+    guidance: Guidance = 5.0,
+    output: Pictures = Path("outputs/demo"),
+    json: Comparison = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Make a few images twice, full and pruned, with a small embedded model; no download."""
     check_prompt(prompt, "prompt")
-    report_file = check_output(output, json)
+    report_file = check_output(output, json, options)
     check_installed()
     place = parse_device(device)
-    options = check_options(None, {"ratio": ratio, "levels": parse_levels(levels)})
+    pruning = check_options(chosen_settings(preset, options), {"ratio": ratio, "levels": parse_levels(levels)})
     with failing_clearly():
         from atedm.app import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
@@ -52,9 +55,9 @@ def demo(
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
         pipe = embedded_pipeline().to(place)
-        check_applicable(options, pipe)
+        check_applicable(pruning, pipe)
         request = comparison.sized(comparison.ImageRequest(prompt, None, steps, guidance, seed, images=images), pipe)
-        found = comparison.compare(pipe, request, options, output)
-        described = comparison.describe(request, options, model="embedded", dtype="fp32")
+        found = comparison.compare(pipe, request, pruning, output)
+        described = comparison.describe(request, pruning, model="embedded", dtype="fp32")
         title = f"embedded model, {images} × {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)

@@ -11,14 +11,16 @@ import typer
 
 from atedm.cli.checks import (
     bad,
+    check_applicable,
     check_json,
     check_options,
+    chosen_settings,
     finite,
     load_config,
-    load_options,
     parse_levels,
     parse_size,
 )
+from atedm.cli.parameters import Levels, OptionsFile, Ratio, Size
 
 if TYPE_CHECKING:
     from atedm.app.flops import Flops, UNetFlops
@@ -39,15 +41,14 @@ PAPER_SETTINGS = {"model": "sdxl", "size": "1024x1024", "batch": 1, "tokens": 77
 
 def flops(
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (a pipeline's or a UNet's).")] = "sdxl",
-    size: Annotated[str, typer.Option(help="Image size in pixels: 1024 or 1216x832.")] = "1024",
+    size: Size = "1024",
     preset: Annotated[
-        str | None, typer.Option(help="Pruning by name, see atedm.PRESETS. Default: the published method.")
+        str | None,
+        typer.Option(help="Settings by name: quality, fast, paper or paper-dagger. Default: the published method."),
     ] = None,
-    options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
-    ratio: Annotated[
-        float | None, typer.Option(callback=finite, help="Part of the tokens to drop, if not the default or theirs.")
-    ] = None,
-    levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
+    options: OptionsFile = None,
+    ratio: Ratio = None,
+    levels: Levels = None,
     placement: Annotated[
         str | None, typer.Option(help="Where a block is pruned: early, paper or both. Default: both, or theirs.")
     ] = None,
@@ -68,8 +69,6 @@ def flops(
     from atedm.app.flops import UNetFlops
     from atedm.policy.options import PUBLISHED
 
-    if preset is not None and options is not None:
-        raise bad("preset", "is given with --options; expected one of the two")
     if placement is not None and placement not in PLACEMENTS:
         raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
     if budget is not None and budget <= 0:
@@ -77,7 +76,7 @@ def flops(
     folder = Path(model).expanduser()
     check_json(json, options, folder if folder.exists() else None)
     chosen = parse_levels(levels)
-    named = preset if options is None else load_options(options)
+    named = chosen_settings(preset, options)
     base = check_options(PUBLISHED if named is None else named, {"ratio": ratio, "levels": chosen})
     if placement is None:
         placement = "both" if named is None else base.placement
@@ -96,8 +95,7 @@ def flops(
 
     progress = Console(stderr=True)
     counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
-    if base.levels is not None:
-        _check_levels(counter, base.levels)
+    check_applicable(base, counter.unet)
     with progress.status("counting …") as status:
         if paper:
             rows = list(_paper_rows(counter, settings, status))
@@ -112,14 +110,6 @@ def flops(
         _print_paper(rows, settings)
     else:
         _print(rows, settings, base, budget)
-
-
-def _check_levels(counter: UNetFlops, levels: tuple[int, ...]) -> None:
-    from atedm.unet.blocks import attention_blocks
-
-    available = sorted({block.level for block in attention_blocks(counter.unet)})
-    if not set(levels) <= set(available):
-        raise bad("levels", f"{_join(levels)}; expected some of {_join(available)}, the levels with attention")
 
 
 def _join(levels: Any) -> str:

@@ -17,13 +17,27 @@ from atedm.cli.checks import (
     check_options,
     check_output,
     check_prompt,
+    chosen_settings,
     failing_clearly,
-    finite,
-    load_options,
     load_pipeline,
     parse_device,
     parse_levels,
     parse_size,
+)
+from atedm.cli.parameters import (
+    AllowPickled,
+    Comparison,
+    Device,
+    Dtype,
+    Guidance,
+    Levels,
+    OptionsFile,
+    Pictures,
+    Preset,
+    Ratio,
+    Size,
+    Steps,
+    Variant,
 )
 
 if TYPE_CHECKING:
@@ -43,22 +57,20 @@ def generate(
         Path | None, typer.Option(help="Instead of PROMPT: a text file, one prompt a line. Goes on where it stopped.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")] = 5.0,
+    steps: Steps = 50,
+    guidance: Guidance = 5.0,
     seed: Annotated[
         int,
         typer.Option(
             min=0, max=MAX_SEED, help="Of the starting noise, the same on every device; the n-th prompt has seed + n."
         ),
     ] = 0,
-    size: Annotated[str, typer.Option(help="Pixels: 1024 or WIDTHxHEIGHT such as 1216x832.")] = "1024",
+    size: Size = "1024",
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: images at a time.")] = 1,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, see atedm.PRESETS.")] = None,
-    options: Annotated[Path | None, typer.Option(help="Pruning from a file that atedm.Options.save wrote.")] = None,
-    ratio: Annotated[
-        float | None, typer.Option(callback=finite, help="Part of the tokens to drop. Default: 0.63.")
-    ] = None,
-    levels: Annotated[str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: all.")] = None,
+    preset: Preset = None,
+    options: OptionsFile = None,
+    ratio: Ratio = None,
+    levels: Levels = None,
     placement: Annotated[
         str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")
     ] = None,
@@ -72,14 +84,12 @@ def generate(
         int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
     ] = None,
     rank_every: Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
-    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
-    allow_pickled: Annotated[
-        bool, typer.Option("--allow-pickled", help="Also read weights that are no safetensors: they can run code.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: cuda where there is one.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/generate"),
-    json: Annotated[Path | None, typer.Option(help="File for the figures. Default: comparison.json in it.")] = None,
+    dtype: Dtype = "bf16",
+    variant: Variant = None,
+    allow_pickled: AllowPickled = False,
+    device: Device = None,
+    output: Pictures = Path("outputs/generate"),
+    json: Comparison = None,
     compare: Annotated[
         bool | None, typer.Option(help="Make the images with the full UNet as well. Default: not with --prompts.")
     ] = None,
@@ -95,17 +105,14 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
     check_dtype(dtype)
-    if preset is not None and options is not None:
-        raise bad("preset", "is given with --options; expected one of the two")
     if prompts is not None and explain:
         raise bad("explain", "is given with --prompts; expected it with a single PROMPT")
     local = Path(model).expanduser()
     report_file = check_output(output, json, prompts, options, local if local.exists() else None)
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
-    changes |= {"ranking": ranking, "recovery": recovery, "grid": grid}
-    changes |= {"rank_every": rank_every}
-    pruning = check_options(preset if options is None else load_options(options), changes)
+    changes |= {"ranking": ranking, "recovery": recovery, "grid": grid, "rank_every": rank_every}
+    pruning = check_options(chosen_settings(preset, options), changes)
     width, height = parse_size(size)
     place = parse_device(device)
     from atedm.app import comparison

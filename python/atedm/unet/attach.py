@@ -78,20 +78,20 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
     calls = calls_of(unet)
     if calls is None:
         return None
-    for block in calls.parts:
-        if block not in _parts_on(block.module).values():
+    for part in calls.parts:
+        if part not in _parts_on(part.module).values():
             raise RuntimeError(
-                f"the forward of {block.name} has been replaced since atedm.apply; expected atedm's: undo that first"
+                f"the forward of {part.name} has been replaced since atedm.apply; expected atedm's: undo that first"
             )
-    for block in calls.parts:
-        module = block.module
-        if module.__dict__.get("forward") is not block:
+    for part in calls.parts:
+        module = part.module
+        if module.__dict__.get("forward") is not part:
             # An accelerate hook came after us and keeps what it wraps under this name.
-            module._old_forward = block.previous or _own_forward(module)
-        elif block.previous is None:
+            module._old_forward = part.previous or _own_forward(module)
+        elif part.previous is None:
             del module.forward
         else:
-            module.forward = block.previous
+            module.forward = part.previous
     for module in unet.modules():  # a copy of a pruned block may have taken its place
         strays = _parts_on(module)
         if "forward" in strays:
@@ -117,7 +117,7 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
     ]
     undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
     calls.following = Following(target, hooks, undo)
-    compiled = [unet] if is_compiled(target, unet) else calls.compiled_parts
+    compiled = [unet] if is_compiled(target, unet) else calls.parts.compiled
     if compiled:
         count_graphs(unet, calls, compiled)
 
@@ -173,12 +173,12 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
         if calls.options == options and is_of and all(part.is_current for part in calls.parts):
             return calls
     calls = UNetCalls(options)
-    calls.blocks = [
+    calls.parts.blocks = [
         PrunedBlock(block.name, block.module, Place.of(unet, block.name), block.level, block.whole_when_light, calls)
         for block in blocks
     ]
     if "reused" in options.steps.kinds:
-        calls.stages = make_stages(unet, calls)
+        calls.parts.stages = make_stages(unet, calls)
     return calls
 
 
@@ -341,7 +341,7 @@ def _set_aside(unet: nn.Module) -> tuple[UNetCalls, dict[str, Any]] | None:
 def pruned_blocks(pipe: object) -> list[str]:
     """Module paths of the attention blocks that :func:`apply` prunes, in the order in which they run."""
     calls = calls_of(_unet_of(pipe))
-    return [] if calls is None else [block.name for block in calls.blocks]
+    return [] if calls is None else [block.name for block in calls.parts.blocks]
 
 
 # How many recordings are open, and what makes compiled UNets run uncompiled meanwhile. One for all recordings: they may

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet import running
-from atedm.unet.blocks import feature_map_size
 from atedm.unet.graph_call import GraphCall
-from atedm.unet.graphs import check_own_forward, compiled_parts, count_graphs, forward_is_compiled
-from atedm.unet.memory import Memory, Slot
+from atedm.unet.graphs import check_own_forward, count_graphs, forward_is_compiled
+from atedm.unet.memory import Memory
+from atedm.unet.parts import Parts
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
-from atedm.unet.unchanged import Watch
-
-if TYPE_CHECKING:
-    from atedm.unet.block import PrunedBlock
-    from atedm.unet.reuse import UNetStage
 
 _TRACED = "torch.jit.trace keeps what one call does, and {} makes calls differ; expected settings by which none does"
 
@@ -79,15 +74,14 @@ class UNetCalls:
     """The calls of one UNet that was pruned by ``options``: a forward pre-hook of it, shared by its parts.
 
     Attributes:
-        blocks: the pruned ones. stages: those that can reuse features. recordings: those that are open.
+        parts: its modules whose forwards are atedm's. recordings: those that are open.
         planner: knows what each call is, and what is remembered. following: how its calls are followed.
         told: what graphs of the UNet, or of its parts, read instead of a call of their own.
     """
 
     def __init__(self, options: Options, scheduler: object | None = None) -> None:
         self.options = options
-        self.blocks: list[PrunedBlock] = []
-        self.stages: list[UNetStage] = []
+        self.parts = Parts(options)
         # Decided once: an attribute is what a compiled graph can be guarded by.
         self.is_constant = options.is_constant
         self.begin(scheduler)
@@ -95,31 +89,17 @@ class UNetCalls:
 
     def begin(self, scheduler: object | None) -> None:
         """As it is before the first call."""
-        self.planner = Planner(self.options, self._start, scheduler)
+        self.planner = Planner(self.options, self.parts.start, scheduler)
         self.told = self._untold()
-        self._watch = Watch()
+        self.parts.begin()
         self.recordings: list[Recording] = []
-
-    @property
-    def parts(self) -> list[PrunedBlock | UNetStage]:
-        """All modules' forwards that are atedm's."""
-        return [*self.blocks, *self.stages]
-
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        """The UNet's parts, or what they are in, that were compiled one by one."""
-        return compiled_parts(part.place for part in self.parts)
-
-    def _start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
-        for part in self.parts:
-            part.start(slot, sample, dtype)
 
     def _untold(self) -> GraphCall:
         return GraphCall(self.options.constant_kind or "pruned")
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which is not compiled, has no open recording and has made no picture yet."""
-        own = {"told": self._untold(), "_watch": Watch(), "recordings": []}
+        own = {"told": self._untold(), "recordings": []}
         return {**self.__dict__, "following": self.following.of_a_copy(), **own}
 
     @property
@@ -164,8 +144,8 @@ class UNetCalls:
             # A compiled UNet that runs uncompiled, to be recorded, or where torch makes no more graphs.
             self._begin(self.told.running)
             return
-        self.check_unchanged()
-        compiled = self.compiled_parts
+        self.parts.check_unchanged()
+        compiled = self.parts.compiled
         if compiled:
             count_graphs(unet, self, compiled)
         in_graph = bool(compiled)
@@ -173,7 +153,7 @@ class UNetCalls:
             check_own_forward(unet)
             in_graph = True
         if in_graph:
-            self._count_kept(args, kwargs)
+            self.parts.count_kept(*latent_size(args, kwargs))
         if self.is_constant and not self.recordings and self.planner.forced is None:
             return
         if torch.jit.is_tracing():
@@ -219,10 +199,6 @@ class UNetCalls:
         else:
             call.break_off()
 
-    def check_unchanged(self) -> None:
-        """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
-        self._watch.look((block for block in self.blocks if self.options.ratio_at(block.level) > 0), self.stages)
-
     def stop_following(self) -> None:
         """Take away what follows the calls, and let go of what belongs to them."""
         running.stop(self)
@@ -231,8 +207,8 @@ class UNetCalls:
 
     def begin_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A graph of the whole UNet is to run."""
-        self.check_unchanged()
-        self._count_kept(args, kwargs)
+        self.parts.check_unchanged()
+        self.parts.count_kept(*latent_size(args, kwargs))
         if not self.is_constant or self.recordings:
             self._note(self._plan(args, kwargs, in_graph=True))
             self.told.is_outside = True
@@ -243,8 +219,8 @@ class UNetCalls:
         if call is not None:
             self._ended(call, is_complete)
 
-    def _count_kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Warn where nothing is pruned: a graph warns of nothing."""
-        height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
-        for block in self.blocks:
-            block.count_kept(*feature_map_size(block.level, height, width))
+
+def latent_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of what a UNet is called with."""
+    height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
+    return height, width

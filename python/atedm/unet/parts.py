@@ -1,0 +1,63 @@
+"""The parts of a UNet whose forwards are atedm's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atedm.policy.options import Options
+from atedm.unet.blocks import feature_map_size
+from atedm.unet.graphs import compiled_parts
+from atedm.unet.memory import Slot
+from atedm.unet.unchanged import Watch
+
+if TYPE_CHECKING:
+    from atedm.unet.block import PrunedBlock
+    from atedm.unet.reuse import UNetStage
+
+
+class Parts:
+    """What is applied to one UNet, module by module.
+
+    Attributes:
+        blocks: the pruned attention blocks, in the order in which they run. stages: those that can reuse features.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.blocks: list[PrunedBlock] = []
+        self.stages: list[UNetStage] = []
+        self._options = options
+        self.begin()
+
+    def begin(self) -> None:
+        """As it is before the first call."""
+        self._watch = Watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": Watch()}
+
+    def __iter__(self) -> Iterator[PrunedBlock | UNetStage]:
+        yield from self.blocks
+        yield from self.stages
+
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """Those, or what they are in, that were compiled one by one."""
+        return compiled_parts(part.place for part in self)
+
+    def check_unchanged(self) -> None:
+        """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
+        self._watch.look((block for block in self.blocks if self._options.ratio_at(block.level) > 0), self.stages)
+
+    def count_kept(self, height: int, width: int) -> None:
+        """Warn where nothing is pruned of a latent of this size: a graph warns of nothing."""
+        for block in self.blocks:
+            block.count_kept(*feature_map_size(block.level, height, width))
+
+    def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
+        """Make room in ``slot`` for what they remember of a picture."""
+        for part in self:
+            part.start(slot, sample, dtype)
