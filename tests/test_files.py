@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
 from atedm.app import prompts as many
+from atedm.app.run_record import Times, claim
 from atedm.cli import app
 from atedm.files import whole_file
 
@@ -104,7 +106,7 @@ DAMAGED = ['{"model": ', "[]", "null", "{}", '{"cases": 3, "settings": {}}', '{"
 def test_a_damaged_record_of_a_run_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is damaged: .*expected the file that a run writes"):
-        many.claim(tmp_path, {"model": "m"}, [], {"full": None})
+        claim(tmp_path, "m", {"weights": "w"}, [], {"full": None})
     assert (tmp_path / "run.json").read_text() == text
 
 
@@ -113,8 +115,81 @@ def test_pictures_of_which_nothing_is_known_are_not_gone_on_with(tmp_path):
     stray.parent.mkdir()
     stray.touch()
     with pytest.raises(ValueError, match=r"holds pictures \(pruned/00000\.png\) but no run\.json"):
-        many.claim(tmp_path, {"model": "m"}, [], {"full": None})
+        claim(tmp_path, "m", {"weights": "w"}, [], {"full": None})
     assert not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seconds": 3}', '{"seconds": {"cpu": 1}, "kinds": {}}'])
+def test_damaged_times_are_named(tmp_path, text):
+    (tmp_path / "times.json").write_text(text)
+    with pytest.raises(ValueError, match=r"times\.json is damaged: .*expected the file that a run writes"):
+        Times.read(tmp_path, "cpu")
+
+
+def test_times_are_those_of_all_starts_on_a_device(tmp_path):
+    for device, seconds in (("one", 2.0), ("two", 7.0), ("one", 4.0)):
+        times = Times.read(tmp_path, device)
+        times.note("pruned", seconds, ["whole", "reused", "reused"])
+        times.write()
+    assert (Times.read(tmp_path, "one").median("pruned"), Times.read(tmp_path, "two").median("pruned")) == (3.0, 7.0)
+    assert Times.read(tmp_path, "three").median("pruned") is None
+    assert Times.read(tmp_path, "three").kinds == {"whole": 3, "reused": 6}
+
+
+def everything(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def change_weights(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"][0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def change_scheduler(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_start": 0.001}))
+
+
+def change_words(folder):
+    path = folder / "tokenizer_2" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    words = found["model"]["vocab"]
+    first, second = sorted(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(found))
+
+
+def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(command, model, tmp_path, monkeypatch):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    words = [str(own) if word == str(model) else word for word in command]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    before = everything(tmp_path / "out")
+    assert (tmp_path / "out" / "times.json") in before
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(own)
+    for name in (str(own), "model", "./model", "link", str(model)):
+        again = CliRunner().invoke(app, [name if word == str(own) else word for word in words])
+        assert again.exit_code == 0, again.output
+        assert everything(tmp_path / "out") == before  # a finished run changes nothing
+    for change in (change_weights, change_scheduler, change_words):
+        change(own)
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2 and "another run (weights differ)" in refused.stderr, refused.output
+        shutil.rmtree(own)
+        shutil.copytree(model, own)
+    for path in own.rglob("*model.safetensors"):
+        for variant, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):  # the latter has fewer digits
+            tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+            save_file(tensors, path.with_suffix(f".{variant}.safetensors"), {"format": "pt"})
+    assert CliRunner().invoke(app, [*words, "--variant", "fp32"]).exit_code == 0
+    others = {("--variant", "bf16"): "weights", ("--dtype", "bf16"): "weights, dtype", ("--seed", "1"): "cases"}
+    for more, what in others.items():
+        refused = CliRunner().invoke(app, [*words, *more])
+        assert refused.exit_code == 2 and f"another run ({what} differ)" in refused.stderr, refused.output
+    assert everything(tmp_path / "out") == before
 
 
 def test_a_command_names_a_damaged_record(command, tmp_path):

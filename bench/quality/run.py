@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from atedm.app.prompts import PromptCase, Sampling, claim
+from atedm.app.fingerprint import fingerprint
+from atedm.app.prompts import PromptCase, Sampling, described_cases
+from atedm.app.run_record import claim
 from atedm_bench.methods import Costs
 from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
 from atedm_bench.quality.lab import Figures
@@ -41,9 +43,10 @@ class Run:
             ValueError: ``root`` holds pictures made with other settings; the message names the difference.
         """
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
-        described = {"model": self.model, "dtype": dtype, "scheduler": self.scheduler}
+        described = {"weights": fingerprint(self.pipe), "dtype": dtype, "scheduler": self.scheduler}
         described["sampling"] = dataclasses.asdict(self.sampling)
-        claim(self.root, described, self.cases, {setting.name: setting.method.described() for setting in self.settings})
+        settings = {setting.name: setting.method.described() for setting in self.settings}
+        self.model = claim(self.root, self.model, described, described_cases(self.cases), settings)
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:
         """Make every missing picture. Each process makes its part, and all wait for the last one."""

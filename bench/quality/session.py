@@ -247,9 +247,9 @@ def _write(
     described |= {"images": len(run.cases), "captions": request.captions, "seed": request.seed}
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
     command = report.command_line("atedm-bench")
-    report.write_json(report.report(command, device, described, rows), request.json)
+    report.write_json(report.report(command, device, described, rows), request.json, keep_same=True)
     claims_path = request.json.with_name(request.json.stem + "-claims.json")
-    report.write_json(report.report(command, device, described, claims), claims_path)
+    report.write_json(report.report(command, device, described, claims), claims_path, keep_same=True)
     written = [request.json, claims_path]
     plots.plot_trade_off(rows, request.out / "trade-off.png")
     written.append(request.out / "trade-off.png")

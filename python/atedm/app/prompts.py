@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import atedm
 from atedm.app import report
 from atedm.app.comparison import UNetTimer, check_image, save_image, tflops_of
-from atedm.files import RUN
+from atedm.app.fingerprint import fingerprint
+from atedm.app.run_record import Cases, Times, claim
 from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN
-
-
-class OtherRun(ValueError):
-    """A folder holds pictures of another run, or its record cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,11 @@ class Failure:
     number: int
     prompt: str
     message: str
+
+
+def described_cases(cases: Sequence[PromptCase]) -> Cases:
+    """As the record of a run has them."""
+    return [(case.prompt, case.seed) for case in cases]
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -93,56 +93,6 @@ def _is_made(path: Path) -> bool:
         return False
     check_image(path)
     return True
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-            raise ValueError("it has no settings")
-        if not isinstance(found.get("cases"), list):
-            raise ValueError("it has no cases")
-    except ValueError as error:
-        raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
-    return found
-
-
-def claim(root: Path, described: Mapping[str, Any], cases: Sequence[PromptCase], settings: Mapping[str, Any]) -> None:
-    """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
-
-    A later run may have more cases, or fewer, and more settings.
-
-    Args:
-        described: what all pictures have in common. settings: what some have, by name. Both as JSON has it.
-
-    Raises:
-        OtherRun: ``root`` holds pictures made in another way; the message says what differs.
-    """
-    path = root / RUN
-    asked = [[case.prompt, case.seed] for case in cases]
-    described, settings = (json.loads(json.dumps(values)) for values in (described, settings))
-    if not path.is_file():
-        stray = next(root.glob("*/" + "[0-9]" * 5 + ".png"), None)
-        if stray is not None:
-            raise OtherRun(
-                f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
-                "expected an empty folder or a run to go on with"
-            )
-    else:
-        before = _read_run(path)
-        shorter = min(len(before["cases"]), len(asked))
-        differing = [name for name in described if before.get(name) != described[name]]
-        if before["cases"][:shorter] != asked[:shorter]:
-            differing.append("cases")
-        differing += [name for name, value in settings.items() if before["settings"].get(name, value) != value]
-        if differing:
-            raise OtherRun(
-                f"{root} holds pictures of another run ({', '.join(differing)} differ); "
-                "expected an empty folder or the same run to go on with"
-            )
-        settings = before["settings"] | settings
-        asked = max(before["cases"], asked, key=len)
-    report.write_json({**described, "cases": asked, "settings": settings}, path)
 
 
 def make_pictures(
@@ -225,6 +175,7 @@ class PromptRun:
     """Pictures of many prompts, pruned in ``root/pruned`` and, ``with_full``, by the full UNet in ``root/full``.
 
     Attributes:
+        times: of the pictures, those of earlier starts of this run included; the main process's own.
         failed: pictures that could not be made, each with the name of its UNet. Those of all processes are known to
             the main one, which reports them, and to no other.
     """
@@ -237,8 +188,7 @@ class PromptRun:
     options: Options
     root: Path
     with_full: bool = False
-    seconds: dict[str, list[float]] = field(default_factory=dict, init=False)
-    kinds: list[str] = field(default_factory=list, init=False)
+    times: Times | None = field(default=None, init=False)
     failed: list[tuple[str, Failure]] = field(default_factory=list, init=False)
 
     @property
@@ -252,10 +202,13 @@ class PromptRun:
             OtherRun: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
         """
         state = PartialState()
-        described = {"model": self.model, "dtype": self.dtype, "sampling": dataclasses.asdict(self.sampling)}
         if state.is_main_process:
-            claim(self.root, described, self.cases, {"pruned": self.options.to_dict(), "full": None})
+            described = {"weights": fingerprint(self.pipe), "dtype": self.dtype}
+            described["sampling"] = dataclasses.asdict(self.sampling)
+            settings = {"pruned": self.options.to_dict(), "full": None}
+            self.model = claim(self.root, self.model, described, described_cases(self.cases), settings)
         state.wait_for_everyone()
+        self.times = Times.read(self.root, report.device_name(self.pipe.device))
         columns = (
             TextColumn("{task.description:<8}"),
             BarColumn(),
@@ -266,13 +219,17 @@ class PromptRun:
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not state.is_main_process) as progress:
             for name in self.names:
                 task = progress.add_task(name, total=len(self.cases))
-                self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
+                try:
+                    self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
+                finally:  # an interrupted run too knows its times when it goes on
+                    if state.is_main_process:
+                        self.times.write()
         state.wait_for_everyone()
         failed = sorted(gather_object(self.failed), key=lambda each: (each[0], each[1].number))
         self.failed = failed if state.is_main_process else []
 
     def _make(self, name: str, on_picture: Callable[[int], None]) -> None:
-        state, times = PartialState(), self.seconds.setdefault(name, [])
+        state = PartialState()
         kinds: list[str] = []
         with contextlib.ExitStack() as stack:
             if name != "full":
@@ -287,8 +244,7 @@ class PromptRun:
 
             def note(count: int) -> None:
                 if timer.seconds:
-                    times.append(sum(timer.seconds) / count)
-                    self.kinds += kinds
+                    self.times.note(name, sum(timer.seconds) / count, kinds)
                 on_picture(count)
 
             make_pictures(
@@ -304,14 +260,14 @@ class PromptRun:
             )
 
     def _kinds_run(self) -> list[str] | None:
-        """Of the steps; None where no picture was made in this run and only a run could tell."""
+        """Of the steps; None where only a run could tell, and none has."""
         steps = self.sampling.steps
-        if self.kinds or self.options.steps.planned(steps) is None:
-            return self.kinds or None
+        if self.times.kinds or self.options.steps.planned(steps) is None:
+            return list(self.times.kinds.elements()) or None
         return self.options.kinds_of(steps)
 
     def write_report(self, device: torch.device, path: Path) -> None:
-        """Print a table and write the JSON: UNet seconds are the median over the batches made in this run.
+        """Print a table and write the JSON: UNet seconds are the median over the batches made on this device.
 
         The JSON has one entry more than other reports: ``failed``, the pictures that could not be made.
         """
@@ -327,7 +283,7 @@ class PromptRun:
                 "name": name,
                 "images": len(self.cases) - sum(of == name for of, _ in self.failed),
                 "folder": str(self.root / name),
-                "unet_seconds_per_image": statistics.median(self.seconds[name]) if self.seconds[name] else None,
+                "unet_seconds_per_image": self.times.median(name),
                 "tflops": tflops[name],
             }
             for name in self.names
@@ -336,7 +292,7 @@ class PromptRun:
         described |= self.options.to_dict()
         failed = [{"name": name, **dataclasses.asdict(failure)} for name, failure in self.failed]
         document = report.report(report.command_line(), device, described, rows)
-        report.write_json({**document, "failed": failed}, path)
+        report.write_json({**document, "failed": failed}, path, keep_same=True)
         columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds an image"}
         report.print_table(
             rows, {**columns, "tflops": "TFLOPs a call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"

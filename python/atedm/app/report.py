@@ -68,11 +68,29 @@ def report(command: str, device: torch.device | str, settings: dict[str, Any], r
     }
 
 
-def write_json(document: dict, path: Path) -> None:
-    """Write atomically: a reader or an interrupted run never sees half a file. What is no finite number is null."""
+def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
+    """Write atomically: a reader or an interrupted run never sees half a file. What is no finite number is null.
+
+    Args:
+        keep_same: leave a file that differs in its command and date alone: a finished run that is started again
+            changes nothing.
+    """
+    text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+    if keep_same and _is_same(path, text):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+        partial.write_text(text, encoding="utf-8")
+
+
+def _is_same(path: Path, text: str) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        before, after = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        return {**before, "command": "", "date": ""} == {**after, "command": "", "date": ""}
+    except (ValueError, TypeError):  # no report: replaced
+        return False
 
 
 def _finite(value: Any) -> Any:

@@ -168,6 +168,7 @@ def _generate_many(
 ) -> None:
     """``settings``: the other fields of :class:`atedm.app.prompts.PromptRun`."""
     from atedm.app import prompts as many
+    from atedm.app.run_record import OtherRun
 
     with failing_clearly():
         try:
@@ -179,7 +180,7 @@ def _generate_many(
         check_applicable(run.options, run.pipe)
         try:
             run.make()
-        except many.OtherRun as error:
+        except OtherRun as error:
             raise bad("output", str(error)) from None
         except KeyboardInterrupt:
             typer.echo(f"Interrupted; the same command resumes from the pictures in {run.root}", err=True)

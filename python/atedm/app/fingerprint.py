@@ -1,0 +1,52 @@
+"""What a pipeline's pictures depend on, by content: its weights, configurations and vocabularies, as one short text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a configuration says of where it came from, not of what it does.
+_ORIGINS = {"transformers_version", "name_or_path", "dtype", "torch_dtype"}
+
+
+def fingerprint(pipe: Any) -> str:
+    """64 hexadecimal digits, a SHA-256, the same for the same content, whatever the names and places of its files.
+
+    Weights count as they were loaded, so in their dtype. A pipeline of SDXL takes seconds: all its weights are read.
+    """
+    parts = sorted((name, part) for name, part in pipe.components.items() if part is not None)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        digests = pool.map(lambda item: _digest(*item), _contents(parts))
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _contents(parts: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor | str]]:
+    for name, part in parts:
+        yield name, type(part).__name__
+        if isinstance(part, nn.Module):
+            yield from ((f"{name}.{key}", value) for key, value in sorted(part.state_dict().items()))
+        if hasattr(part, "get_vocab"):
+            yield f"{name} words", json.dumps(part.get_vocab(), sort_keys=True)
+        config = getattr(part, "config", None)
+        if config is not None:
+            yield f"{name} configuration", json.dumps(_settings(config), sort_keys=True, default=str)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
+    return {key: value for key, value in values.items() if not key.startswith("_") and key not in _ORIGINS}
+
+
+def _digest(name: str, content: Tensor | str) -> bytes:
+    if isinstance(content, Tensor):
+        found = hashlib.sha256(f"{name} {content.dtype} {list(content.shape)}\n".encode())
+        found.update(content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        found = hashlib.sha256(f"{name}\n{content}".encode())
+    return found.digest()

@@ -1,0 +1,129 @@
+"""What a folder of pictures says of the run that made them: how they were made, and how long that took."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atedm.app import report
+from atedm.files import RUN
+
+TIMES = "times.json"
+
+# Prompts, each with the seed of its starting noise.
+Cases = Sequence[tuple[str, int]]
+
+
+class OtherRun(ValueError):
+    """A folder holds pictures of another run, or its record cannot be read."""
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+            raise ValueError("it has no settings")
+        if not isinstance(found.get("cases"), list):
+            raise ValueError("it has no cases")
+    except ValueError as error:
+        raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+    return found
+
+
+def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, settings: Mapping[str, Any]) -> str:
+    """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
+
+    A later run may have more cases, or fewer, and more settings.
+
+    Args:
+        model: what the weights are called, for a reader: another name of the same content is the same run.
+        described: what all pictures have in common. cases: prompts and seeds. settings: what some pictures have, by
+            name. All as JSON has it.
+
+    Returns:
+        What the weights were called when the run began.
+
+    Raises:
+        OtherRun: ``root`` holds pictures made in another way; the message says what differs.
+    """
+    path = root / RUN
+    described, asked, settings = (json.loads(json.dumps(values)) for values in (described, cases, settings))
+    before: dict[str, Any] = {}
+    if not path.is_file():
+        stray = next(root.glob("*/" + "[0-9]" * 5 + ".png"), None)
+        if stray is not None:
+            raise OtherRun(
+                f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
+                "expected an empty folder or a run to go on with"
+            )
+    else:
+        before = _read_run(path)
+        shorter = min(len(before["cases"]), len(asked))
+        differing = [name for name in described if before.get(name) != described[name]]
+        if before["cases"][:shorter] != asked[:shorter]:
+            differing.append("cases")
+        differing += [name for name, value in settings.items() if before["settings"].get(name, value) != value]
+        if differing:
+            raise OtherRun(
+                f"{root} holds pictures of another run ({', '.join(differing)} differ); "
+                "expected an empty folder or the same run to go on with"
+            )
+        settings = before["settings"] | settings
+        asked = max(before["cases"], asked, key=len)
+    record = {"model": before.get("model", model), **described, "cases": asked, "settings": settings}
+    if record != before:
+        report.write_json(record, path)
+    return record["model"]
+
+
+@dataclass
+class Times:
+    """How long the pictures took, and which kinds of steps they ran: kept in the folder, so that a run that goes on, or
+    is started again when it has ended, knows of all.
+
+    Attributes:
+        device: where this run computes; times of other devices are kept apart. kinds: how many steps of each.
+    """
+
+    root: Path
+    device: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    _seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, root: Path, device: str) -> Times:
+        """
+        Raises:
+            OtherRun: the file is damaged.
+        """
+        path = root / TIMES
+        if not path.is_file():
+            return cls(root, device)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            seconds = {
+                place: {name: [*map(float, each)] for name, each in names.items()}
+                for place, names in found["seconds"].items()
+            }
+            return cls(root, device, Counter({kind: int(n) for kind, n in found["kinds"].items()}), seconds)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+
+    def note(self, name: str, seconds_per_picture: float, kinds: Iterable[str]) -> None:
+        """One batch of the UNet called ``name``."""
+        self._seconds.setdefault(self.device, {}).setdefault(name, []).append(seconds_per_picture)
+        self.kinds.update(kinds)
+
+    def median(self, name: str) -> float | None:
+        """Seconds of a picture by the UNet called ``name``; None where none was made on this device."""
+        found = self._seconds.get(self.device, {}).get(name)
+        return statistics.median(found) if found else None
+
+    def write(self) -> None:
+        if self._seconds:
+            report.write_json({"seconds": self._seconds, "kinds": self.kinds}, self.root / TIMES, keep_same=True)
