@@ -1,4 +1,4 @@
-"""``python -m atedm_bench``: the command line, for launchers that start modules (``accelerate launch -m …``)."""
+"""``python -m atedm_bench``: the command line."""
 
 from atedm_bench.command import main
 

@@ -1,6 +1,7 @@
 """The packages: what importing them takes, what a wheel holds, and that imports go one way only."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -218,6 +219,41 @@ def test_the_plug_in_without_diffusers_names_the_extra():
     )
     last = done.stderr.splitlines()[-1]
     assert last == "ModuleNotFoundError: diffusers not installed; pip install 'atedm-kernels[diffusers]'"
+
+
+@pytest.mark.parametrize("module", ["atedm", "atedm_kernels"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_hides_a_package_is_named(tmp_path, module, kind):
+    other = tmp_path / (module if kind == "folder" else f"{module}.py")
+    if kind == "folder":
+        other.mkdir()
+        (other / "__init__.py").touch()
+    else:
+        other.touch()
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+    def ends(code):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=ROOT.parent)
+        assert done.returncode == 1, done.stdout
+        return done.stderr.strip().splitlines()
+
+    (line,) = ends("import atedm_command; atedm_command.main()")
+    assert line.startswith(f"Error: {other} hides the package {module} of atedm-kernels")
+    if module == "atedm_kernels":
+        assert ends("import atedm")[-1].startswith(f"ImportError: {other} hides the package {module}")
+
+
+def test_a_launcher_starts_the_command_where_a_folder_has_its_name(tmp_path):
+    (tmp_path / "atedm").mkdir()
+    (tmp_path / "atedm.py").write_text("raise SystemExit('hidden')")
+    bin = str(Path(sys.executable).parent)
+    words = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--no_python", "atedm", "--help"]
+    environment = {**os.environ, "PATH": os.pathsep.join([bin, os.environ["PATH"]])}
+    done = subprocess.run(
+        [f"{bin}/{words[0]}", *words[1:]], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
 
 
 def test_no_two_classes_have_one_name():

@@ -107,7 +107,7 @@ def quality(
     asked. With --model, --prompts and --references: any SDXL checkpoint, with FID and CLIP score.
 
     You can press Ctrl-C at any time: the same command resumes where it stopped. Start it with
-    `accelerate launch -m atedm_bench quality …` to share the work between several GPUs.
+    `accelerate launch --no_python atedm-bench quality …` to share the work between several GPUs.
     """
     require("quality", *_PACKAGES)
     check_installed()

@@ -38,7 +38,7 @@ def run(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet; takes minutes per size.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's default.")] = 0,
 ) -> None:
-    """Train. Start it with `accelerate launch -m atedm_bench train run …` to use several processes or GPUs."""
+    """Train. Start it with `accelerate launch --no_python atedm-bench train run …` to use several processes or GPUs."""
     require("quality", *_PACKAGES)
     import torch
     from accelerate import Accelerator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from atedm_extras import hint, missing
+from atedm_extras import hidden, hint, missing
 
 if TYPE_CHECKING:
     from atedm.app.pictures import plot
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 if missing("diffusers"):
     raise ModuleNotFoundError(hint("diffusers", ["diffusers"]), name="diffusers")
+
+if hidden("atedm_kernels"):
+    raise ImportError(hidden("atedm_kernels"), name="atedm_kernels")
 
 # Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
 _HOMES = {

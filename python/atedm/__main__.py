@@ -1,4 +1,4 @@
-"""``python -m atedm``: the command line, for launchers that start modules (``accelerate launch -m …``)."""
+"""``python -m atedm``: the command line. What has this name in the working directory hides it, not the command."""
 
 from atedm.cli import main
 

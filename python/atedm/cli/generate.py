@@ -99,8 +99,8 @@ def generate(
 ) -> None:
     """Make images with any SDXL checkpoint: one, full and pruned, with token masks and a table; or one a prompt.
 
-    With --prompts, start it with `accelerate launch -m atedm generate …` to share the prompts between several GPUs. A
-    picture that ranks NaN is named at the end, with exit status 1, when the others have been made.
+    With --prompts, start it with `accelerate launch --no_python atedm generate …` to share the prompts between several
+    GPUs. A picture that ranks NaN is named at the end, with exit status 1, when the others have been made.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
