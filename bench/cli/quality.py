@@ -135,6 +135,7 @@ def quality(
         dtype=dtype,
         clip_model=clip_model,
         fid_features=fid_features,
+        allow_pickled=allow_pickled,
     )
     _check(request)
     place = own_device(parse_device(device))

@@ -70,10 +70,11 @@ def _tensor(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def _load_clip(name: str) -> tuple[torch.nn.Module, Any]:
+def _load_clip(name: str, allow_pickled: bool) -> tuple[torch.nn.Module, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
-    return _Clip(CLIPModel.from_pretrained(name).eval()), CLIPProcessor.from_pretrained(name)
+    model = CLIPModel.from_pretrained(name, use_safetensors=None if allow_pickled else True)
+    return _Clip(model.eval()), CLIPProcessor.from_pretrained(name)
 
 
 def _square(path: Path) -> Tensor:
@@ -87,18 +88,25 @@ class ReferenceFigures:
 
     Args:
         features: ``"inception"`` (downloads its weights once) or ``"checker"`` (offline, for tests: not an FID).
-        clip_model: hub id or folder of the CLIP model.
+        clip_model: hub id or folder of the CLIP model. allow_pickled: also where its weights are no safetensors.
     """
 
     def __init__(
-        self, cases: Sequence[PromptCase], references: Path, features: str, clip_model: str, device: torch.device
+        self,
+        cases: Sequence[PromptCase],
+        references: Path,
+        features: str,
+        clip_model: str,
+        device: torch.device,
+        allow_pickled: bool = False,
     ) -> None:
         self.cases = cases
         self.device = device
         extractor: Any = 2048 if features == "inception" else _CheckerFeatures()
         self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False, **_ALONE).to(device)
         # Pass a function, because torchmetrics accepts only some names and no folders.
-        self.clip = CLIPScore(model_name_or_path=functools.partial(_load_clip, clip_model), **_ALONE).to(device)
+        load = functools.partial(_load_clip, clip_model, allow_pickled)
+        self.clip = CLIPScore(model_name_or_path=load, **_ALONE).to(device)
         paths = reference_paths(references)
         for start in range(0, len(paths), _BATCH):
             batch = torch.cat([_square(path) for path in paths[start : start + _BATCH]])

@@ -86,6 +86,7 @@ class LabRequest:
     dtype: str | None = None
     clip_model: str = ""
     fid_features: str = "inception"
+    allow_pickled: bool = False
 
 
 def resolved(request: LabRequest, device: torch.device) -> LabRequest:
@@ -153,7 +154,8 @@ def run_checkpoint(request: LabRequest, device: torch.device, pipe: Any, size: t
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
 
     def figures() -> ReferenceFigures:
-        return ReferenceFigures(cases, request.references, request.fid_features, request.clip_model, device)
+        clip = request.clip_model, device, request.allow_pickled
+        return ReferenceFigures(cases, request.references, request.fid_features, *clip)
 
     _run(request, device, pipe, request.model, cases, sampling, figures)
 

@@ -63,6 +63,7 @@ def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
     """
     file = json or folder / "comparison.json"
     _check_folder("output", folder)
+    _check_links(folder)
     check_json(file, *inputs)
     return file
 
@@ -92,6 +93,16 @@ def _check_folder(option: str, folder: Path) -> None:
             trial.write(bytes(_MIN_ROOM))
     except OSError as error:
         raise bad(option, f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _check_links(folder: Path) -> None:
+    """Usage error for a link out of ``folder``, or out of a folder in it, where pictures lie: a stranger's may lead
+    anywhere."""
+    root = folder.resolve()
+    for path in [*root.glob("*"), *root.glob("*/*")]:
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.is_symlink() and not hidden and not path.resolve().is_relative_to(root):
+            raise bad("output", f"the link {path} leads out of {folder}, where files may be replaced; expected none")
 
 
 def check_installed() -> None:
