@@ -79,6 +79,10 @@ def quality(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="File for the rows. Default: quality.json in the folder.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another run of the same captions, with other threads say: also compare with it."),
+    ] = None,
     allow_pickled: AllowPickled = False,
     device: Device = None,
     convergence: Annotated[
@@ -136,6 +140,7 @@ def quality(
         clip_model=clip_model,
         fid_features=fid_features,
         allow_pickled=allow_pickled,
+        against=against,
     )
     _check(request)
     place = own_device(parse_device(device))

@@ -71,12 +71,16 @@ def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple
     return float(difference.mean()), float(difference.mean()) - half, float(difference.mean()) + half
 
 
+# dB, of two pictures that are equal: so that means stay finite.
+EQUAL_PSNR = 99.0
+
+
 def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """dB, one per picture; uint8 ``[B, 3, H, W]``. 99 if two pictures are equal, so that means stay finite."""
+    """dB, one per picture, ``EQUAL_PSNR`` at most; uint8 ``[B, 3, H, W]``."""
     found = peak_signal_noise_ratio(
         pixels.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
-    return found.clamp(max=99.0).numpy()
+    return found.clamp(max=EQUAL_PSNR).numpy()
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> np.ndarray:

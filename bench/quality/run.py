@@ -18,6 +18,7 @@ from atedm.app.fingerprint import fingerprint
 from atedm.app.prompts import PromptCase, Sampling, described_cases
 from atedm.app.run_record import claim
 from atedm_bench.methods import Costs
+from atedm_bench.quality.against import Against
 from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
 from atedm_bench.quality.lab import Figures
 from atedm_bench.quality.metrics import accuracy_change
@@ -70,11 +71,13 @@ class Run:
         costs: Costs,
         seconds: Mapping[str, Sequence[float]],
         on_setting: Callable[[str], None] = lambda name: None,
+        against: Against | None = None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
         """One flat row per setting, and the samples behind each row by setting name.
 
         Args:
             seconds: UNet seconds per picture by setting name, one number per round; a row has their median and range.
+            against: another run, to compare the pictures with.
 
         Raises:
             ValueError: the first setting is not the full model.
@@ -98,6 +101,8 @@ class Run:
             }
             if setting != FULL and "accuracy" in found.samples:
                 row |= accuracy_change(found.samples["accuracy"], samples[FULL.name]["accuracy"])
+            if against is not None:
+                row |= against.row(setting, paths)
             if setting.name in seconds:
                 row |= _median_and_range("unet_seconds", seconds[setting.name])
             rows.append({**row, "method": json.dumps(setting.method.described()), "note": setting.note})

@@ -22,6 +22,7 @@ from atedm.app.prompts import PromptCase, Sampling, read_prompts
 from atedm.policy.options import PUBLISHED, Options
 from atedm_bench.methods import Costs
 from atedm_bench.quality import convergence, plots, refills
+from atedm_bench.quality.against import Against
 from atedm_bench.quality.claims import MEASURES, check_claims
 from atedm_bench.quality.lab import CHOSEN, SceneFigures, scene_cases
 from atedm_bench.quality.reference import ReferenceFigures
@@ -58,6 +59,7 @@ COLUMNS = {
     "psnr_db": "PSNR",
     "ssim": "SSIM",
     "perceptual_distance": "perceptual",
+    "against_psnr_db": "PSNR, other run",
     "unet_seconds": "UNet s",
 }
 
@@ -87,6 +89,7 @@ class LabRequest:
     clip_model: str = ""
     fid_features: str = "inception"
     allow_pickled: bool = False
+    against: Path | None = None
 
 
 def resolved(request: LabRequest, device: torch.device) -> LabRequest:
@@ -177,6 +180,7 @@ def _run(
         wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
         settings = Plan(costs, request.tried).settings(wanted)
     run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
+    against = None if request.against is None else Against(request.against, cases)
     if main:
         run.check_root()
     PartialState().wait_for_everyone()
@@ -206,6 +210,7 @@ def _run(
             costs,
             seconds,
             lambda name: progress.update(measured, description=f"figures: {name}", advance=1),
+            against,
         )
     _write(request, device, run, rows, check_claims(rows, samples), studies)
 
@@ -248,6 +253,7 @@ def _write(
     described = {"model": run.model, "scheduler": run.scheduler, **dataclasses.asdict(run.sampling)}
     described |= {"images": len(run.cases), "captions": request.captions, "seed": request.seed}
     described |= {"dtype": request.dtype, "fid_features": request.fid_features if request.model else None}
+    described |= {} if request.against is None else {"against": str(request.against)}
     command = report.command_line("atedm-bench")
     report.write_json(report.report(command, device, described, rows), request.json, keep_same=True)
     claims_path = request.json.with_name(request.json.stem + "-claims.json")
@@ -349,6 +355,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     for key, digits in (
         ("accuracy_change", 1),
         ("psnr_db", 2),
+        ("against_psnr_db", 2),
         ("ssim", 3),
         ("perceptual_distance", 3),
         ("frechet_distance", 2),

@@ -366,6 +366,28 @@ def test_a_checkpoint_gets_fid_and_clip_score(checkpoint, checkpoint_rows):
 
 
 # As a launcher starts them, by their environment, but forked from one process that has imported everything.
+def test_pictures_are_compared_with_those_of_another_run(finished, tmp_path):
+    arguments, folder, _ = finished
+    arguments = [*arguments[:-1], tmp_path / "run"]
+    arguments[arguments.index("--settings") + 1] = "ours c"
+    shutil.copytree(folder, tmp_path / "run")
+    other = tmp_path / "run" / "ours-c" / "00001.png"
+    pixels = np.asarray(Image.open(other)).copy()
+    pixels[0, 0, 0] ^= 64
+    Image.fromarray(pixels).save(other)
+    code, output = call(*arguments, "--no-timing", "--no-convergence", "--against", folder)
+    assert code == 0, output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "quality.json").read_text())["rows"]}
+    assert (rows["full"]["against_same"], rows["full"]["against_psnr_db"]) == (IMAGES, 99)
+    assert rows["ours c"]["against_same"] == IMAGES - 1 and rows["mine"]["against_same"] == IMAGES
+    expected = 10 * np.log10(255**2 * pixels.size / 64**2)
+    assert rows["ours c"]["against_psnr_db"] == pytest.approx((99 * (IMAGES - 1) + expected) / IMAGES)
+    assert "PSNR, other run" in output
+    for elsewhere, message in ((tmp_path, "is no folder of a run"), (folder, "other prompts or seeds")):
+        code, output = call(*arguments[:-1], tmp_path / "third", "--seed", 1, "--against", elsewhere)
+        assert code == 2 and message in output, output
+
+
 TWO_PROCESSES = """
 import multiprocessing, os, runpy, socket, sys
 import atedm_bench.quality.session, torch, torchmetrics

@@ -23,7 +23,13 @@ class OtherRun(ValueError):
     """A folder holds pictures of another run, or its record cannot be read."""
 
 
-def _read_run(path: Path) -> dict[str, Any]:
+def read_run(root: Path) -> dict[str, Any]:
+    """What the folder ``root`` says of its pictures.
+
+    Raises:
+        OtherRun: its record is damaged. OSError: it has none.
+    """
+    path = root / RUN
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
@@ -62,7 +68,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
                 "expected an empty folder or a run to go on with"
             )
     else:
-        before = _read_run(path)
+        before = read_run(root)
         shorter = min(len(before["cases"]), len(asked))
         differing = [name for name in described if before.get(name) != described[name]]
         if before["cases"][:shorter] != asked[:shorter]:

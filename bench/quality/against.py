@@ -1,0 +1,52 @@
+"""The pictures of one run beside those of another, picture by picture: with other threads, or in another dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atedm.app.prompts import PromptCase, described_cases
+from atedm.app.run_record import read_run
+from atedm_bench.quality import metrics
+from atedm_bench.quality.images import load_pictures, picture_paths
+from atedm_bench.quality.settings import Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """The other run.
+
+    Args:
+        root: its folder.
+
+    Raises:
+        ValueError: it is no run of these cases.
+    """
+
+    root: Path
+    cases: Sequence[PromptCase]
+
+    def __post_init__(self) -> None:
+        asked = [list(case) for case in described_cases(self.cases)]
+        try:
+            found = read_run(self.root)["cases"][: len(asked)]
+        except OSError as error:
+            raise ValueError(f"against: {self.root} is no folder of a run: {error.strerror}") from None
+        if found != asked:
+            raise ValueError(f"against: {self.root} holds pictures of other prompts or seeds; expected the same")
+
+    def row(self, setting: Setting, paths: Sequence[Path]) -> dict[str, Any]:
+        """``against_same``: how many pictures are equal; ``against_psnr_db``: the mean PSNR, at most 99 dB a picture.
+
+        Empty where the other run lacks the setting.
+        """
+        others = picture_paths(self.root, setting, len(paths))
+        if not all(path.is_file() for path in others):
+            return {}
+        found = [metrics.psnr(load_pictures([a]), load_pictures([b])) for a, b in zip(paths, others, strict=True)]
+        psnr = np.concatenate(found)
+        return {"against_same": int((psnr >= metrics.EQUAL_PSNR).sum()), **metrics.mean_of("against_psnr_db", psnr)}
