@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import atedm_kernels as ops
+from atedm.files import whole_file
 from atedm_bench.measure import Graphs, error_line, seconds_of
 from atedm_bench.ops.cases import OpInputs
 from atedm_bench.ops.shapes import HEAD_DIM, shape_of
@@ -122,7 +123,8 @@ def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 def write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write one row per line, so that a diff shows what changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def _inputs(side: int, dtype: torch.dtype, device: torch.device) -> list[OpInputs]:

@@ -235,8 +235,8 @@ def test_a_warm_up_meets_every_kind_of_step(options, kinds):
     ],
 )
 def test_a_level_that_is_too_small_is_told(options, tokens, expected):
-    advice = comparison._advice(options, tokens)
-    assert advice is None if expected is None else expected in advice
+    told = comparison.advice(options, tokens)
+    assert told is None if expected is None else expected in told
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,20 @@ def test_a_damaged_picture_of_an_earlier_run_is_named_and_the_others_stay(comman
     assert last.is_file()
 
 
-DAMAGED = ['{"model": ', "[]", "null", "{}", '{"cases": 3, "settings": {}}', '{"cases": [], "settings": null}']
+ESCAPES = '{"model": "\\u001b[31m", "cases": [], "settings": {}}'
+DAMAGED = [
+    "[" * 100_000,
+    ESCAPES,
+    '{"model": ',
+    "[]",
+    "null",
+    "{}",
+    '{"cases": 3, "settings": {}}',
+    '{"cases": [], "settings": null}',
+]
 
 
-@pytest.mark.parametrize("text", DAMAGED)
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_record_of_a_run_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is damaged: .*expected the file that a run writes"):
@@ -119,7 +129,15 @@ def test_pictures_of_which_nothing_is_known_are_not_gone_on_with(tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"seconds": 3}', '{"seconds": {"cpu": 1}, "kinds": {}}'])
+DAMAGED_TIMES = [
+    *("", "[]", "[" * 100_000, '{"seconds": 3}', '{"seconds": {"cpu": 1}, "kinds": {}}'),
+    *(f'{{"seconds": {{}}, "kinds": {{"whole": {n}}}}}' for n in ("Infinity", "-3", "0", "NaN", "1e12", '"3"')),
+    '{"seconds": {"cpu": {"full": [NaN]}}, "kinds": {}}',
+    '{"seconds": {}, "kinds": {"nonsense": 3}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED_TIMES, ids=range(len(DAMAGED_TIMES)))
 def test_damaged_times_are_named(tmp_path, text):
     (tmp_path / "times.json").write_text(text)
     with pytest.raises(ValueError, match=r"times\.json is damaged: .*expected the file that a run writes"):
@@ -132,7 +150,8 @@ def test_times_are_those_of_all_starts_on_a_device(tmp_path):
         times.note("pruned", seconds, ["whole", "reused", "reused"])
         times.write()
     assert (Times.read(tmp_path, "one").median("pruned"), Times.read(tmp_path, "two").median("pruned")) == (3.0, 7.0)
-    assert Times.read(tmp_path, "three").median("pruned") is None
+    assert Times.read(tmp_path, "three").median("pruned") == 4.0  # of all, as none was made there
+    assert Times.read(tmp_path, "one").median("full") is None
     assert Times.read(tmp_path, "three").kinds == {"whole": 3, "reused": 6}
 
 
@@ -161,6 +180,27 @@ def change_words(folder):
     path.write_text(json.dumps(found))
 
 
+def change_merges(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["merges"] = found["model"]["merges"][:20]
+    path.write_text(json.dumps(found))
+
+
+def change_length(folder):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 40}))
+
+
+def change_pipeline(folder):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "force_zeros_for_empty_prompt": not index["force_zeros_for_empty_prompt"]}))
+
+
+CHANGES = (change_weights, change_scheduler, change_words, change_merges, change_length, change_pipeline)
+
+
 def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(command, model, tmp_path, monkeypatch):
     own = tmp_path / "model"
     shutil.copytree(model, own)
@@ -174,7 +214,7 @@ def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(comm
         again = CliRunner().invoke(app, [name if word == str(own) else word for word in words])
         assert again.exit_code == 0, again.output
         assert everything(tmp_path / "out") == before  # a finished run changes nothing
-    for change in (change_weights, change_scheduler, change_words):
+    for change in CHANGES:
         change(own)
         refused = CliRunner().invoke(app, words)
         assert refused.exit_code == 2 and "another run (weights differ)" in refused.stderr, refused.output

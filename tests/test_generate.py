@@ -122,7 +122,9 @@ def counted(monkeypatch):
     """The kinds whose FLOPs the reports ask for; to count them takes seconds. A call of the UNet takes one here."""
     asked, ticks = [], itertools.count()
     monkeypatch.setattr(comparison.UNetTimer, "_now", lambda _: next(ticks))
-    monkeypatch.setattr(prompts, "tflops_of", lambda *given: asked.append([*given[-1]]) or {"full": 2.0, "pruned": 1.0})
+    monkeypatch.setattr(
+        prompts, "tflops_of", lambda *given: asked.append(Counter(given[-1])) or {"full": 2.0, "pruned": 1.0}
+    )
     return asked
 
 
@@ -141,7 +143,7 @@ def test_a_picture_that_ranks_nan_costs_no_other_and_is_tried_again(many, spoil,
     assert document["failed"] == [{"name": "pruned", "number": 1, "prompt": PROMPTS[1], "message": message}]
     # The calls before a failure are no part of a picture.
     assert (document["rows"][0]["images"], document["rows"][0]["unet_seconds_per_image"]) == (2, STEPS)
-    assert [*map(Counter, counted)] == [{"light": 2, "pruned": 4}]
+    assert counted == [{"light": 2, "pruned": 4}]
 
     spoil(None)
     result = run(*arguments, "--batch", 2, "--output", tmp_path)

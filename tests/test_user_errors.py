@@ -50,7 +50,7 @@ def test_presets_are_one_option(model, small, tmp_path, command):
     ends([*named, "--preset", "fast", "--options", settings, *where], 2, "expected one of the two")
 
 
-@pytest.mark.parametrize("batch", ["²", "0", "two", "-1"])
+@pytest.mark.parametrize("batch", ["²", "0", "two", "-1", "9" * 5000])
 def test_batches_that_are_no_numbers(batch):
     ends(["ops", "--device", "cpu", "--batch", batch], 2, "--batch", runner=bench)
 
@@ -167,3 +167,60 @@ def test_a_broken_configuration(model, tmp_path, broken):
         ends(["flops", "--model", folder], 2, "--model")
         ends(["unet", "--model", folder, "--device", "cpu"], 2, "--model", runner=bench)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--levels", "9" * 5000], "--levels"),
+        (["--batch", "100000000000000"], "--batch"),
+        (["--tokens", "1" + "0" * 23], "--tokens"),
+        (["--steps", "1" + "0" * 30], "--steps"),
+    ],
+    ids=["levels", "batch", "tokens", "steps"],
+)
+def test_numbers_beyond_all_that_is_computed(arguments, option):
+    ends(["flops", *arguments], 2, option)
+
+
+def test_a_prompt_that_is_no_text(model, tmp_path):
+    ends(["generate", "c\udcff", "--model", model, "--output", tmp_path], 2, "PROMPT", "is no UTF-8 text")
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "folder"])
+def test_a_file_of_prompts_that_is_none(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    given = ["generate", "--model", "absent/model", "--prompts", tmp_path / name, "--output", tmp_path / "out"]
+    ends(given, 2, "--prompts")
+
+
+def test_a_single_picture_leaves_the_figures_of_a_run(model, small, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    ends(["generate", "a star", "--model", model, "--output", tmp_path], 2, "--output", "expected another folder")
+    ends(["demo", "--output", tmp_path], 2, "--output", "expected another folder")
+
+
+def test_figures_go_where_the_roofline_does_not(tmp_path):
+    figures = ["ops", "--device", "cpu", "--json", tmp_path / "same.png"]
+    ends(figures, 2, "--json", "where the roofline goes", runner=bench)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_none(tmp_path):
+    for text in ("a: [", "[]", "unet: 3", "\x00"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        for command in (["run", "--out", tmp_path / "out"], ["export", "--out", tmp_path, "--to", tmp_path / "to"]):
+            ends(["train", *command, "--config", tmp_path / "recipe.yaml"], 2, "holds no recipe", runner=bench)
+    ends(["train", "export", "--out", tmp_path, "--to", tmp_path / "to"], 1, "Error: ", runner=bench)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_no_traceback(tmp_path):
+    ends(["doctor", "--json", "/dev/full"], 1, "No space left on device")
+
+
+def test_a_terminal_that_shows_few_letters(tmp_path):
+    words = [sys.executable, "-m", "atedm", "flops", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

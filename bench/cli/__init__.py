@@ -2,6 +2,7 @@
 
 import typer
 
+from atedm.cli.checks import use_any_terminal
 from atedm_bench.cli import ops, overview, quality, train, tune, unet
 
 app = typer.Typer(
@@ -20,4 +21,5 @@ app.command("tune")(tune.tune)
 
 
 def main() -> None:
+    use_any_terminal()
     app()

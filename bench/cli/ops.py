@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_json, finite, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import bad, check_folder, check_json, finite, parse_count, parse_device, parse_dtype, parse_size
 from atedm.cli.parameters import Device
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
@@ -77,6 +77,10 @@ def ops(
     )
     path = json or Path("outputs") / f"bench-ops-{place.type}.json"
     check_json(path)
+    picture = plot or path.with_suffix(".png")
+    if picture == path:
+        raise bad("json", f"{path} is where the roofline goes; expected another name")
+    check_folder("plot", picture.parent)
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
@@ -88,7 +92,6 @@ def ops(
     document = save(finished)
     console = Console()
     _print(document, console)
-    picture = plot or path.with_suffix(".png")
     if any("seconds" in row for row in document["rows"]):
         plot_roofline(document, picture)
     console.print(
@@ -105,9 +108,10 @@ def _listed(text: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    count = parse_count(text)
+    if count is None:
         raise bad("batch", f"{text!r}; expected comma-separated positive integers, such as 2,8")
-    return int(text)
+    return count
 
 
 def _print(document: dict[str, Any], console: Any) -> None:

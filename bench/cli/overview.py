@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from atedm.cli.checks import check_folder, failing_clearly
 from atedm_extras import require
 
 
@@ -16,6 +17,8 @@ def overview(
 ) -> None:
     """Draw the embedded model's pictures, whole and pruned, and the tokens that it computed at the last step."""
     require("quality", "transformers", "matplotlib", "pillow")
+    check_folder("output", output.parent)
     from atedm_bench.overview import write_overview
 
-    write_overview(output, images)
+    with failing_clearly():
+        write_overview(output, images)

@@ -146,7 +146,7 @@ def quality(
     place = own_device(parse_device(device))
     request = session.resolved(request, place)
     model = None if request.model is None else Path(request.model).expanduser()
-    check_output(request.out, request.json, request.prompts, request.references, model)
+    check_output(request.out, request.json, request.prompts, request.references, request.against, model)
     with failing_clearly():
         try:
             if request.model is None:

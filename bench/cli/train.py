@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.checks import check_json
+from atedm.cli.checks import bad, check_json, failing_clearly
 from atedm_extras import require
+
+if TYPE_CHECKING:
+    from atedm_bench.training.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Train the embedded model, stage by stage.")
 
@@ -43,14 +46,13 @@ def run(
     import torch
     from accelerate import Accelerator
 
-    from atedm_bench.training import config as recipe
     from atedm_bench.training.text import train_text
     from atedm_bench.training.unet import train_unet
     from atedm_bench.training.vae import train_vae
 
     if threads:
         torch.set_num_threads(threads)
-    settings = recipe.load(config)
+    settings = _recipe(config)
     work = {
         StageName.vae: train_vae,
         StageName.text: train_text,
@@ -64,6 +66,19 @@ def run(
     accelerator.end_training()
 
 
+def _recipe(path: Path) -> Config:
+    """The recipe in a file; usage error where it holds none."""
+    import yaml
+
+    from atedm_bench.training import config
+
+    try:
+        return config.load(path)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        first = str(error).partition("\n")[0]
+        raise bad("config", f"{path} holds no recipe: {first}") from None
+
+
 @app.command()
 def export(
     out: Out,
@@ -72,10 +87,10 @@ def export(
 ) -> None:
     """Write the pipeline from the newest checkpoint, in half precision. Training may run at the same time."""
     require("quality", *_PACKAGES)
-    from atedm_bench.training import config as recipe
     from atedm_bench.training.export import export as export_pipeline
 
-    counter = export_pipeline(recipe.load(config), out, to)
+    with failing_clearly():
+        counter = export_pipeline(_recipe(config), out, to)
     typer.echo(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
 
 

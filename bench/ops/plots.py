@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
+from atedm.files import whole_file
 from atedm_bench.ops.shapes import HEAD_DIM
 
 _MARKERS = {"ours": "o", "fused attention": "*", "plain": "x", "plain compiled": "+", "copy": "s"}
@@ -33,7 +34,8 @@ def plot_roofline(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{document['device']}, {dtype}", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
 
 

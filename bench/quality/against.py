@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from atedm.app.prompts import PromptCase, described_cases
+from atedm.app.prompts import PromptCase, Sampling, described_cases
 from atedm.app.run_record import read_run
 from atedm_bench.quality import metrics
 from atedm_bench.quality.images import load_pictures, picture_paths
@@ -24,19 +24,24 @@ class Against:
         root: its folder.
 
     Raises:
-        ValueError: it is no run of these cases.
+        ValueError: it is no run of these cases, or one at another size.
     """
 
     root: Path
     cases: Sequence[PromptCase]
+    sampling: Sampling
 
     def __post_init__(self) -> None:
         asked = [list(case) for case in described_cases(self.cases)]
         try:
-            found = read_run(self.root)["cases"][: len(asked)]
+            found = read_run(self.root)
         except OSError as error:
             raise ValueError(f"against: {self.root} is no folder of a run: {error.strerror}") from None
-        if found != asked:
+        sides = [self.sampling.width, self.sampling.height]
+        other = found.get("sampling")
+        if not isinstance(other, dict) or [other.get("width"), other.get("height")] != sides:
+            raise ValueError(f"against: {self.root} holds pictures of another size; expected {sides[0]}x{sides[1]}")
+        if found["cases"][: len(asked)] != asked:
             raise ValueError(f"against: {self.root} holds pictures of other prompts or seeds; expected the same")
 
     def row(self, setting: Setting, paths: Sequence[Path]) -> dict[str, Any]:

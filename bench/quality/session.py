@@ -180,7 +180,7 @@ def _run(
         wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
         settings = Plan(costs, request.tried).settings(wanted)
     run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
-    against = None if request.against is None else Against(request.against, cases)
+    against = None if request.against is None else Against(request.against, cases, sampling)
     if main:
         run.check_root()
     PartialState().wait_for_everyone()

@@ -123,8 +123,25 @@ CHANGES = {
     "forward over a hook of accelerate's": lambda unet: replace_hooked_forward(
         block_of(unet).transformer_blocks[1].attn1
     ),
+    "pairs of self-attentions": lambda unet: setattr(
+        block_of(unet).transformer_blocks[0], "double_self_attention", True
+    ),
+    "no self-attention": lambda unet: setattr(block_of(unet).transformer_blocks[0], "only_cross_attention", True),
+    "norms of the first layer": lambda unet: setattr(block_of(unet).transformer_blocks[0], "norm_type", "ada_norm"),
     "tomesd": merge,
 }
+
+
+def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeypatch):
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    expected = unet(**inputs).sample
+    kind, name = type(block_of(unet)), "_get_output_for_continuous_inputs"
+    own = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *args, **kwargs: own(*args, **kwargs))
+    with pytest.raises(ValueError, match="its class, or the forward of that, is another"):
+        unet(**inputs)
+    monkeypatch.undo()
+    assert torch.equal(unet(**inputs).sample, expected)
 
 
 @pytest.mark.parametrize("change", CHANGES)

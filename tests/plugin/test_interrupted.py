@@ -237,11 +237,54 @@ def test_a_choice_of_a_graph_stays_where_the_rest_runs_uncompiled(unet, make_inp
     assert first and all(ranked.scores.isnan().all() and ranked.iterations is None for ranked in first)
 
 
+@pytest.mark.parametrize("place", ["up_blocks.0", "up_blocks.0.attentions.0"], ids=["stage", "block"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_copy_of_a_unet_with_a_part_whose_forward_is_compiled_is_refused(unet, inputs, place, before):
+    if before and place.endswith("attentions.0"):
+        pytest.skip("apply refuses a block whose forward is another's")
+    part = unet.get_submodule(place)
+    if before:
+        part.forward = torch.compile(part.forward, backend="eager")
+    atedm.apply(unet, PUBLISHED, **CHOICES)
+    if not before:
+        part.forward = torch.compile(part.forward, backend="eager")
+    expected = run(unet, inputs)
+    twin = copy.deepcopy(unet)
+    with pytest.raises(RuntimeError, match="is a copy, and its compiled forward runs what it was copied from"):
+        run(twin, inputs)
+    assert_same(run(unet, inputs), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_that_was_left_out_of_the_first_call_has_no_earlier_pictures_memory(unet, make_inputs, compiled):
+    """By what wraps it: then it runs whole the first time that it is asked."""
+    if compiled:
+        unet.up_blocks[0].compile(backend="eager")  # then pictures share their memory
+    atedm.apply(unet, PUBLISHED, **OURS | {"schedule": None})
+    block = unet.down_blocks[1].attentions[0]
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    ours, left_out = block.forward, []
+
+    def wrapped(*args, **kwargs):
+        return type(block).forward(block, *args, **kwargs) if left_out and left_out.pop(0) else ours(*args, **kwargs)
+
+    def picture(*which):
+        left_out[:] = which
+        return run(unet, first)
+
+    block.forward = wrapped
+    whole_twice = picture(False, True)[:2]
+    assert_same(picture(True)[:2], whole_twice)
+    expected = picture(True)
+    run(unet, second)
+    assert_same(picture(True), expected)
+
+
 def test_a_copy_of_a_unet_with_a_compiled_forward_is_refused(unet, inputs):
     unet.forward = torch.compile(unet.forward, backend="eager")
     atedm.apply(unet, PUBLISHED, **OURS)
     twin = copy.deepcopy(unet)
-    with pytest.raises(RuntimeError, match="the UNet is a copy, and its compiled forward runs the modules of the UNet"):
+    with pytest.raises(RuntimeError, match="the UNet2DConditionModel is a copy, and its compiled forward"):
         run(twin, inputs)
     del twin.forward
     expected = expected_of(twin, inputs, **OURS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -273,13 +274,13 @@ def compare(
         row["speedup"] = sum(full.call_seconds) / sum(pruned.call_seconds)
         row["psnr_db"] = psnr_db(pruned.image, full.image)
     result.rows.append(row)
-    result.advice = _advice(options, _token_counts(pipe, request))
+    result.advice = advice(options, token_counts(pipe, request.width, request.height))
     return result
 
 
-def _token_counts(pipe: StableDiffusionXLPipeline, request: ImageRequest) -> dict[int, int]:
-    """Tokens of each level that has attention."""
-    latent = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
+def token_counts(pipe: StableDiffusionXLPipeline, width: int, height: int) -> dict[int, int]:
+    """Tokens of each level that has attention, at a size in pixels."""
+    latent = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     levels = sorted({block.level for block in attention_blocks(pipe.unet)})
     return {level: math.prod(feature_map_size(level, *latent)) for level in levels}
 
@@ -289,7 +290,8 @@ def _ratio(options: Options, level: int) -> float:
     return options.ratio_at(level) if prunes else 0.0
 
 
-def _advice(options: Options, tokens: dict[int, int]) -> str | None:
+def advice(options: Options, tokens: dict[int, int]) -> str | None:
+    """A line on what ``options`` does to pictures with so many ``tokens`` at each level; None where there is none."""
     pruned = [level for level in tokens if _ratio(options, level) > 0]
     if len(pruned) < 2 or options.remembers or tokens[pruned[0]] >= MIN_TOKENS_TO_COPY:
         return None
@@ -336,7 +338,7 @@ def _recorded(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: 
 
 
 def tflops_of(
-    pipe: StableDiffusionXLPipeline, width: int, height: int, options: Options, kinds: Sequence[str]
+    pipe: StableDiffusionXLPipeline, width: int, height: int, options: Options, kinds: Sequence[str] | Counter[str]
 ) -> dict[str, float]:
     """Mean TFLOPs of a UNet call for one image, over steps of these ``kinds``: ``full`` and ``pruned``."""
     from atedm.app.flops import UNetFlops
@@ -372,7 +374,7 @@ def _row(
         "speedup": None,
         "psnr_db": None,
     }
-    for level, tokens in _token_counts(pipe, request).items():
+    for level, tokens in token_counts(pipe, request.width, request.height).items():
         ratio = 0.0 if options is None else _ratio(options, level)
         row[f"kept_tokens_level_{level}"] = kept_tokens(tokens, ratio, options.keep_multiple if ratio > 0 else 1)
     return row

@@ -21,6 +21,7 @@ def fingerprint(pipe: Any) -> str:
     Weights count as they were loaded, so in their dtype. A pipeline of SDXL takes seconds: all its weights are read.
     """
     parts = sorted((name, part) for name, part in pipe.components.items() if part is not None)
+    parts.append(("pipeline", pipe))
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
         digests = pool.map(lambda item: _digest(*item), _contents(parts))
         return hashlib.sha256(b"".join(digests)).hexdigest()
@@ -32,10 +33,21 @@ def _contents(parts: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor | str]
         if isinstance(part, nn.Module):
             yield from ((f"{name}.{key}", value) for key, value in sorted(part.state_dict().items()))
         if hasattr(part, "get_vocab"):
-            yield f"{name} words", json.dumps(part.get_vocab(), sort_keys=True)
+            yield f"{name} rules", _rules(part)
         config = getattr(part, "config", None)
         if config is not None:
             yield f"{name} configuration", json.dumps(_settings(config), sort_keys=True, default=str)
+
+
+def _rules(tokenizer: Any) -> str:
+    """All by which a tokenizer makes numbers of text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python
+        text = json.dumps([tokenizer.get_vocab(), repr(getattr(tokenizer, "bpe_ranks", None))], sort_keys=True)
+    else:
+        text = backend.to_str()
+    ways = tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side
+    return f"{text}\n{ways}"
 
 
 def _settings(config: Any) -> dict[str, Any]:

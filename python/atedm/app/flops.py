@@ -7,6 +7,7 @@ ranking and the source map) is counted apart from the UNet's own work. Each op o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,19 +225,17 @@ class UNetFlops:
         options = replace(PUBLISHED, ratio=ratio, **settings)
         return self.mean(options, options.kinds_of(steps))
 
-    def mean(self, options: Options, kinds: Sequence[str]) -> Flops:
-        """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``."""
+    def mean(self, options: Options, kinds: Sequence[str] | Counter[str]) -> Flops:
+        """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``, or so many of each."""
         return mean_flops(lambda kind: self.of_kind(options, kind), kinds)
 
 
-def mean_flops(of_kind: Callable[[str], Flops], kinds: Sequence[str]) -> Flops:
+def mean_flops(of_kind: Callable[[str], Flops], kinds: Sequence[str] | Counter[str]) -> Flops:
     """Mean FLOPs of calls of these ``kinds``; ``of_kind`` is asked once for each."""
-    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-    total = [(of_kind(kind), count) for kind, count in counts.items()]
-    return Flops(
-        round(sum(flops.unet * count for flops, count in total) / len(kinds)),
-        round(sum(flops.scoring * count for flops, count in total) / len(kinds)),
-    )
+    counts = Counter(kinds)
+    each = [(of_kind(kind), count) for kind, count in counts.items()]
+    unet, scoring = (sum(getattr(f, part) * n for f, n in each) / counts.total() for part in ("unet", "scoring"))
+    return Flops(round(unet), round(scoring))
 
 
 def solve_decreasing(

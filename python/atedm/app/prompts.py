@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm.app import report
-from atedm.app.comparison import UNetTimer, check_image, save_image, tflops_of
+from atedm.app.comparison import UNetTimer, advice, check_image, save_image, tflops_of, token_counts
 from atedm.app.fingerprint import fingerprint
 from atedm.app.run_record import Cases, Times, claim
 from atedm.policy.options import Options
@@ -259,12 +260,12 @@ class PromptRun:
                 on_failure=lambda failure: self.failed.append((name, failure)),
             )
 
-    def _kinds_run(self) -> list[str] | None:
+    def _kinds_run(self) -> Counter[str] | None:
         """Of the steps; None where only a run could tell, and none has."""
         steps = self.sampling.steps
         if self.times.kinds or self.options.steps.planned(steps) is None:
-            return list(self.times.kinds.elements()) or None
-        return self.options.kinds_of(steps)
+            return self.times.kinds or None
+        return Counter(self.options.kinds_of(steps))
 
     def write_report(self, device: torch.device, path: Path) -> None:
         """Print a table and write the JSON: UNet seconds are the median over the batches made on this device.
@@ -275,7 +276,7 @@ class PromptRun:
             return
         size = self.sampling.width, self.sampling.height
         kinds = self._kinds_run()
-        tflops: dict[str, float | None] = {**tflops_of(self.pipe, *size, self.options, kinds or ["whole"])}
+        tflops: dict[str, float | None] = {**tflops_of(self.pipe, *size, self.options, kinds or Counter(whole=1))}
         if kinds is None:
             tflops["pruned"] = None
         rows = [
@@ -294,6 +295,9 @@ class PromptRun:
         document = report.report(report.command_line(), device, described, rows)
         report.write_json({**document, "failed": failed}, path, keep_same=True)
         columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds an image"}
+        hint = advice(self.options, token_counts(self.pipe, *size))
+        if hint is not None:
+            Console().print(hint)
         report.print_table(
             rows, {**columns, "tflops": "TFLOPs a call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"
         )

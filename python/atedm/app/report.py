@@ -72,7 +72,7 @@ def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
     """Write atomically: a reader or an interrupted run never sees half a file. What is no finite number is null.
 
     Args:
-        keep_same: leave a file that differs in its command and date alone: a finished run that is started again
+        keep_same: leave a file that only says otherwise who wrote it and when: a finished run that is started again
             changes nothing.
     """
     text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
@@ -83,13 +83,16 @@ def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+_WRITTEN = dict.fromkeys(("command", "date", "device", "versions"))
+
+
 def _is_same(path: Path, text: str) -> bool:
     if not path.is_file():
         return False
     try:
         before, after = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        return {**before, "command": "", "date": ""} == {**after, "command": "", "date": ""}
-    except (ValueError, TypeError):  # no report: replaced
+        return {**before, **_WRITTEN} == {**after, **_WRITTEN}
+    except (ValueError, TypeError, RecursionError):  # no report: replaced
         return False
 
 

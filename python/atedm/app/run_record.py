@@ -12,6 +12,7 @@ from typing import Any
 
 from atedm.app import report
 from atedm.files import RUN
+from atedm.policy.schedule import KINDS
 
 TIMES = "times.json"
 
@@ -36,7 +37,9 @@ def read_run(root: Path) -> dict[str, Any]:
             raise ValueError("it has no settings")
         if not isinstance(found.get("cases"), list):
             raise ValueError("it has no cases")
-    except ValueError as error:
+        if not str(found.get("model", "")).isprintable():
+            raise ValueError("its model has no name that can be printed")
+    except (ValueError, RecursionError) as error:
         raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
     return found
 
@@ -81,10 +84,30 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
             )
         settings = before["settings"] | settings
         asked = max(before["cases"], asked, key=len)
-    record = {"model": before.get("model", model), **described, "cases": asked, "settings": settings}
+    record = {
+        "model": before.get("model", model if model.isprintable() else ascii(model)),
+        **described,
+        "cases": asked,
+        "settings": settings,
+    }
     if record != before:
         report.write_json(record, path)
     return record["model"]
+
+
+_MAX_STEPS = 10**9  # of a run
+
+
+def _positive(value: Any) -> float:
+    if not 0 < value <= _MAX_STEPS:
+        raise ValueError(f"{value} is no number that a run counts")
+    return float(value)
+
+
+def _kind(name: str) -> str:
+    if name not in KINDS:
+        raise ValueError(f"{name!r} is no kind of a step")
+    return name
 
 
 @dataclass
@@ -113,11 +136,12 @@ class Times:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             seconds = {
-                place: {name: [*map(float, each)] for name, each in names.items()}
+                place: {name: [*map(_positive, each)] for name, each in names.items()}
                 for place, names in found["seconds"].items()
             }
-            return cls(root, device, Counter({kind: int(n) for kind, n in found["kinds"].items()}), seconds)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            counts = {_kind(kind): int(_positive(n)) for kind, n in found["kinds"].items()}
+            return cls(root, device, Counter(counts), seconds)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
 
     def note(self, name: str, seconds_per_picture: float, kinds: Iterable[str]) -> None:
@@ -126,8 +150,9 @@ class Times:
         self.kinds.update(kinds)
 
     def median(self, name: str) -> float | None:
-        """Seconds of a picture by the UNet called ``name``; None where none was made on this device."""
+        """Seconds of a picture by the UNet called ``name``: on this device, or if none was made here, on all others."""
         found = self._seconds.get(self.device, {}).get(name)
+        found = found or [each for names in self._seconds.values() for each in names.get(name, [])]
         return statistics.median(found) if found else None
 
     def write(self) -> None:

@@ -3,6 +3,7 @@
 import typer
 
 from atedm.cli import demo, doctor, flops, generate
+from atedm.cli.checks import use_any_terminal
 
 app = typer.Typer(
     name="atedm",
@@ -18,4 +19,5 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
+    use_any_terminal()
     app()

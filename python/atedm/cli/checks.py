@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,25 @@ def finite(value: float | None) -> float | None:
 def check_prompt(prompt: str, option: str) -> None:
     if not prompt.strip():
         raise bad(option, "is empty; expected some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise bad(option, f"is no UTF-8 text: {error}") from None
+
+
+def check_no_run(folder: Path) -> None:
+    """Usage error for the folder of a run of prompts, whose figures one picture's would replace."""
+    if (folder / RUN).exists():
+        raise bad("output", f"{folder} holds the pictures of a run of prompts; expected another folder")
+
+
+# Far above all that can be computed, and far below what overflows.
+_MAX_DIGITS = 9
+
+
+def parse_count(text: str) -> int | None:
+    """The positive whole number that ``text`` is; None where it is none."""
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS and int(text) > 0 else None
 
 
 def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
@@ -62,7 +82,7 @@ def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
         inputs: files and folders that the run reads.
     """
     file = json or folder / "comparison.json"
-    _check_folder("output", folder)
+    check_folder("output", folder)
     _check_links(folder)
     check_json(file, *inputs)
     return file
@@ -80,12 +100,12 @@ def check_json(file: Path | None, *inputs: Path | None) -> None:
         if given is not None and file.resolve().is_relative_to(given.resolve()):
             raise bad("json", f"{file} would take the place of what is read from {given}; expected another file")
     if not is_stream(file):
-        _check_folder("json", file.resolve().parent)
+        check_folder("json", file.resolve().parent)
     elif not os.access(file, os.W_OK):
         raise bad("json", f"cannot write to {file}")
 
 
-def _check_folder(option: str, folder: Path) -> None:
+def check_folder(option: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The mode bits do not tell for a read-only or full file system, so try.
@@ -247,9 +267,17 @@ def parse_levels(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    levels = {parse_count(part) for part in parts}
+    if None in levels:
         raise bad("levels", f"{text!r}; expected level numbers separated by commas, such as 2,3")
-    return tuple(sorted({int(part) for part in parts}))
+    return tuple(sorted(levels))
+
+
+def use_any_terminal() -> None:
+    """What a terminal cannot show becomes a question mark: figures were computed, and an error would lose them."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from atedm.cli.checks import (
     MAX_SEED,
     check_applicable,
     check_installed,
+    check_no_run,
     check_options,
     check_output,
     check_prompt,
@@ -42,6 +43,7 @@ def demo(
 ) -> None:
     """Make a few images twice, full and pruned, with a small embedded model; no download."""
     check_prompt(prompt, "prompt")
+    check_no_run(output)
     report_file = check_output(output, json, options)
     check_installed()
     place = parse_device(device)

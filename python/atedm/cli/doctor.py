@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atedm.cli.checks import check_json
+from atedm.cli.checks import check_json, failing_clearly
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,8 @@ def doctor(
     native, problems = native_library(), []
     rows = [row for device, dtype in cases for row in _rows(device, dtype, problems)]
     if json is not None:
-        report.write_json(report.report(report.command_line(), cases[-1][0], {"native": native}, rows), json)
+        with failing_clearly():
+            report.write_json(report.report(report.command_line(), cases[-1][0], {"native": native}, rows), json)
     console = Console()
     report.print_table(
         [{"name": name, "version": version or "not installed"} for name, version in report.versions().items()],

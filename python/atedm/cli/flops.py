@@ -15,6 +15,7 @@ from atedm.cli.checks import (
     check_json,
     check_options,
     chosen_settings,
+    failing_clearly,
     finite,
     load_config,
     parse_levels,
@@ -52,13 +53,15 @@ def flops(
     placement: Annotated[
         str | None, typer.Option(help="Where a block is pruned: early, paper or both. Default: both, or theirs.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that the average is taken over.")] = 50,
+    steps: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Denoising steps that the average is taken over.")
+    ] = 50,
     budget: Annotated[
         float | None, typer.Option(callback=finite, help="Solve for the ratio with this average of TFLOPs.")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Beside the paper's rows a to d (SDXL, 1024).")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a call; guidance doubles them.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Text tokens.")] = 77,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Images in a call; guidance doubles them.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, max=65_536, help="Text tokens.")] = 77,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
     """Count the FLOPs of one UNet call, full and pruned (2 a multiply-add; no weights, no GPU)."""
@@ -105,7 +108,8 @@ def flops(
             rows = [_row("full", counter.full(), counter)]
             rows += [row for each in variants for row in _rows(counter, each, steps, status)]
     if json is not None:
-        report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
+        with failing_clearly():
+            report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
     if paper:
         _print_paper(rows, settings)
     else:

@@ -14,6 +14,7 @@ from atedm.cli.checks import (
     check_applicable,
     check_dtype,
     check_installed,
+    check_no_run,
     check_options,
     check_output,
     check_prompt,
@@ -122,11 +123,17 @@ def generate(
         return load_pipeline(model, dtype, variant, device, allow_pickled)
 
     if prompts is not None:
+        try:
+            texts = many.read_prompts(prompts)
+        except (OSError, ValueError) as error:
+            raise bad("prompts", str(error)) from None
         sampling = many.Sampling(steps, guidance, width, height, batch, negative_prompt)
         run = {"model": model, "dtype": dtype, "sampling": sampling, "options": pruning, "root": output}
-        _generate_many(load, place, prompts, seed, {**run, "with_full": bool(compare)}, report_file)
+        cases = [many.PromptCase(text, seed + n) for n, text in enumerate(texts)]
+        _generate_many(load, place, {**run, "cases": cases, "with_full": bool(compare)}, report_file)
         return
     check_prompt(prompt, "PROMPT")
+    check_no_run(output)
     request = comparison.ImageRequest(prompt, negative_prompt, steps, guidance, seed, width, height)
     described = comparison.describe(request, pruning, model=model, dtype=dtype)
     with_full = compare is None or compare
@@ -161,8 +168,6 @@ def _generate_one(
 def _generate_many(
     load: Callable[[torch.device], StableDiffusionXLPipeline],
     device: torch.device,
-    prompts: Path,
-    seed: int,
     settings: dict[str, Any],
     report_file: Path,
 ) -> None:
@@ -171,12 +176,8 @@ def _generate_many(
     from atedm.app.run_record import OtherRun
 
     with failing_clearly():
-        try:
-            cases = [many.PromptCase(text, seed + n) for n, text in enumerate(many.read_prompts(prompts))]
-        except ValueError as error:
-            raise bad("prompts", str(error)) from None
         device = many.own_device(device)
-        run = many.PromptRun(load(device), cases=cases, **settings)
+        run = many.PromptRun(load(device), **settings)
         check_applicable(run.options, run.pipe)
         try:
             run.make()

@@ -21,7 +21,7 @@ Levels = Annotated[
     str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: those of the settings, or all.")
 ]
 
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")]
 Size = Annotated[str, typer.Option(help="Image size in pixels: 1024 or WIDTHxHEIGHT such as 1216x832.")]
 

@@ -117,11 +117,16 @@ class PrunedBlock:
         memory = self.memory_of(call, hidden_states)
         is_whole = call.kind in ("whole", "reused") or (call.kind == "light" and self.whole_when_light)
         has_no_memory = self.remembers and memory is None
+        if not is_whole and self.remembers and memory is not None:
+            # What wraps the block may have left it out of the picture's first call. Only asked here: a graph of a whole
+            # call would else be guarded by it.
+            is_whole = not memory.is_filled
         choice = None
         if keep == height * width or is_whole or has_no_memory:
             if has_no_memory or not self.remembers:
                 return self.forward(self.module, hidden_states, *args, **kwargs)
             stand_in = RememberingTransformer(self, memory)
+            memory.is_filled = True
         else:
             if torch.is_grad_enabled() and hidden_states.requires_grad:
                 self.calls.say_once(

@@ -351,6 +351,10 @@ def why_hooked(layer: nn.Module) -> str | None:
     return None
 
 
+# What decides whether tokens can be ranked from a layer, beside its positional embeddings and its attention.
+LAYER = ("norm_type", "only_cross_attention", "double_self_attention")
+
+
 def why_not_rankable(layer: nn.Module) -> str | None:
     """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
     hooked = why_hooked(layer)

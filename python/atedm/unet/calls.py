@@ -148,6 +148,8 @@ class UNetCalls:
         compiled = self.parts.compiled
         if compiled:
             count_graphs(unet, self, compiled)
+            for module in compiled:
+                check_own_forward(module)
         in_graph = bool(compiled)
         if forward_is_compiled(unet):
             check_own_forward(unet)

@@ -59,16 +59,22 @@ def forward_is_compiled(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
-def check_own_forward(unet: nn.Module) -> None:
+def check_own_forward(module: nn.Module) -> None:
     """
+    Args:
+        module: a UNet, or a part of one.
+
     Raises:
-        RuntimeError: the compiled forward of ``unet`` is that of a UNet which it is a copy of.
+        RuntimeError: its compiled forward is that of a module which it is a copy of.
     """
-    owner = getattr(unet.__dict__["forward"]._torchdynamo_orig_callable, "__self__", unet)
-    if owner is not unet:
+    if not forward_is_compiled(module):
+        return
+    forward = module.__dict__["forward"]._torchdynamo_orig_callable
+    owner = getattr(forward, "module", getattr(forward, "__self__", module))  # atedm's forward has a module
+    if owner is not module:
         raise RuntimeError(
-            "the UNet is a copy, and its compiled forward runs the modules of the UNet that it was copied from; "
-            "expected its own: compile it again, or del unet.forward"
+            f"the {type(module).__name__} is a copy, and its compiled forward runs what it was copied from; expected "
+            "its own: compile it again, or del its attribute forward"
         )
 
 

@@ -34,6 +34,7 @@ class BlockMemory:
     ranks: Tensor | None = None
     choice: int | None = None
     scores: Tensor | None = None
+    is_filled: bool = False
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (x for x in (self.index, self.update, self.ranks, *self.staleness.values()) if x is not None)
@@ -41,6 +42,7 @@ class BlockMemory:
     def forget(self) -> None:
         """Forget what the first whole call of the next picture does not write over."""
         self.choice = self.scores = None
+        self.is_filled = False
         if self.ranks is not None:
             self.ranks.fill_(1.0)
 

@@ -96,6 +96,8 @@ class Planner:
         """Make every call one of ``kind`` that follows others with ``sample``: to count FLOPs, and to time."""
         needs_slot = self._follows_pictures or kind == "reused"
         slot = self._make_slot(_key(sample), sample) if needs_slot else None
+        for block in slot.blocks.values() if slot is not None else ():
+            block.is_filled = True
         self.forced = Call(kind, is_warm=self._starts_warm and kind in PRUNING, slot=slot)
         try:
             yield

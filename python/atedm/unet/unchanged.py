@@ -13,12 +13,12 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from atedm.unet.blocks import (
+    LAYER,
     NORMS,
     PARTS,
     PLAIN,
     parts_of,
-    why_hooked,
-    why_not_plain,
+    why_not_rankable,
     why_not_skippable,
     why_not_tokenwise,
     why_stage_replaced,
@@ -71,7 +71,7 @@ def _check(block: PrunedBlock) -> None:
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
     if reason is None and not block.is_current:
         reason = "its class, or the forward of that, is another than at atedm.apply"
-    reason = reason or why_hooked(first) or why_not_plain(first.attn1)
+    reason = reason or why_not_rankable(first)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
@@ -121,6 +121,7 @@ class _Places:
             *((place, name) for name in PLAIN for place in (vars(first), first._modules)),
             *((place, name) for part in attentions for name in NORMS for place in (vars(part), part._modules)),
             *((place, "pos_embed") for layer in layers for place in (vars(layer), layer._modules)),
+            *((vars(layers[0]), name) for name in LAYER),
         ]
         self._typed = [module, *layers, *attentions]  # tools exchange their classes
         self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention}  # or what these run
@@ -134,4 +135,5 @@ class _Places:
         found = [place.get(name) for place, name in self._objects]
         found += map(type, self._typed)
         found += [kind.forward for kind in self._kinds]
+        found.append(getattr(type(self._typed[0]), "_get_output_for_continuous_inputs", None))
         return found + [len(place[name]) for place, name in self._sized]
