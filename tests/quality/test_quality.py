@@ -365,7 +365,6 @@ def test_a_checkpoint_gets_fid_and_clip_score(checkpoint, checkpoint_rows):
     assert len(list((checkpoint / "run" / "ours-c").glob("*.png"))) == 3
 
 
-# As a launcher starts them, by their environment, but forked from one process that has imported everything.
 def test_pictures_are_compared_with_those_of_another_run(finished, tmp_path):
     arguments, folder, _ = finished
     arguments = [*arguments[:-1], tmp_path / "run"]
@@ -389,6 +388,7 @@ def test_pictures_are_compared_with_those_of_another_run(finished, tmp_path):
         assert code == 2 and message in output, output
 
 
+# As a launcher starts them, by their environment, but forked from one process that has imported everything.
 TWO_PROCESSES = """
 import multiprocessing, os, runpy, socket, sys
 import atedm_bench.quality.session, torch, torchmetrics

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ class OtherRun(ValueError):
     """A folder holds pictures of another run, or its record cannot be read."""
 
 
+@contextlib.contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """For what reading the content of ``path`` raises, where that is not what a run writes."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
+
+
 def read_run(root: Path) -> dict[str, Any]:
     """What the folder ``root`` says of its pictures.
 
@@ -31,7 +41,7 @@ def read_run(root: Path) -> dict[str, Any]:
         OtherRun: its record is damaged. OSError: it has none.
     """
     path = root / RUN
-    try:
+    with _naming_damage(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
             raise ValueError("it has no settings")
@@ -39,8 +49,6 @@ def read_run(root: Path) -> dict[str, Any]:
             raise ValueError("it has no cases")
         if not str(found.get("model", "")).isprintable():
             raise ValueError("its model has no name that can be printed")
-    except (ValueError, RecursionError) as error:
-        raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
     return found
 
 
@@ -133,7 +141,7 @@ class Times:
         path = root / TIMES
         if not path.is_file():
             return cls(root, device)
-        try:
+        with _naming_damage(path):
             found = json.loads(path.read_text(encoding="utf-8"))
             seconds = {
                 place: {name: [*map(_positive, each)] for name, each in names.items()}
@@ -141,8 +149,6 @@ class Times:
             }
             counts = {_kind(kind): int(_positive(n)) for kind, n in found["kinds"].items()}
             return cls(root, device, Counter(counts), seconds)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise OtherRun(f"{path} is damaged: {error}; expected the file that a run writes, or none") from None
 
     def note(self, name: str, seconds_per_picture: float, kinds: Iterable[str]) -> None:
         """One batch of the UNet called ``name``."""
