@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import atedm
 from atedm.policy.options import PUBLISHED
-from atedm.unet.memory import Picture
+from atedm.unet.memory import Picture, Slot
 from atedm.unet.steps import step_of
 
 RANKINGS = ["self", "cross", "keys", lambda q, k, lse: q.float().norm(dim=-1)]
@@ -45,7 +45,8 @@ def chooses(picture, place, kind="pruned", every=3):
     if picture.is_shared:
         return True
     ranks = picture.is_choice_due(place, kind, every)
-    picture.end(place, kind, ranks)
+    picture.slot = Slot(())
+    picture.end(place, kind, place if ranks else picture.chosen, ranks)
     return ranks
 
 

@@ -280,6 +280,28 @@ def test_a_block_that_was_left_out_of_the_first_call_has_no_earlier_pictures_mem
     assert_same(picture(True), expected)
 
 
+def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(unet, make_inputs):
+    """By what wraps it: then it chooses the first time that it is asked, also where other parts are compiled."""
+    atedm.apply(unet, PUBLISHED, **CHOICES)
+    block = unet.down_blocks[1].attentions[0]
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    ours, left_out = block.forward, []
+
+    def wrapped(*args, **kwargs):
+        return type(block).forward(block, *args, **kwargs) if left_out and left_out.pop(0) else ours(*args, **kwargs)
+
+    def picture():
+        left_out[:] = [True]
+        return run(unet, first)
+
+    block.forward = wrapped
+    expected = picture()
+    unet.up_blocks[0].compile(backend="eager")  # then pictures share their memory
+    assert_same(picture(), expected)
+    run(unet, second)
+    assert_same(picture(), expected)
+
+
 def test_a_copy_of_a_unet_with_a_compiled_forward_is_refused(unet, inputs):
     unet.forward = torch.compile(unet.forward, backend="eager")
     atedm.apply(unet, PUBLISHED, **OURS)

@@ -60,8 +60,8 @@ class TokenChoice:
                 memory.ranks.copy_(ranks)
             if memory is not None and memory.index is not None:
                 memory.index.copy_(self.index)
-                if not torch.compiler.is_compiling():
-                    memory.scores, memory.choice = scores, call.choice
+                memory.scores = None if torch.compiler.is_compiling() else scores
+                memory.has_chosen = True  # not at which step: a graph would be guarded by that
         if call.recordings:
             self._record(scores, iterations)
 
@@ -69,7 +69,7 @@ class TokenChoice:
         memory, call = self._memory, self._call
         if call.ranks or memory is None or memory.index is None:
             return False
-        # A block may have been skipped when the choice was due. In a graph none is.
+        # A block may have been left out when the choice was due. In a graph none is.
         return torch.compiler.is_compiling() or memory.choice == call.choice
 
     def _rank(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:

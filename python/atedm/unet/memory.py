@@ -25,6 +25,7 @@ class BlockMemory:
             input, token by token. staleness: what tells how out of date that is.
         ranks: float32 ``[B, H, N]``, the scores that the ranking last came to, where the next begins; uniform before.
         choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by; None of a graph's.
+        has_chosen: whether the call that runs has written ``index``. is_filled: whether ``update`` is this picture's.
     """
 
     size: tuple[int, int, int]
@@ -34,6 +35,7 @@ class BlockMemory:
     ranks: Tensor | None = None
     choice: int | None = None
     scores: Tensor | None = None
+    has_chosen: bool = False
     is_filled: bool = False
 
     def tensors(self) -> Iterator[Tensor]:
@@ -42,7 +44,7 @@ class BlockMemory:
     def forget(self) -> None:
         """Forget what the first whole call of the next picture does not write over."""
         self.choice = self.scores = None
-        self.is_filled = False
+        self.has_chosen = self.is_filled = False
         if self.ranks is not None:
             self.ranks.fill_(1.0)
 
@@ -121,11 +123,11 @@ class Picture:
         if self.is_shared:
             self.restart()
 
-    def end(self, step: int, kind: str, ranks: bool, in_graph: bool = False) -> None:
+    def end(self, step: int, kind: str, choice: int | None, ranks: bool) -> None:
         """Note that a call of ``kind`` at ``step`` has ended.
 
         Args:
-            ranks: it has chosen tokens. in_graph: in graphs.
+            choice: the step of the choice that it went by. ranks: it has chosen tokens.
         """
         self.kinds[step] = kind
         self.is_filled = True  # every call before the first whole one is whole
@@ -134,9 +136,9 @@ class Picture:
         if ranks:
             self.chosen = step
             self.ranked.add(kind)
-            for block in self.slot.blocks.values() if in_graph else ():
-                if block.choice != step:  # a graph notes no choice, and leaves no block out
-                    block.choice, block.scores = step, None
+        for block in self.slot.blocks.values():
+            if block.has_chosen:
+                block.choice, block.has_chosen = choice, False
 
     def break_off(self) -> None:
         """Forget what a call has left that raised: it may have written one part and not another."""

@@ -192,7 +192,7 @@ class Planner:
         picture = call.picture
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
-        picture.end(call.step, call.kind, call.ranks, in_graph=call.slot.owner is not None)
+        picture.end(call.step, call.kind, call.choice, call.ranks)
         if picture.is_over:
             self._kinds.look_back(picture, call.total)
             if call.slot.owner is None:
