@@ -23,7 +23,7 @@ SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
-# Side by side, as a suite waits for no wheel.
+# Side by side, as a suite waits for no wheel; the wheel takes the library that the suite's environment has compiled.
 test: suite base-install
 
 # File by file: the tests of a file share what is slow to make. In their order: the longest files are not the last.
@@ -38,12 +38,12 @@ $(VENV)/triton-3.6: | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL) --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
-# The wheel alone, with what it requires, in an environment of its own: every op runs there. Built from a copy: the
-# editable install builds in the checkout at the same time.
-base-install: $(BASE)/required
+# The wheel alone, with what it requires, in an environment of its own: every op runs there. Built from a copy, which
+# leaves nothing in the checkout.
+base-install: $(BASE)/required $(INSTALLED)test
 	rm -rf $(BASE)/source $(BASE)/wheel
 	mkdir $(BASE)/source
-	tar --exclude '*.egg-info' --exclude 'libatedm.*' -cf - $(PACKAGE) | tar -xf - -C $(BASE)/source
+	tar --exclude '*.egg-info' -cf - $(PACKAGE) | tar -xf - -C $(BASE)/source
 	$(VENV)/bin/python $(PIP) wheel --no-deps --wheel-dir $(BASE)/wheel $(BASE)/source
 	$(INTO_BASE) --constraint constraints.txt --find-links $(BASE)/wheel $(BASE)/wheel/*.whl
 	$(INTO_BASE) --no-deps --force-reinstall $(BASE)/wheel/*.whl

@@ -5,12 +5,14 @@ With a compiler, the native CPU library is built too. ctypes loads it and it doe
 serves every Python version. Without a compiler the wheel is pure, and the reference backend serves the CPU."""
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 BENCH = ["atedm_bench", *(f"atedm_bench.{name}" for name in find_packages("bench"))]
 
@@ -34,8 +36,13 @@ class BuildNative(build_ext):
         return []
 
     def build_extension(self, ext):
+        out, built = Path(self.get_ext_fullpath(ext.name)), native.IN_PLACE
+        is_up_to_date = built.is_file() and not newer_group(ext.depends, built) and "CXX" not in os.environ
+        if is_up_to_date and built != out.resolve():
+            self.copy_file(built, out)  # as csrc/build.py or an editable install has left it
+            return
         try:
-            native.build_library(Path(self.get_ext_fullpath(ext.name)))
+            native.build_library(out)
         except native.BuildError as error:
             warnings.warn(f"building without the native CPU library: {error}", stacklevel=1)
 

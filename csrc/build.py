@@ -17,6 +17,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
+IN_PLACE = SOURCES.resolve().parent / "atedm_kernels" / f"libatedm{SUFFIX}"
 
 # Contraction fuses a product and a sum into one operation where the ISA has one. Never -ffast-math, which would delete
 # the rounding that the exponential builds on.
@@ -114,9 +115,8 @@ def build_library(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    target = SOURCES.parent / "atedm_kernels" / f"libatedm{SUFFIX}"
     try:
-        build_library(target)
+        build_library(IN_PLACE)
     except BuildError as error:
         sys.exit(str(error))
-    print(target)
+    print(IN_PLACE)
