@@ -100,13 +100,7 @@ def flops(
     counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
     check_applicable(base, counter.unet)
     with progress.status("counting …") as status:
-        if paper:
-            rows = list(_paper_rows(counter, settings, status))
-        elif budget is not None:
-            rows = [row for each in variants for row in _budget_rows(counter, each, steps, budget, status)]
-        else:
-            rows = [_row("full", counter.full(), counter)]
-            rows += [row for each in variants for row in _rows(counter, each, steps, status)]
+        rows = _counted(counter, variants, settings, budget, paper, status)
     if json is not None:
         with failing_clearly():
             report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
@@ -114,6 +108,23 @@ def flops(
         _print_paper(rows, settings)
     else:
         _print(rows, settings, base, budget)
+
+
+def _counted(
+    counter: UNetFlops,
+    variants: list[Options],
+    settings: dict[str, Any],
+    budget: float | None,
+    paper: bool,
+    status: Any,
+) -> list[dict[str, Any]]:
+    if paper:
+        return list(_paper_rows(counter, settings, status))
+    steps = settings["steps"]
+    if budget is not None:
+        return [row for each in variants for row in _budget_rows(counter, each, steps, budget, status)]
+    rows = [_row("full", counter.full(), counter)]
+    return rows + [row for each in variants for row in _rows(counter, each, steps, status)]
 
 
 def _join(levels: Any) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atedm.cli.checks import (
-    MAX_SEED,
     bad,
     check_applicable,
     check_dtype,
@@ -30,12 +29,18 @@ from atedm.cli.parameters import (
     Comparison,
     Device,
     Dtype,
+    Grid,
     Guidance,
     Levels,
     OptionsFile,
     Pictures,
+    Placement,
     Preset,
+    RankEvery,
+    Ranking,
     Ratio,
+    Recovery,
+    Seed,
     Size,
     Steps,
     Variant,
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
     from atedm.app.comparison import ImageRequest
+    from atedm.app.prompts import PromptCase
     from atedm.policy.options import Options
 
 WHY_SLOWER = "Not faster here: at this size, on this device, what is added to a call costs more than it saves."
@@ -60,31 +66,18 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     steps: Steps = 50,
     guidance: Guidance = 5.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=MAX_SEED, help="Of the starting noise, the same on every device; the n-th prompt has seed + n."
-        ),
-    ] = 0,
+    seed: Seed = 0,
     size: Size = "1024",
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: images at a time.")] = 1,
     preset: Preset = None,
     options: OptionsFile = None,
     ratio: Ratio = None,
     levels: Levels = None,
-    placement: Annotated[
-        str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")
-    ] = None,
-    ranking: Annotated[
-        str | None, typer.Option(help="What ranks: attention, self (default) or cross, or keys.")
-    ] = None,
-    recovery: Annotated[
-        str | None, typer.Option(help="Dropped tokens: cached (default), similarity, keys, zeros or bicubic.")
-    ] = None,
-    grid: Annotated[
-        int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
-    ] = None,
-    rank_every: Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")] = None,
+    placement: Placement = None,
+    ranking: Ranking = None,
+    recovery: Recovery = None,
+    grid: Grid = None,
+    rank_every: RankEvery = None,
     dtype: Dtype = "bf16",
     variant: Variant = None,
     allow_pickled: AllowPickled = False,
@@ -117,20 +110,16 @@ def generate(
     width, height = parse_size(size)
     place = parse_device(device)
     from atedm.app import comparison
-    from atedm.app import prompts as many
+    from atedm.app.prompts import Sampling
 
     def load(device: torch.device) -> StableDiffusionXLPipeline:
         return load_pipeline(model, dtype, variant, device, allow_pickled)
 
     if prompts is not None:
-        try:
-            texts = many.read_prompts(prompts)
-        except (OSError, ValueError) as error:
-            raise bad("prompts", str(error)) from None
-        sampling = many.Sampling(steps, guidance, width, height, batch, negative_prompt)
+        sampling = Sampling(steps, guidance, width, height, batch, negative_prompt)
         run = {"model": model, "dtype": dtype, "sampling": sampling, "options": pruning, "root": output}
-        cases = [many.PromptCase(text, seed + n) for n, text in enumerate(texts)]
-        _generate_many(load, place, {**run, "cases": cases, "with_full": bool(compare)}, report_file)
+        run |= {"cases": _cases(prompts, seed), "with_full": bool(compare)}
+        _generate_many(load, place, run, report_file)
         return
     check_prompt(prompt, "PROMPT")
     check_no_run(output)
@@ -138,6 +127,15 @@ def generate(
     described = comparison.describe(request, pruning, model=model, dtype=dtype)
     with_full = compare is None or compare
     _generate_one(lambda: load(place), place, request, pruning, described, output, with_full, explain, report_file)
+
+
+def _cases(prompts: Path, seed: int) -> list[PromptCase]:
+    from atedm.app.prompts import PromptCase, read_prompts
+
+    try:
+        return [PromptCase(text, seed + n) for n, text in enumerate(read_prompts(prompts))]
+    except (OSError, ValueError) as error:
+        raise bad("prompts", str(error)) from None
 
 
 def _generate_one(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.checks import finite
+from atedm.cli.checks import MAX_SEED, finite
 
 Preset = Annotated[
     str | None,
@@ -21,8 +21,24 @@ Levels = Annotated[
     str | None, typer.Option(help="Levels to prune, such as 2,3 or 3. Default: those of the settings, or all.")
 ]
 
+Placement = Annotated[
+    str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")
+]
+Ranking = Annotated[str | None, typer.Option(help="What ranks: attention, self (default) or cross, or keys.")]
+Recovery = Annotated[
+    str | None, typer.Option(help="Dropped tokens: cached (default), similarity, keys, zeros or bicubic.")
+]
+Grid = Annotated[int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")]
+RankEvery = Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")]
+
 Steps = Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(callback=finite, help="Guidance scale; up to 1 switches it off.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=MAX_SEED, help="Of the starting noise, the same on every device; the n-th prompt has seed + n."
+    ),
+]
 Size = Annotated[str, typer.Option(help="Image size in pixels: 1024 or WIDTHxHEIGHT such as 1216x832.")]
 
 Dtype = Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")]
