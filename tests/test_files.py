@@ -15,7 +15,7 @@ import atedm
 from atedm.app import prompts as many
 from atedm.app.run_record import Times, claim
 from atedm.cli import app
-from atedm.files import whole_file
+from atedm.files import whole_file, whole_folder
 
 
 @pytest.mark.parametrize("before", [None, "before"])
@@ -32,6 +32,23 @@ def test_what_fails_half_way_changes_nothing(tmp_path, before, error):
     if isinstance(error, OSError):
         assert str(path) in str(caught.value)
         assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("before", [None, "before"])
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, before):
+    folder = tmp_path / "model"
+    if before is not None:
+        folder.mkdir()
+        (folder / "old.txt").write_text(before)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+        (partial / "new.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")] == (
+        [] if before is None else ["model/old.txt"]
+    )
+    with whole_folder(folder) as partial:
+        (partial / "new.txt").write_text("whole")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new.txt"]
 
 
 def test_options_cannot_be_saved_where_there_is_no_folder(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atedm.files import whole_file
 from atedm_bench.scenes import COLORS, SHAPES
 
 WEIGHTS = Path(__file__).with_name("checker.safetensors")
@@ -93,7 +94,8 @@ def load_checker(path: Path = WEIGHTS) -> Checker:
 def save_checker(model: Checker, path: Path = WEIGHTS) -> None:
     """Write the weights in half precision."""
     state = {name: t.half().contiguous() for name, t in model.state_dict().items() if t.is_floating_point()}
-    save_file(state, path)
+    with whole_file(path) as partial:
+        save_file(state, partial)
 
 
 @torch.no_grad()

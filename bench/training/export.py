@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from atedm.files import whole_folder
 from atedm_bench.training.config import Config
 from atedm_bench.training.loop import Counter
 from atedm_bench.training.models import sampling_scheduler
@@ -38,11 +39,10 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
     )
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         torch.nn.Module.to(part, torch.float16)
-    if target.exists():
-        shutil.rmtree(target)
-    pipe.save_pretrained(target, safe_serialization=True)
-    _suit_older_releases(folder, target)
-    _forget_paths(target)
+    with whole_folder(target) as partial:
+        pipe.save_pretrained(partial, safe_serialization=True)
+        _suit_older_releases(folder, partial)
+        _forget_paths(partial)
     return counter
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from atedm.files import whole_folder
 from atedm_bench.scenes import caption
 from atedm_bench.scenes.split import scenes
 from atedm_bench.training.config import Config
@@ -50,11 +51,7 @@ def build_tokenizer(config: Config, folder: Path) -> CLIPTokenizer:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learned]
     letters = sorted(alphabet)
     tokens = [*letters, *(c + "</w>" for c in letters), *dict.fromkeys(a + b for a, b in merges), _START, _END]
-    folder.mkdir(parents=True, exist_ok=True)
-    # Go through files: transformers 5 changed the constructor's arguments but not the files.
-    folder.joinpath("vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    folder.joinpath("merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": config.tokenizer.max_tokens,
@@ -63,7 +60,11 @@ def build_tokenizer(config: Config, folder: Path) -> CLIPTokenizer:
         "unk_token": _END,
         "pad_token": _END,
     }
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps(settings))
+    # Go through files: transformers 5 changed the constructor's arguments but not the files.
+    with whole_folder(folder) as partial:
+        partial.joinpath("vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), "utf-8")
+        partial.joinpath("merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.joinpath("tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from atedm.files import whole_folder
 from atedm_bench.scenes import COLORS, SHAPES, Scene
 from atedm_bench.scenes.scene import BACKGROUND_COLORS, PLACES, RELATIONS
 from atedm_bench.training.config import Config
@@ -125,5 +126,6 @@ def train_text(config: Config, folder: Path, accelerator: Accelerator, workers: 
     stage.run(recipe.steps * recipe.batch, step)
     if accelerator.is_main_process:
         encoders = accelerator.unwrap_model(model).encoders
-        encoders.first.save_pretrained(folder / "text_encoder")
-        encoders.second.save_pretrained(folder / "text_encoder_2")
+        for name, encoder in (("text_encoder", encoders.first), ("text_encoder_2", encoders.second)):
+            with whole_folder(folder / name) as partial:
+                encoder.save_pretrained(partial)

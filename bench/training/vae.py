@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atedm.files import whole_folder
 from atedm_bench.scenes import render
 from atedm_bench.scenes.scene import Scene
 from atedm_bench.training.config import Config
@@ -75,7 +76,8 @@ def train_vae(config: Config, folder: Path, accelerator: Accelerator, workers: i
     if accelerator.is_main_process:
         vae = accelerator.unwrap_model(model).vae.eval().cpu()
         vae.register_to_config(scaling_factor=1 / _latent_std(vae, config))
-        vae.save_pretrained(folder / "vae")
+        with whole_folder(folder / "vae") as partial:
+            vae.save_pretrained(partial)
 
 
 @torch.no_grad()

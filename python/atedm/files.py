@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -47,6 +47,29 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Where to write the files that shall be in the folder ``path``: it is replaced by them when the block ends.
+
+    Raises:
+        OSError: the folder cannot be written; ``path`` stays as it was.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, before = (target.parent / f".{secrets.token_hex(8)}.{name}" for name in ("partial", "before"))
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rename(before)
+        partial.rename(target)
+    finally:
+        if before.exists() and not target.exists():
+            before.rename(target)
+        for left in (partial, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def is_stream(path: Path) -> bool:
