@@ -218,6 +218,19 @@ def change_pipeline(folder):
 CHANGES = (change_weights, change_scheduler, change_words, change_merges, change_length, change_pipeline)
 
 
+def test_times_are_kept_picture_by_picture(command, tmp_path, monkeypatch):
+    """Whatever ends a run, the next one knows them."""
+    seen, note = [], Times.note
+
+    def noted(times, *args):
+        seen.append((tmp_path / "out" / "times.json").exists())
+        note(times, *args)
+
+    monkeypatch.setattr(Times, "note", noted)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert seen[0] is False and seen[1:] and all(seen[1:])
+
+
 def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(command, model, tmp_path, monkeypatch):
     own = tmp_path / "model"
     shutil.copytree(model, own)

@@ -220,11 +220,7 @@ class PromptRun:
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not state.is_main_process) as progress:
             for name in self.names:
                 task = progress.add_task(name, total=len(self.cases))
-                try:
-                    self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
-                finally:  # an interrupted run too knows its times when it goes on
-                    if state.is_main_process:
-                        self.times.write()
+                self._make(name, lambda count, task=task: progress.advance(task, count * state.num_processes))
         state.wait_for_everyone()
         failed = sorted(gather_object(self.failed), key=lambda each: (each[0], each[1].number))
         self.failed = failed if state.is_main_process else []
@@ -246,6 +242,8 @@ class PromptRun:
             def note(count: int) -> None:
                 if timer.seconds:
                     self.times.note(name, sum(timer.seconds) / count, kinds)
+                    if state.is_main_process:
+                        self.times.write()  # now: whatever ends this run, the next one knows them
                 on_picture(count)
 
             make_pictures(

@@ -162,5 +162,4 @@ class Times:
         return statistics.median(found) if found else None
 
     def write(self) -> None:
-        if self._seconds:
-            report.write_json({"seconds": self._seconds, "kinds": self.kinds}, self.root / TIMES, keep_same=True)
+        report.write_json({"seconds": self._seconds, "kinds": self.kinds}, self.root / TIMES)
