@@ -39,6 +39,7 @@ _LETTERS = {kind[0]: kind for kind in atedm.KINDS}
 RUNS = (FULL, *_OURS, *_DEEPCACHE, TOMESD)
 
 GUIDANCE = 5.0
+_WARM_UP_STEPS = 3  # on a CPU
 
 # SDXL's own (scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0).
 _SCHEDULER = {
@@ -124,7 +125,6 @@ class WholeRuns:
             "latents": normal(unet.config.in_channels, *latent_size(width, height)),
             "guidance_scale": GUIDANCE if guided else 1.0,
             **{"width": width, "height": height, "output_type": "latent"},
-            "num_inference_steps": self._steps,
         }
         if guided:
             arguments |= {"negative_prompt_embeds": normal(*text), "negative_pooled_prompt_embeds": normal(pooled)}
@@ -146,21 +146,28 @@ class WholeRuns:
         while done < repeats and (done == 0 or sum(r.seconds[-1] for r in self._runs) < end - time.monotonic()):
             for run in by_turns(self._runs, done):
                 notify(f"{run.name}: round {done + 1} of {repeats}")
-                with run.method.in_force(self._pipe):
-                    run.seconds.append(seconds_of(self._call, self._pipe.unet.device))
+                self._time(run)
             done += 1
 
-    def _call(self) -> None:
-        self._pipe(**self._arguments)
-
     def _warm_up(self, run: _Run) -> None:
+        # A GPU tunes and compiles for each kind of step. A CPU has neither to do, and a run takes it minutes.
+        is_cpu = self._pipe.unet.device.type == "cpu"
+        steps = min(_WARM_UP_STEPS, self._steps) if is_cpu else self._steps
+        with run.method.in_force(self._pipe):
+            self._pipe(**self._arguments, num_inference_steps=steps)
+
+    def _time(self, run: _Run) -> None:
+        def call() -> None:
+            self._pipe(**self._arguments, num_inference_steps=self._steps)
+
+        device = self._pipe.unet.device
         with run.method.in_force(self._pipe):
             if not run.method.records:
+                run.seconds.append(seconds_of(call, device))
                 run.kinds = run.method.kinds(self._costs)
-                self._call()
                 return
-            with atedm.record(self._pipe, tokens=False) as recording:
-                self._call()
+            with atedm.record(self._pipe, tokens=False) as recording:  # microseconds of a call
+                run.seconds.append(seconds_of(call, device))
             run.kinds = recording.kinds
 
     def rows(self) -> list[dict[str, Any]]:
