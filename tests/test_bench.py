@@ -16,7 +16,7 @@ import atedm_kernels as kernels
 from atedm.app.models import SDXL_UNET, unet_inputs
 from atedm.policy.options import PUBLISHED, resolve
 from atedm.unet.block import PrunedBlock
-from atedm_bench import host, peers, whole_runs
+from atedm_bench import host, peers, unet_calls, whole_runs
 from atedm_bench import unet as bench
 from atedm_bench import unet_variants as variants
 from atedm_bench.measure import op_seconds_of, peak_memory_of, seconds_of
@@ -54,12 +54,12 @@ def _a_short_run():
     """Three rounds of the host's work where a real run makes ten; runs of one size share their counts of FLOPs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "MIN_ROUNDS", 3)
-        patch.setattr(bench, "UNetFlops", shared_counters())
+        patch.setattr(unet_calls, "UNetFlops", shared_counters())
         yield
 
 
-def _settings(**changes) -> bench.Settings:
-    return bench.UNetSettings(
+def _settings(**changes) -> unet_calls.UNetSettings:
+    return unet_calls.UNetSettings(
         **{"device": CPU, "dtype": torch.float32, "width": 128, "height": 128, "repeats": 2, **changes}
     )
 
@@ -93,7 +93,7 @@ def test_every_variant_has_a_row(measured):
         assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
         assert row["repeats"] == 2
         # At least the weights.
-        assert row["peak_memory_bytes"] > 4 * run.facts["parameters"]
+        assert row["peak_memory_bytes"] > 4 * run.settings_for_report()["parameters"]
 
 
 def test_rows_of_ours_say_where_the_time_goes(measured):
@@ -212,9 +212,8 @@ def test_a_missing_peer_is_said_not_raised(monkeypatch):
         raise RuntimeError("tomesd is not installed")
 
     monkeypatch.setattr(peers.TomesdFlops, "nearest_ratio", missing)
-    run = bench.UNetBench(SMALL, _settings(width=64, height=64))
-    run._build(lambda what: None)
-    assert variants.TOMESD not in [variant.name for variant in run.variants]
+    run = bench.UNetBench(SMALL, _settings(width=64, height=64, only=(variants.TOMESD,)))
+    run.run()
     assert run.rows() == [{"name": variants.TOMESD, "error": "tomesd is not installed"}]
 
 

@@ -63,7 +63,8 @@ def unet(
 
     from atedm.app import report
     from atedm.app.models import meta_unet
-    from atedm_bench.unet import UNetBench, UNetSettings
+    from atedm_bench.unet import UNetBench
+    from atedm_bench.unet_calls import UNetSettings
     from atedm_bench.unet_variants import VARIANTS
     from atedm_bench.whole_runs import RUNS
 
