@@ -208,6 +208,18 @@ def kinds_of(schedule, total, rates):
 CHANGES = [0.42, 0.22, 0.24, 0.24, 0.20, 0.17, 0.13, 0.10, 0.09, 0.08, 0.07, *[0.06] * 14]
 
 
+def test_more_steps_come_closer_and_cost_less_a_step():
+    """Twice as many: half the change from each to the next."""
+    finer = [change / 2 for change in CHANGES for _ in range(2)]
+    for schedule in (Adaptive(0.3), Adaptive(0.55, min_gap=2)):
+        computed, of_more = kinds_of(schedule, 25, CHANGES).count("w"), kinds_of(schedule, 50, finer).count("w")
+        assert computed < of_more < 2 * computed
+    apart = Adaptive(0.3, max_gap=20)
+    assert kinds_of(apart, 50, [0.019] * 50).startswith("wwrrrrrrrw")  # 0.3 / 2^¾ is 9 times the rate: 6 equal parts
+    assert kinds_of(apart, 25, [0.038] * 25).startswith("wwrrrrrw")  # 0.3 is 7 times the rate: 4 equal parts
+    assert kinds_of(apart, 13, [0.09] * 13).startswith("wwrrw")  # fewer steps take no more than that
+
+
 def test_an_adaptive_schedule_follows_the_rate_of_change():
     found = kinds_of(Adaptive(0.3), 25, CHANGES)
     assert [step for step, kind in enumerate(found) if kind == "w"] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 20, 24]
