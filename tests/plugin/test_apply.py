@@ -401,7 +401,7 @@ def test_removing_while_recording_is_said(unet, inputs, caplog):
         atedm.apply(unet, PUBLISHED, schedule=None)
         unet(**inputs)
     assert len(recording.ranked) == 11
-    assert [message for message in caplog.messages if "nothing more is recorded" in message]
+    assert [message for message in caplog.messages if "a recording, which ends here" in message]
 
 
 def test_what_was_applied_before_keeps_no_unet_alive(make_unet):

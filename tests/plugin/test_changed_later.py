@@ -85,6 +85,8 @@ def merge(unet):
     unet._tome_info["size"] = (16, 24)
 
 
+OTHER_OF_THE_SAME_NAME = type("AttnProcessor2_0", (), {"__call__": lambda _, *args, **kwargs: args[1]})()
+
 CHANGES = {
     "forward of the first layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[0]),
     "forward of the first self-attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[0].attn1),
@@ -106,6 +108,19 @@ CHANGES = {
     "processor of a later self-attention": lambda unet: (
         block_of(unet).transformer_blocks[1].attn1.set_processor(PlacedAttention())
     ),
+    "processor that is named as diffusers' own": lambda unet: (
+        block_of(unet).transformer_blocks[0].attn1.set_processor(OTHER_OF_THE_SAME_NAME)
+    ),
+    "later processor that is named so": lambda unet: (
+        block_of(unet).transformer_blocks[1].attn2.set_processor(OTHER_OF_THE_SAME_NAME)
+    ),
+    "method of the first self-attention": lambda unet: setattr(
+        block_of(unet).transformer_blocks[0].attn1, "get_attention_scores", lambda *_: None
+    ),
+    "output of a block": lambda unet: setattr(
+        block_of(unet), "_get_output_for_continuous_inputs", lambda *_, **__: None
+    ),
+    "feed-forward of another class": lambda unet: setattr(block_of(unet).transformer_blocks[1], "ff", nn.Identity()),
     "class of a layer": exchange_layer,
     "class of a later self-attention": lambda unet: double(block_of(unet).transformer_blocks[1].attn1),
     "positions in the first layer": lambda unet: setattr(
@@ -375,7 +390,7 @@ def test_tracing_keeps_one_call_so_calls_must_be_alike(unet_to_compile, inputs):
         return torch.jit.trace(wrapped, (sample, torch.tensor(500.0), text), check_trace=False), (sample, text)
 
     atedm.apply(unet, PUBLISHED)
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace keeps what one call does"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace records a single call"):
         trace()
     atedm.apply(unet, PUBLISHED, schedule=None)
     traced, (sample, text) = trace()

@@ -16,7 +16,14 @@ from torch import nn
 
 from atedm.policy.options import Options, resolve
 from atedm.unet.block import PrunedBlock
-from atedm.unet.blocks import AttentionBlock, Place, attention_blocks, blocks_to_prune, unwrapped
+from atedm.unet.blocks import (
+    AttentionBlock,
+    Place,
+    attention_blocks,
+    blocks_to_prune,
+    runs_its_own_forward,
+    unwrapped,
+)
 from atedm.unet.calls import Following, UNetCalls
 from atedm.unet.graphs import count_graphs, is_compiled
 from atedm.unet.recording import Recording
@@ -78,12 +85,14 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
     calls = calls_of(unet)
     if calls is None:
         return None
-    for part in calls.parts:
+    # Where another tool has put back the forward of the class, there is nothing to take out.
+    installed = [part for part in calls.parts if not runs_its_own_forward(part.module)]
+    for part in installed:
         if part not in _parts_on(part.module).values():
             raise RuntimeError(
                 f"the forward of {part.name} has been replaced since atedm.apply; expected atedm's: undo that first"
             )
-    for part in calls.parts:
+    for part in installed:
         module = part.module
         if module.__dict__.get("forward") is not part:
             # An accelerate hook came after us and keeps what it wraps under this name.
@@ -92,8 +101,9 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
             del module.forward
         else:
             module.forward = part.previous
+    put_back = [part.previous for part in installed]  # by atedm too, where UNets share a part
     for module in unet.modules():  # a copy of a pruned block may have taken its place
-        strays = _parts_on(module)
+        strays = {name: part for name, part in _parts_on(module).items() if part not in put_back}
         if "forward" in strays:
             del module.forward
         if "_old_forward" in strays:
@@ -272,7 +282,7 @@ def remove(pipe: Pipeline) -> Pipeline:
     unet = _unet_of(pipe)
     calls = calls_of(unet)
     if calls is not None and calls.recordings:
-        logger.warning("removed while it is recorded: nothing more is recorded here")
+        logger.warning("atedm was removed during a recording, which ends here")
     _uninstall(unet)
     return pipe
 

@@ -58,8 +58,10 @@ def project_out(attention: nn.Module, attended: Tensor) -> Tensor:
 
 
 def scale_of(attention: nn.Module) -> float | None:
-    """None, for ``1/sqrt(D)``, unless the module says otherwise."""
-    return None if attention.scale_qk else attention.scale
+    """None, for ``1/sqrt(D)``, unless the module says otherwise, and its processor reads that."""
+    head_dim = attention.inner_dim // attention.heads
+    is_read = not type(attention.processor).__name__.endswith("2_0")  # those leave the scale to torch
+    return attention.scale if is_read and attention.scale != head_dim**-0.5 else None
 
 
 def masks_of_kept(masks: Any, index: Tensor, tokens: int) -> list[Any]:

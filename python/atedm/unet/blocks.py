@@ -6,8 +6,9 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -31,8 +32,8 @@ PLAIN_PROCESSORS = frozenset(
     }
 )
 
-# Those of perturbed-attention guidance, and of how many equal parts of the batch the last one is perturbed: its tokens
-# attend to themselves alone.
+# Those of perturbed-attention guidance, with the number of equal parts that they split the batch into. They perturb the
+# last part: its tokens attend to themselves alone.
 PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
 
 
@@ -240,6 +241,9 @@ def why_stage_replaced(stage: nn.Module) -> str | None:
     return None
 
 
+# What the forward of an attention block calls last.
+METHOD = "_get_output_for_continuous_inputs"
+
 # The parts of a layer that a tool may replace.
 PARTS = ("attn1", "attn2", "ff")
 
@@ -266,11 +270,15 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
                 reason = _why_not_for_some_tokens(part, is_ranked=i == 0 and name == ".attn1")
                 if reason is not None:
                     return f"its layer {i}{name} {reason}"
+            elif name == ".ff" and getattr(type(unwrapped(part)), "forward", None) is not FeedForward.forward:
+                return f"its layer {i}.ff is a {type(part).__name__}; expected the forward of a FeedForward"
             reason = _why_replaced(i, name, part)
             if reason is not None:
                 return reason
-    for kind in (BasicTransformerBlock, Attention):
-        if not _is_diffusers_own(kind):
+    if METHOD in vars(module):
+        return f"its method {METHOD} has been replaced by another tool"
+    for kind in (BasicTransformerBlock, Attention, FeedForward):
+        if not _is_diffusers_own(kind.forward):
             return f"the forward of the class {kind.__name__} has been replaced by another tool"
     return None
 
@@ -299,9 +307,15 @@ def _why_replaced(i: int, name: str, part: nn.Module) -> str | None:
     return None
 
 
-def _is_diffusers_own(kind: type) -> bool:
-    """Whether the forward of a class is written in diffusers; a wrapper may have taken over its name and module."""
-    return getattr(kind.forward, "__globals__", {}).get("__name__", "").startswith("diffusers.")
+def _is_diffusers_own(function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is written in diffusers; a wrapper may have taken over its name and module."""
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers.")
+
+
+def processor_of(attention: nn.Module) -> str:
+    """The class of an attention's processor, with a word where what it calls is not diffusers': names can be alike."""
+    kind = type(attention.processor)
+    return kind.__name__ if _is_diffusers_own(kind.__call__) else f"{kind.__name__} of another tool"
 
 
 def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | None:
@@ -313,7 +327,7 @@ def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | Non
         return f"is a {type(attention).__name__}; expected the forward of an Attention"
     if is_ranked:
         return None
-    processor = type(attention.processor).__name__
+    processor = processor_of(attention)
     if processor not in TOKENWISE_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"runs through {processor}, which may count on all tokens"
     if _has_norm(attention):
@@ -375,6 +389,15 @@ def why_not_rankable(layer: nn.Module) -> str | None:
 # Norms of an attention over all of its tokens.
 NORMS = ("group_norm", "spatial_norm")
 
+# What processors call of an attention.
+METHODS = (
+    "get_attention_scores",
+    "prepare_attention_mask",
+    "head_to_batch_dim",
+    "batch_to_head_dim",
+    "norm_encoder_hidden_states",
+)
+
 # What decides whether one is plain, but for the processor.
 PLAIN = (
     *NORMS,
@@ -390,9 +413,12 @@ def _has_norm(attention: nn.Module) -> bool:
 
 def why_not_plain(attention: nn.Module) -> str | None:
     """Why ``attention`` is not plain softmax attention with an output projection, or None where it is."""
-    processor = type(attention.processor).__name__
+    processor = processor_of(attention)
     if processor not in PLAIN_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"
+    replaced = [name for name in METHODS if name in vars(attention)]
+    if replaced:
+        return f"the method {replaced[0]} of its self-attention has been replaced by another tool"
     if _has_norm(attention) or attention.residual_connection:
         return "its self-attention has a norm or residual of its own"
     if attention.rescale_output_factor != 1 or attention.is_cross_attention:

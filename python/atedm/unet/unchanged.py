@@ -1,6 +1,6 @@
 """What other tools have done to a pruned UNet since :func:`atedm.apply`: looked for before every call.
 
-The look is the UNet's, not its blocks': blocks may be compiled, and a graph looks at nothing.
+The UNet's own hook looks, not its blocks: a compiled block would not look.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from atedm.unet.blocks import (
     LAYER,
+    METHOD,
+    METHODS,
     NORMS,
     PARTS,
     PLAIN,
     parts_of,
+    runs_its_own_forward,
+    unwrapped,
     why_not_rankable,
     why_not_skippable,
     why_not_tokenwise,
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 class Watch:
     """Refuses blocks that were changed so that they can no longer be pruned, and stages that can no longer be reused.
 
-    A UNet of SDXL's has 280 modules to look at. So a look asks whether the objects that decide are still those that
-    were there when a block was checked, and checks it again where one is another.
+    SDXL's UNet has 280 modules to check. To save time, a look compares the objects that matter with those of the last
+    check, and checks a block again only if one has changed.
     """
 
     def __init__(self) -> None:
@@ -69,6 +73,8 @@ class Watch:
 def _check(block: PrunedBlock) -> None:
     first = next(iter(block.module.transformer_blocks), None)
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
+    if reason is None and runs_its_own_forward(block.module):
+        reason = "its forward is that of its class again"
     if reason is None and not block.is_current:
         reason = "its class, or the forward of that, is another than at atedm.apply"
     reason = reason or why_not_rankable(first)
@@ -110,10 +116,13 @@ class _Places:
         parts = [part for layer in layers for _, part in parts_of(layer)]
         attentions = [part for part in parts if "processor" in (*vars(part), *part._modules)]
         first = layers[0].attn1
+        forwards = [unwrapped(layer.ff) for layer in layers if getattr(layer, "ff", None) is not None]
         self._objects: list[tuple[dict[str, Any], str]] = [
             (module._modules, "transformer_blocks"),
             *((module.transformer_blocks._modules, str(n)) for n in range(len(layers))),
             *((layer._modules, name) for layer in layers for name in PARTS),
+            *((vars(module), name) for name in ("forward", METHOD)),
+            *((vars(first), name) for name in METHODS),
             *((vars(part), "forward") for part in parts),
             # Under a hook of accelerate's.
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
@@ -123,8 +132,9 @@ class _Places:
             *((place, "pos_embed") for layer in layers for place in (vars(layer), layer._modules)),
             *((vars(layers[0]), name) for name in LAYER),
         ]
-        self._typed = [module, *layers, *attentions]  # tools exchange their classes
-        self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention}  # or what these run
+        self._typed = [module, *layers, *attentions, *forwards]  # tools exchange their classes
+        self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention, FeedForward}  # or what these run
+        self._processors = {type(part.processor) for part in attentions}
         self._sized = [
             (vars(module.transformer_blocks), "_modules"),
             *((vars(part), name) for part in (layers[0], first) for name in ("_forward_hooks", "_forward_pre_hooks")),
@@ -135,5 +145,6 @@ class _Places:
         found = [place.get(name) for place, name in self._objects]
         found += map(type, self._typed)
         found += [kind.forward for kind in self._kinds]
-        found.append(getattr(type(self._typed[0]), "_get_output_for_continuous_inputs", None))
+        found += [kind.__call__ for kind in self._processors]
+        found.append(getattr(type(self._typed[0]), METHOD, None))
         return found + [len(place[name]) for place, name in self._sized]
