@@ -13,7 +13,7 @@ from pathlib import Path
 # The import name of a distribution, where it differs.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 
-# A file that each package has, and what hides it has not.
+# A file of each package, which a folder that hides it does not have.
 _OWN = {"atedm": "unet/attach.py", "atedm_kernels": "registry.py"}
 
 # What every command needs: `import atedm`, and the command line itself.

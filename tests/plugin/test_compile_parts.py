@@ -54,7 +54,7 @@ def assert_same(found, expected):
 
 def graphs_said(caplog):
     (message,) = [message for message in caplog.messages if "recompile_limit" in message]
-    return int(message.split("takes up to ")[1].split()[0])
+    return int(message.split("need up to ")[1].split()[0])
 
 
 @pytest.mark.parametrize("part", ["stages", "blocks"])

@@ -97,7 +97,7 @@ def test_where_nothing_can_be_remembered_each_begins_at_uniform_scores_and_that_
         for timestep in (900, 800):
             unet(**{**inputs, "timestep": timestep})
     assert {count for ranked in recording.ranked for count in ranked.iterations.unique().tolist()} == {COLD}
-    (message,) = [m for m in caplog.messages if "no element of a scheduler's timesteps" in m]
+    (message,) = [m for m in caplog.messages if "not taken from the timesteps of a scheduler" in m]
     assert "warm_start=True" in message and "every ranking begins at uniform scores" in message
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import atedm
 from atedm.app.models import meta_unet, unet_inputs
 from atedm.policy.options import PUBLISHED, Options
+from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import DSAP
 from atedm.policy.selection import kept_tokens
 from atedm.unet.attach import calls_of
@@ -170,7 +171,11 @@ class UNetFlops:
         with atedm.applied(self.unet, options), calls_of(self.unet).planner.all_of_kind(kind, sample):
             for block in blocks:
                 found += self._block(block, options)
-        plain = replace(options, ranking="self", recovery="cached" if options.recovery == "cached" else "similarity")
+        plain = replace(
+            options,
+            ranking="self",
+            recovery=options.recovery if RECOVERIES[options.recovery].remembers else "similarity",
+        )
         if options.ranking is None or plain == options:
             return found
         unet = self.of_kind(plain, kind).unet

@@ -19,7 +19,7 @@ from atedm.unet.parts import Parts
 from atedm.unet.planner import Call, Planner
 from atedm.unet.recording import Recording
 
-_TRACED = "torch.jit.trace keeps what one call does, and {} makes calls differ; expected settings by which none does"
+_TRACED = "torch.jit.trace records a single call, and with {} calls differ; expected settings under which all are alike"
 
 _UNTOLD_GRAPH = (
     "{} makes calls differ, and a graph of the whole UNet that was compiled after atedm.apply cannot tell them apart; "
@@ -28,8 +28,8 @@ _UNTOLD_GRAPH = (
 )
 
 _DIRECT = (
-    "%s makes calls differ, and a part of the UNet was called outside of a call of the UNet, so its step is unknown; "
-    "it is computed as in a %s step"
+    "%s makes calls differ, and a part of the UNet was called on its own, so its step is unknown; it runs as in a %s "
+    "step"
 )
 
 

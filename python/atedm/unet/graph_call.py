@@ -1,4 +1,4 @@
-"""What graphs are told of the call that they run: they cannot ask which one it is."""
+"""What compiled graphs read about the call that they run: they cannot look it up."""
 
 from __future__ import annotations
 

@@ -122,9 +122,9 @@ def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) ->
     needed = max(sum(each.graphs[f] + each.unpruned[f] for each in _counted.values()) for f in own)
     if needed > limit:
         logger.warning(
-            "what was applied to compiled UNets so far takes up to %d graphs of one function for one image size; torch "
-            "makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for each "
-            "size",
+            "the settings applied to compiled UNets so far need up to %d graphs of one function for each image size; "
+            "torch makes %d and runs the rest uncompiled: set torch._dynamo.config.recompile_limit to at least %d for "
+            "each size",
             needed,
             limit,
             needed,

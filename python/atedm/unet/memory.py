@@ -90,7 +90,7 @@ class Picture:
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
         run: no other run has this number: the same timesteps may serve several. first: the step that it began at.
 
-    What a call changes of that is noted when it has come to its end.
+    A call changes this only after it has finished.
     """
 
     def __init__(self) -> None:

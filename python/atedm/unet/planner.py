@@ -35,7 +35,7 @@ class Call:
         slot: what is remembered of its picture; None where nothing is, or where that cannot be told.
         picture: the one that it belongs to, where that is known. step: denoising step of ``total``, where it is known.
         recordings: those that see it, and which of their calls it is.
-        before: what ran when it began, which runs on when it has ended: a UNet may call another.
+        before: the outer call, which goes on when this one ends: a UNet may call another.
     """
 
     kind: str = "pruned"
@@ -146,8 +146,8 @@ class Planner:
         if step.picture is None:
             self.say_once(
                 "picture",
-                "%s: the timestep is no element of a scheduler's timesteps, of which there are several in a run, so a "
-                "call may belong to any picture; %s",
+                "%s: the timestep is not taken from the timesteps of a scheduler, or a run has only one, so atedm "
+                "cannot tell which picture a call belongs to; %s",
                 self.differ,
                 self._instead,
             )
@@ -174,7 +174,7 @@ class Planner:
         if slot is None:
             self.say_once(
                 "turns",
-                "%s: pictures take turns on a compiled UNet, which remembers one; %s of the others",
+                "%s: pictures take turns on a compiled UNet, which remembers one of them; for the others, %s",
                 self.differ,
                 self._instead,
             )
