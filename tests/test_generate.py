@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.image_processor import VaeImageProcessor
 from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
@@ -178,10 +180,15 @@ def test_a_single_image_that_ranks_nan_is_an_error_without_a_traceback(common, s
 
 
 class Failing:
-    """A pipeline whose UNet has ``rows`` rows a picture, and ranks NaN in those of ``bad``."""
+    """A pipeline whose UNet has ``rows`` rows a picture, and ranks NaN in those of ``bad``.
 
-    def __init__(self, rows, bad):
-        self.rows, self.bad, self.tried = rows, bad, []
+    ``pixels``: of its pictures, by prompt.
+    """
+
+    image_processor = VaeImageProcessor()
+
+    def __init__(self, rows, bad, pixels=None):
+        self.rows, self.bad, self.pixels, self.tried = rows, bad, pixels or {}, []
 
     def set_progress_bar_config(self, **_):
         pass
@@ -192,7 +199,9 @@ class Failing:
         rows = [own + n for n, text in enumerate(prompt) if text in self.bad]
         if rows:
             raise atedm.RankedNaN("mid_block.attentions.0", None, rows, len(prompt) * self.rows)
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompt])
+        return SimpleNamespace(
+            images=torch.stack([torch.full((3, 8, 8), self.pixels.get(text, 0.5)) for text in prompt])
+        )
 
 
 @pytest.mark.parametrize("guidance", [1, 5])
@@ -214,6 +223,19 @@ def test_rows_that_are_no_pictures_are_not_guessed(tmp_path):
         prompts.make_pictures(Failing(3, {"b"}), cases, sampling, tmp_path, on_failure=print)
     with pytest.raises(atedm.RankedNaN, match="mid_block"):  # where nobody asks for failures
         prompts.make_pictures(Failing(2, {"b"}), cases, sampling, tmp_path)
+
+
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_a_picture_that_is_not_finite_is_named_and_the_others_are_made(tmp_path, pixel):
+    failed, sampling = [], prompts.Sampling(1, 5, 8, 8, batch=3)
+    cases = [prompts.PromptCase(text, 0) for text in "abc"]
+    prompts.make_pictures(Failing(2, {}, {"b": pixel}), cases, sampling, tmp_path, on_failure=failed.append)
+    assert [(failure.number, failure.message) for failure in failed] == [
+        (1, "picture 00001 has pixels that are not finite")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00002.png"]
+    with pytest.raises(FloatingPointError, match=r"picture 00001 has pixels that are not finite; .*b"):
+        prompts.make_pictures(Failing(2, {}, {"b": pixel}), cases, sampling, tmp_path)
 
 
 def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):
@@ -239,7 +261,7 @@ def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):
             [PROMPTS[0], "--preset", "papper"],
             "--preset: options is 'papper'; expected an atedm.Options or a preset: default",
         ),
-        ([PROMPTS[0], "--rank-every", "0"], "--rank-every: rank_every is 0; expected an integer of at least 1"),
+        ([PROMPTS[0], "--rank-every", "0"], "--rank-every: rank_every is 0; expected an integer, 1 to"),
         ([PROMPTS[0], "--preset", "paper", "--options", "{folder}/empty.txt"], "expected one of the two"),
         ([PROMPTS[0], "--options", "{folder}/empty.txt"], "holds no options of atedm.apply"),
         ([PROMPTS[0], "--options", "{folder}/absent.txt"], "No such file"),

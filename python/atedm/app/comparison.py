@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import atedm
 from atedm.app import report
 from atedm.app.models import LATENT_SCALE
+from atedm.app.pixels import images_of
 from atedm.files import whole_file
 from atedm.policy.options import Options
 from atedm.policy.selection import kept_tokens
@@ -143,7 +144,12 @@ def generate_image(
     """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
     request = sized(request, pipe)
     with UNetTimer(pipe.unet) as timer:
-        images = _run(pipe, request, on_step).images
+        images = images_of(pipe, _run(pipe, request, on_step, output_type="pt").images)
+    if None in images:
+        raise FloatingPointError(
+            f"{images.count(None)} of {len(images)} pictures have pixels that are not finite; expected numbers: look "
+            "at the dtype, and at the prompt"
+        )
     return Generated(images, timer.seconds, timer.batch)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -20,6 +21,7 @@ import atedm
 from atedm.app import report
 from atedm.app.comparison import UNetTimer, advice, check_image, save_image, tflops_of, token_counts
 from atedm.app.fingerprint import fingerprint
+from atedm.app.pixels import images_of
 from atedm.app.run_record import Cases, Times, claim
 from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN
@@ -115,12 +117,13 @@ def make_pictures(
     Args:
         before_batch: called with a number of its own for each batch, and again before one is made without the pictures
             that failed. on_picture: with how many more there are.
-        on_failure: called for each picture that ranks NaN; the others of its batch are made without it. Without it,
-            the error is raised.
+        on_failure: called for each picture that ranks NaN, or comes to it; the others of its batch are made without it.
+            Without it, the error is raised.
 
     Raises:
         OSError: a picture cannot be written, or one that lies there is damaged; the others stay.
-        RankedNaN: a picture ranks NaN, and there is no ``on_failure``. RuntimeError: it cannot be told which one.
+        RankedNaN: a picture ranks NaN, and there is no ``on_failure``. FloatingPointError: or it comes to NaN.
+        RuntimeError: it cannot be told which one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
@@ -141,15 +144,23 @@ def make_pictures(
                     left.remove(n)
                     message = f"picture {n:05d}: {error.block} ranks NaN at {error.place}"
                     on_failure(Failure(n, cases[n].prompt, message))
+        for n in [n for n, image in images.items() if image is None]:
+            del images[n]
+            message = f"picture {n:05d} has pixels that are not finite"
+            if on_failure is None:
+                raise FloatingPointError(
+                    f"{message}; expected numbers: look at the dtype, and at the prompt {cases[n].prompt!r}"
+                )
+            on_failure(Failure(n, cases[n].prompt, message))
         for n, image in images.items():
             save_image(image, picture_path(folder, n))
         if images:
             on_picture(len(images))
 
 
-def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> Sequence[Any]:
-    """One batch."""
-    return pipe(
+def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> list[Image | None]:
+    """One batch; None for a picture that is not finite."""
+    made = pipe(
         prompt=[case.prompt for case in cases],
         negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(cases),
         # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
@@ -158,7 +169,9 @@ def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> Seque
         guidance_scale=sampling.guidance,
         width=sampling.width,
         height=sampling.height,
-    ).images
+        output_type="pt",
+    )
+    return images_of(pipe, made.images)
 
 
 def _places_of(error: RankedNaN, pictures: int) -> list[int]:
@@ -281,7 +294,7 @@ class PromptRun:
             {
                 "name": name,
                 "images": len(self.cases) - sum(of == name for of, _ in self.failed),
-                "folder": str(self.root / name),
+                "folder": name,
                 "unet_seconds_per_image": self.times.median(name),
                 "tflops": tflops[name],
             }

@@ -94,7 +94,7 @@ def generate(
     """Make images with any SDXL checkpoint: one, full and pruned, with token masks and a table; or one a prompt.
 
     With --prompts, start it with `accelerate launch --no_python atedm generate …` to share the prompts between several
-    GPUs. A picture that ranks NaN is named at the end, with exit status 1, when the others have been made.
+    GPUs. A picture that comes to NaN is named at the end, with exit status 1, when the others have been made.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
@@ -186,7 +186,7 @@ def _generate_many(
             raise typer.Exit(130) from None
         run.write_report(device, report_file)
         if run.failed:
-            typer.echo("Error: some pictures rank NaN and were not made; all others were:", err=True)
+            typer.echo("Error: some pictures came to NaN and were not made; all others were:", err=True)
             for name, failure in run.failed:
                 typer.echo(f"  {name}, {failure.message}: {failure.prompt!r}", err=True)
             typer.echo("Look at these prompts, and at the dtype. The same command tries them again.", err=True)
