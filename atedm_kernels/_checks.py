@@ -17,6 +17,7 @@ from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MAX_COUNT = 2**31 - 1  # what the ops return iterations in
 
 # The relative error of a map's elements is about 2e-7 of the largest logit, the rounding of float32: up to here it is
 # the promised 2e-4.
@@ -159,7 +160,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_iteration(max_iterations: int, tolerance: float) -> None:
-    check_integer("max_iterations", max_iterations, 1)
+    check_integer("max_iterations", max_iterations, 1, MAX_COUNT)
     if not _is_number(tolerance):
         raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
     if not tolerance >= 0:

@@ -7,15 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
 from atedm.app import prompts as many
+from atedm.app.fingerprint import fingerprint
 from atedm.app.run_record import Times, claim
 from atedm.cli import app
 from atedm.files import whole_file, whole_folder
+from atedm_bench.quality.timing import _kept_times
 
 
 @pytest.mark.parametrize("before", [None, "before"])
@@ -260,6 +263,22 @@ def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(comm
         refused = CliRunner().invoke(app, [*words, *more])
         assert refused.exit_code == 2 and f"another run ({what} differ)" in refused.stderr, refused.output
     assert everything(tmp_path / "out") == before
+
+
+def test_a_model_that_has_drawn_is_the_same_model(model):
+    pipe = StableDiffusionXLPipeline.from_pretrained(model)
+    before = fingerprint(pipe)
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer("a star", padding="max_length", truncation=True, max_length=9)  # as a pipeline calls it
+    assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("text", ['{"a":1', "[]", '{"seconds": [1]}', '{"seconds": {"full": ["x"]}}'])
+def test_damaged_times_of_unets_are_named(tmp_path, text):
+    (tmp_path / "unet-seconds.json").write_text(text)
+    with pytest.raises(ValueError, match=r"unet-seconds\.json is damaged"):
+        _kept_times(tmp_path / "unet-seconds.json", {})
+    assert _kept_times(tmp_path / "absent.json", {}) == {}
 
 
 def test_a_command_names_a_damaged_record(command, tmp_path):

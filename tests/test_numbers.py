@@ -83,3 +83,12 @@ def test_what_is_no_number_of_numpys_is_refused(ratio):
         atedm.Options(ratio=ratio)
     with pytest.raises((TypeError, ValueError), match="keep is"):
         kernels.select_tokens(torch.rand(1, 1, 4), ratio)
+
+
+def test_counts_fit_the_ops():
+    for name in ("max_iterations", "keep_multiple", "rank_every"):
+        with pytest.raises(ValueError, match=f"{name} is {10**30}; expected an integer, 1 to 2147483647"):
+            atedm.Options(**{name: 10**30})
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=f"max_iterations is {10**30}; expected 1 to 2147483647"):
+        kernels.weighted_page_rank(q, q, torch.logsumexp(q @ q.mT / 8**0.5, 3), max_iterations=10**30)

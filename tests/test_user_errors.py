@@ -209,9 +209,72 @@ def test_figures_go_where_the_roofline_does_not(tmp_path):
 def test_a_recipe_that_is_none(tmp_path):
     for text in ("a: [", "[]", "unet: 3", "\x00"):
         (tmp_path / "recipe.yaml").write_text(text)
-        for command in (["run", "--out", tmp_path / "out"], ["export", "--out", tmp_path, "--to", tmp_path / "to"]):
-            ends(["train", *command, "--config", tmp_path / "recipe.yaml"], 2, "holds no recipe", runner=bench)
-    ends(["train", "export", "--out", tmp_path, "--to", tmp_path / "to"], 1, "Error: ", runner=bench)
+        for command in (["run"], ["export", "--to", tmp_path / "to"]):
+            words = [*command, "--out", tmp_path / "out", "--config", tmp_path / "recipe.yaml"]
+            ends(["train", *words], 2, "holds no recipe", runner=bench)
+    ends(["train", "export", "--out", tmp_path / "out", "--to", tmp_path / "to"], 1, "Error: ", runner=bench)
+
+
+def test_training_that_cannot_be(tmp_path):
+    out = tmp_path / "out"
+    ends(["train", "run", "--out", out, "--precision", "foo"], 2, "--precision", "bf16, fp16, no", runner=bench)
+    ends(["train", "run", "--out", "/proc/x", "vae"], 2, "--out", "cannot write to /proc/x", runner=bench)
+    ends(["train", "record", tmp_path / "absent", "--to", tmp_path / "x.json"], 1, "absent", runner=bench)
+    ends(["train", "checker", "--out", "/proc/x/c.safetensors"], 2, "--out", "/proc/x", runner=bench)
+
+
+@pytest.mark.parametrize("to", ["out", "out/unet", ".", "other", "file"])
+def test_an_export_replaces_nothing_but_a_model(tmp_path, to):
+    (tmp_path / "out" / "unet").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("out/unet/checkpoint", "other/thesis.txt", "file"):
+        (tmp_path / name).write_text("mine")
+    ends(["train", "export", "--out", tmp_path / "out", "--to", tmp_path / to], 2, "--to", "expected", runner=bench)
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {"out/unet/checkpoint", "other/thesis.txt", "file"}
+
+
+@pytest.mark.parametrize("name", ["run.json", "times.json", "unet-seconds.json", "pruned/00000.png", "pruned.png"])
+def test_figures_never_take_the_place_of_what_a_run_keeps(model, tmp_path, name):
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    for what in (["a star"], ["--prompts", tmp_path / "prompts.txt"]):
+        words = ["generate", *what, "--model", model, "--output", tmp_path / "out", "--json", tmp_path / "out" / name]
+        ends(words, 2, "--json", "would take the place of")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "prompts.txt"]
+
+
+def test_figures_never_take_the_place_of_a_models_configuration(model, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(model / "unet", own / "unet")
+    config = own / "unet" / "config.json"
+    before = config.read_bytes()
+    for command, runner in ((["unet", "--device", "cpu", "--size", "64"], bench), (["flops"], app)):
+        ends([*command, "--model", own, "--json", config], 2, "--json", "what is read from", runner=runner)
+    assert config.read_bytes() == before
+
+
+def test_figures_beside_the_labs_rows_are_checked_too(tmp_path):
+    (tmp_path / "rows-claims.json").mkdir()
+    words = ["quality", "--device", "cpu", "--quick", "--output", tmp_path / "out", "--json", tmp_path / "rows.json"]
+    ends(words, 2, "--json", "rows-claims.json is a folder", runner=bench)
+
+
+@pytest.mark.parametrize("name", ["loop", "n" * 300])
+def test_names_that_lead_nowhere(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    ends(["flops", "--json", tmp_path / name], 2, "--json", "cannot write to")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loop").symlink_to(tmp_path / "out" / "loop")
+    ends(["demo", "--output", tmp_path / "out"], 2, "--output")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_for_a_model_is_no_wrong_model(model, tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.from_pretrained", load)
+    ends(["generate", "a star", "--model", model, "--output", tmp_path], 1, "out of memory")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -14,6 +14,7 @@ from atedm.cli.checks import (
     bad,
     check_dtype,
     check_installed,
+    check_json,
     check_output,
     failing_clearly,
     finite,
@@ -146,7 +147,10 @@ def quality(
     place = own_device(parse_device(device))
     request = session.resolved(request, place)
     model = None if request.model is None else Path(request.model).expanduser()
-    check_output(request.out, request.json, request.prompts, request.references, request.against, model)
+    inputs = request.prompts, request.references, request.against, model
+    check_output(request.out, request.json, *inputs)
+    for path in session.figures_beside(request.json):
+        check_json(path, *inputs)
     with failing_clearly():
         try:
             if request.model is None:

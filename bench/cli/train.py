@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.checks import bad, check_json, failing_clearly
+from atedm.cli.checks import bad, check_folder, check_json, failing_clearly
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class StageName(str, enum.Enum):
     text = "text"
     unet = "unet"
 
+
+PRECISIONS = ("bf16", "fp16", "no")
 
 _PACKAGES = ("accelerate", "transformers", "pillow", "pyyaml")
 
@@ -50,6 +52,9 @@ def run(
     from atedm_bench.training.unet import train_unet
     from atedm_bench.training.vae import train_vae
 
+    if precision not in PRECISIONS:
+        raise bad("precision", f"{precision!r}; expected one of {', '.join(PRECISIONS)}")
+    check_folder("out", out)
     if threads:
         torch.set_num_threads(threads)
     settings = _recipe(config)
@@ -58,12 +63,13 @@ def run(
         StageName.text: train_text,
         StageName.unet: functools.partial(train_unet, compiled=compiled),
     }
-    for stage in stages or list(StageName):
-        accelerator = Accelerator(mixed_precision=precision)
-        torch.manual_seed(settings.seed)
-        work[stage](settings, out, accelerator, workers)
-        accelerator.free_memory()
-    accelerator.end_training()
+    with failing_clearly():
+        for stage in stages or list(StageName):
+            accelerator = Accelerator(mixed_precision=precision)
+            torch.manual_seed(settings.seed)
+            work[stage](settings, out, accelerator, workers)
+            accelerator.free_memory()
+        accelerator.end_training()
 
 
 def _recipe(path: Path) -> Config:
@@ -89,9 +95,21 @@ def export(
     require("quality", *_PACKAGES)
     from atedm_bench.training.export import export as export_pipeline
 
+    _check_target(to, out)
     with failing_clearly():
         counter = export_pipeline(_recipe(config), out, to)
     typer.echo(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
+
+
+def _check_target(to: Path, out: Path) -> None:
+    """Usage error for a folder that must not be replaced: one with the training in it, or with something else."""
+    target, source = to.resolve(), out.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise bad("to", f"{to} and the training in {out} lie in one another; expected another folder")
+    is_model = (target / "model_index.json").is_file()
+    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
+        raise bad("to", f"{to} is there, and is no model; expected an earlier export, an empty folder or none")
+    check_folder("to", target.parent)
 
 
 @app.command()
@@ -107,8 +125,9 @@ def record(
     from atedm_bench.training.record import record as record_runs
 
     check_json(to, *runs)
-    document = record_runs(runs)
-    write_json(document, to)
+    with failing_clearly():
+        document = record_runs(runs)
+        write_json(document, to)
     for stage in document["stages"]:
         typer.echo("{stage}, run {run}: {steps} steps, {images} images, {minutes} min".format(**stage))
 
@@ -124,4 +143,7 @@ def checker(
     require("quality", *_PACKAGES)
     from atedm_bench.quality.checker_training import train_and_report
 
-    train_and_report(steps, batch, test, out)
+    check_folder("out", out.parent)
+    check_json(out.with_suffix(".json"))
+    with failing_clearly():
+        train_and_report(steps, batch, test, out)

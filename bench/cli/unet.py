@@ -76,6 +76,9 @@ def unet(
             raise bad("variant", f"{name!r}; expected one of {', '.join(known)}")
     place = parse_device(device)
     width, height = parse_size(size)
+    path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
+    folder = Path(model).expanduser()
+    check_json(path, folder if folder.exists() else None)
     config = load_config(model)
     if run_steps and config.get("addition_embed_type") != "text_time":
         raise bad("run", f"{run_steps}; expected none: the UNet of {model} does not fit SDXL's pipeline")
@@ -101,8 +104,6 @@ def unet(
             only=tuple(variant or ()),
         ),
     )
-    path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
-    check_json(path)
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {"model": model, **measured.settings_for_report(), "finished": finished}

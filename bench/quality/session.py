@@ -19,6 +19,7 @@ from atedm.app import report
 from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE
 from atedm.app.prompts import PromptCase, Sampling, read_prompts
+from atedm.files import UNET_TIMES
 from atedm.policy.options import PUBLISHED, Options
 from atedm_bench.methods import Costs
 from atedm_bench.quality import convergence, plots, refills
@@ -37,7 +38,8 @@ QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 CAPTIONS = ("chosen", "held-out")
 HELD_OUT = CAPTIONS[1]
 
-# Pictures whose power iterations and refills are studied.
+# What is studied beside the pictures, on some of them.
+STUDIES = ("convergence", "refills")
 _WATCHED, _QUICK_WATCHED = 8, 2
 
 # Columns of the contact sheets, and the groups of settings whose pictures each shows below the full model's.
@@ -236,10 +238,15 @@ def _seconds(request: LabRequest, run: Run, progress: Progress) -> dict[str, lis
         run.settings,
         run.cases,
         run.sampling,
-        request.out / "unet-seconds.json",
+        request.out / UNET_TIMES,
         rounds,
         lambda name: progress.update(task, description=f"time: {name}", advance=1),
     )
+
+
+def figures_beside(path: Path) -> list[Path]:
+    """The files that are written beside the rows in ``path``: of the claims, and of each study."""
+    return [path.with_name(f"{path.stem}-{name}.json") for name in ("claims", *STUDIES)]
 
 
 def _write(
@@ -256,7 +263,7 @@ def _write(
     described |= {} if request.against is None else {"against": str(request.against)}
     command = report.command_line("atedm-bench")
     report.write_json(report.report(command, device, described, rows), request.json, keep_same=True)
-    claims_path = request.json.with_name(request.json.stem + "-claims.json")
+    claims_path, *study_paths = figures_beside(request.json)
     report.write_json(report.report(command, device, described, claims), claims_path, keep_same=True)
     written = [request.json, claims_path]
     plots.plot_trade_off(rows, request.out / "trade-off.png")
@@ -268,10 +275,10 @@ def _write(
             cases = run.cases[:_SHEET_PICTURES]
             plots.contact_sheet(shown, parts, cases, run.root, request.out / f"{name}.png")
             written.append(request.out / f"{name}.png")
-    for name, found in studies.items():
-        path = request.json.with_name(f"{request.json.stem}-{name}.json")
-        report.write_json(report.report(command, device, described, found), path)
-        written.append(path)
+    for name, path in zip(STUDIES, study_paths, strict=True):
+        if name in studies:
+            report.write_json(report.report(command, device, described, studies[name]), path, keep_same=True)
+            written.append(path)
     if studies:
         plots.plot_convergence(studies["convergence"], request.out / "convergence.png")
         written.append(request.out / "convergence.png")

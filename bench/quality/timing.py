@@ -11,6 +11,7 @@ from typing import Any
 from atedm.app import report
 from atedm.app.comparison import UNetTimer
 from atedm.app.prompts import PromptCase, Sampling
+from atedm.app.run_record import naming_damage
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.quality.settings import Setting
 
@@ -66,5 +67,8 @@ def unet_seconds(
 def _kept_times(path: Path, described: dict[str, Any]) -> dict[str, list[float]]:
     if not path.is_file():
         return {}
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return kept.pop("seconds") if {**kept, "seconds": None} == {**described, "seconds": None} else {}
+    with naming_damage(path):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if {**kept, "seconds": None} != {**described, "seconds": None}:
+            return {}
+        return {name: [*map(float, seconds)] for name, seconds in kept["seconds"].items()}

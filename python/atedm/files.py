@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# In a folder of pictures: how they were made.
-RUN = "run.json"
+# In a folder of pictures: how they were made, how long they took, and the lab's times of UNets.
+RUN, TIMES, UNET_TIMES = RECORDS = ("run.json", "times.json", "unet-seconds.json")
 
 
 @contextlib.contextmanager

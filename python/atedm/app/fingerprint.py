@@ -45,7 +45,9 @@ def _rules(tokenizer: Any) -> str:
     if backend is None:  # a tokenizer in Python
         text = json.dumps([tokenizer.get_vocab(), repr(getattr(tokenizer, "bpe_ranks", None))], sort_keys=True)
     else:
-        text = backend.to_str()
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None  # as its last call left them
+        text = json.dumps(rules, sort_keys=True)
     ways = tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side
     return f"{text}\n{ways}"
 

@@ -75,6 +75,7 @@ def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
 
 # Pixels. SDXL draws 1024; at this its attention would take hours, and its map 2^48 entries.
 MAX_SIDE = 2**15
+_MAX_DIGITS = 20  # Python refuses to read thousands
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -84,7 +85,7 @@ def image_size(text: str) -> tuple[int, int]:
         ValueError: another form, or a size that does not fit the latent, or no memory.
     """
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+    if len(sides) > 2 or not all(side.strip().isdecimal() and len(side) <= _MAX_DIGITS for side in sides):
         raise ValueError(f"{text!r} is no size; expected a side such as 1024, or WIDTHxHEIGHT such as 1216x832")
     width, height = int(sides[0]), int(sides[-1])
     latent_size(width, height)

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from atedm.app import report
-from atedm.files import RUN
+from atedm.files import RUN, TIMES
 from atedm.policy.schedule import KINDS
-
-TIMES = "times.json"
 
 # Prompts, each with the seed of its starting noise.
 Cases = Sequence[tuple[str, int]]
@@ -26,7 +24,7 @@ class OtherRun(ValueError):
 
 
 @contextlib.contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
+def naming_damage(path: Path) -> Iterator[None]:
     """For what reading the content of ``path`` raises, where that is not what a run writes."""
     try:
         yield
@@ -41,7 +39,7 @@ def read_run(root: Path) -> dict[str, Any]:
         OtherRun: its record is damaged. OSError: it has none.
     """
     path = root / RUN
-    with _naming_damage(path):
+    with naming_damage(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
             raise ValueError("it has no settings")
@@ -141,7 +139,7 @@ class Times:
         path = root / TIMES
         if not path.is_file():
             return cls(root, device)
-        with _naming_damage(path):
+        with naming_damage(path):
             found = json.loads(path.read_text(encoding="utf-8"))
             seconds = {
                 place: {name: [*map(_positive, each)] for name, each in names.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from atedm.files import RUN, is_stream
+from atedm.files import RECORDS, RUN, is_stream
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -83,26 +83,43 @@ def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
     """
     file = json or folder / "comparison.json"
     check_folder("output", folder)
-    _check_links(folder)
+    with _naming_path("output", folder):
+        _check_links(folder)
     check_json(file, *inputs)
+    if file.resolve().is_relative_to(folder.resolve()) and (file.name in RECORDS or file.name.endswith(_MADE)):
+        raise bad("json", f"{file} would take the place of what a run keeps in {folder}; expected another name")
     return file
+
+
+# What names end in that a run makes in its folder, beside its records.
+_MADE = (".png", ".html", ".kinds.json")
+
+
+@contextlib.contextmanager
+def _naming_path(option: str, path: Path) -> Iterator[None]:
+    """A usage error for what looking for ``path`` raises: links in a loop, names that are too long."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise bad(option, f"cannot write to {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_json(file: Path | None, *inputs: Path | None) -> None:
     """Make sure that figures can be written to ``file``, and over nothing that the run reads or goes on with."""
     if file is None:
         return
-    if file.is_dir():
-        raise bad("json", f"{file} is a folder; expected a file")
-    if file.name == RUN:
-        raise bad("json", f"{file} would take the place of a run's record; expected another name")
-    for given in inputs:
-        if given is not None and file.resolve().is_relative_to(given.resolve()):
-            raise bad("json", f"{file} would take the place of what is read from {given}; expected another file")
-    if not is_stream(file):
-        check_folder("json", file.resolve().parent)
-    elif not os.access(file, os.W_OK):
-        raise bad("json", f"cannot write to {file}")
+    with _naming_path("json", file):
+        if file.is_dir():
+            raise bad("json", f"{file} is a folder; expected a file")
+        if file.name == RUN:
+            raise bad("json", f"{file} would take the place of a run's record; expected another name")
+        for given in inputs:
+            if given is not None and file.resolve().is_relative_to(given.resolve()):
+                raise bad("json", f"{file} would take the place of what is read from {given}; expected another file")
+        if not is_stream(file):
+            check_folder("json", file.resolve().parent)
+        elif not os.access(file, os.W_OK):
+            raise bad("json", f"cannot write to {file}")
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -242,7 +259,7 @@ def failing_clearly() -> Iterator[None]:
         if not any(words in str(error) for words in _NO_MEMORY):
             raise
         _end_without_memory(error)
-    except (OSError, atedm.RankedNaN) as error:
+    except (OSError, FloatingPointError, atedm.RankedNaN) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -347,9 +364,11 @@ def _naming(model: str) -> Iterator[None]:
     default = torch.get_default_dtype()
     try:
         yield
-    except (typer.BadParameter, torch.OutOfMemoryError):
+    except (typer.BadParameter, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            raise
         # The first line says what is wrong; what follows are pages of advice on the hub.
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         advice = ""

@@ -25,7 +25,7 @@ from atedm.policy.schedule import (
     schedule_to_json,
 )
 from atedm.policy.staleness import STALENESS
-from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, REDUCTIONS
+from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, MAX_COUNT, REDUCTIONS
 from atedm_kernels.registry import plain_number
 
 # Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.policy.ranking`.
@@ -239,8 +239,8 @@ def _check(options: Options) -> None:
         raise TypeError(f"warm_start is {options.warm_start!r}; expected True or False")
     for name in ("keep_multiple", "max_iterations", "rank_every"):
         value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+            raise ValueError(f"{name} is {value!r}; expected an integer, 1 to {MAX_COUNT}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
     if not 0 <= tolerance < math.inf:
