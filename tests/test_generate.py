@@ -286,6 +286,28 @@ def test_the_page_says_what_the_steps_did():
     assert "PageRank" not in explain._told(["whole", "reused"], settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "speedup", "is_trusted", "gains"),
+    [
+        ("full", 1.0, True, 0),
+        ("pruned", 1.31, True, 1),
+        ("pruned", 1.004, True, 0),  # shown as 1.00×
+        ("pruned", 0.8, True, 0),
+        ("pruned", 1.31, False, 0),
+        ("pruned", None, True, 0),
+    ],
+)
+def test_the_page_marks_what_is_a_gain_and_nothing_else(tmp_path, name, speedup, is_trusted, gains):
+    Image.new("RGB", (2, 2)).save(tmp_path / "picture.png")
+    row = {"name": name, "image": "picture.png", "unet_seconds": 2.0, "speedup": speedup}
+    shown = explain._figure(row, tmp_path, is_trusted)
+    assert shown.count('class="gain"') == gains
+    assert (f"{speedup:.2f}× as fast" in shown) if name != "full" and speedup else "as fast" not in shown
+    assert ("something else" in shown) != is_trusted
+    # Nothing else of the page has that colour.
+    assert explain._PAGE.template.count("var(--accent)") == explain._PAGE.template.count(".gain {") == 1
+
+
 @pytest.fixture(scope="module")
 def recorded(pipe):
     with atedm.applied(pipe, PUBLISHED), atedm.record(pipe) as recording:
