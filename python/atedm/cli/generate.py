@@ -55,16 +55,15 @@ def generate(
     model: Annotated[str, typer.Option(help="An SDXL checkpoint: a diffusers folder or a hub id (safetensors only).")],
     prompt: Annotated[str | None, typer.Argument(help="What the image shows.", show_default=False)] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Instead of PROMPT: a text file, one prompt a line. Goes on where it stopped.")
+        Path | None,
+        typer.Option(help="Instead of PROMPT: a text file with one prompt per line. Resumes where it stopped."),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     steps: Steps = 50,
     guidance: Guidance = 5.0,
     seed: Annotated[
         int,
-        typer.Option(
-            min=0, max=MAX_SEED, help="Of the starting noise, the same on every device; the n-th prompt has seed + n."
-        ),
+        typer.Option(min=0, max=MAX_SEED, help="Seed of the noise, the same on every device; prompt n has seed + n."),
     ] = 0,
     size: Size = "1024",
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: images at a time.")] = 1,
@@ -73,18 +72,20 @@ def generate(
     ratio: Ratio = None,
     levels: Levels = None,
     placement: Annotated[
-        str | None, typer.Option(help="Where a block is pruned: early, or paper with --recovery similarity.")
+        str | None, typer.Option(help="Where a block drops tokens: early, or paper with --recovery similarity.")
     ] = None,
     ranking: Annotated[
-        str | None, typer.Option(help="What ranks: attention, self (default) or cross, or keys.")
+        str | None,
+        typer.Option(help="Rank tokens by self-attention (self), cross-attention (cross) or keys. Default: self."),
     ] = None,
     recovery: Annotated[
-        str | None, typer.Option(help="Dropped tokens: cached (default), similarity, keys, zeros or bicubic.")
+        str | None,
+        typer.Option(help="What a dropped token gets: cached (default), similarity, keys, zeros or bicubic."),
     ] = None,
     grid: Annotated[
-        int | None, typer.Option(help="Always keep where every GRID-th row and column cross. Default: no.")
+        int | None, typer.Option(help="Always keep the tokens where every GRID-th row and column cross. Default: off.")
     ] = None,
-    rank_every: Annotated[int | None, typer.Option(help="Choose tokens at every such step only. Default: 1.")] = None,
+    rank_every: Annotated[int | None, typer.Option(help="Choose tokens only at every n-th step. Default: 1.")] = None,
     dtype: Dtype = "bf16",
     variant: Variant = None,
     allow_pickled: AllowPickled = False,
@@ -92,16 +93,16 @@ def generate(
     output: Pictures = Path("outputs/generate"),
     json: Comparison = None,
     compare: Annotated[
-        bool | None, typer.Option(help="Make the images with the full UNet as well. Default: not with --prompts.")
+        bool | None, typer.Option(help="Also draw the images with the full UNet. Default: only without --prompts.")
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also write explain.html: images, masks, scores, times and FLOPs.")
     ] = False,
 ) -> None:
-    """Make images with any SDXL checkpoint: one, full and pruned, with token masks and a table; or one a prompt.
+    """Draw one image with any SDXL checkpoint, full and pruned, or one image per prompt of a file.
 
     With --prompts, start it with `accelerate launch --no_python atedm generate …` to share the prompts between several
-    GPUs. A picture that ranks NaN is named at the end, with exit status 1, when the others have been made.
+    GPUs. If a picture ranks NaN, the others are still made; the command names it at the end and exits with status 1.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
