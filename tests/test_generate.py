@@ -232,8 +232,8 @@ def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):
         ([], "expected either a prompt or --prompts FILE"),
         ([PROMPTS[0], "--prompts", "{folder}/prompts.txt"], "expected either a prompt or --prompts FILE"),
         (["--prompts", "{folder}/absent.txt"], "No such file"),
-        (["--prompts", "{folder}/empty.txt"], "holds no prompt; expected one a line"),
-        (["--prompts", "{folder}/binary.txt"], "is no UTF-8 text"),
+        (["--prompts", "{folder}/empty.txt"], "holds no prompt; expected one per line"),
+        (["--prompts", "{folder}/binary.txt"], "is not UTF-8 text"),
         (["--prompts", "{folder}/prompts.txt", "--explain"], "expected it with a single PROMPT"),
         (
             [PROMPTS[0], "--preset", "papper"],
