@@ -254,8 +254,8 @@ def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):
         ([], "expected either a prompt or --prompts FILE"),
         ([PROMPTS[0], "--prompts", "{folder}/prompts.txt"], "expected either a prompt or --prompts FILE"),
         (["--prompts", "{folder}/absent.txt"], "No such file"),
-        (["--prompts", "{folder}/empty.txt"], "holds no prompt; expected one a line"),
-        (["--prompts", "{folder}/binary.txt"], "is no UTF-8 text"),
+        (["--prompts", "{folder}/empty.txt"], "holds no prompt; expected one per line"),
+        (["--prompts", "{folder}/binary.txt"], "is not UTF-8 text"),
         (["--prompts", "{folder}/prompts.txt", "--explain"], "expected it with a single PROMPT"),
         (
             [PROMPTS[0], "--preset", "papper"],
@@ -306,6 +306,28 @@ def test_the_page_says_what_the_steps_did():
     assert told.startswith("Of 4 calls of the UNet, 2 computed every token, 1 dropped tokens in every pruned block,")
     assert "PageRank" in told and "last computed" in told
     assert "PageRank" not in explain._told(["whole", "reused"], settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "speedup", "is_trusted", "gains"),
+    [
+        ("full", 1.0, True, 0),
+        ("pruned", 1.31, True, 1),
+        ("pruned", 1.004, True, 0),  # shown as 1.00×
+        ("pruned", 0.8, True, 0),
+        ("pruned", 1.31, False, 0),
+        ("pruned", None, True, 0),
+    ],
+)
+def test_the_page_marks_what_is_a_gain_and_nothing_else(tmp_path, name, speedup, is_trusted, gains):
+    Image.new("RGB", (2, 2)).save(tmp_path / "picture.png")
+    row = {"name": name, "image": "picture.png", "unet_seconds": 2.0, "speedup": speedup}
+    shown = explain._figure(row, tmp_path, is_trusted)
+    assert shown.count('class="gain"') == gains
+    assert (f"{speedup:.2f}× as fast" in shown) if name != "full" and speedup else "as fast" not in shown
+    assert ("something else" in shown) != is_trusted
+    # Nothing else of the page has that colour.
+    assert explain._PAGE.template.count("var(--accent)") == explain._PAGE.template.count(".gain {") == 1
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_numbers_beyond_all_that_is_computed(arguments, option):
 
 
 def test_a_prompt_that_is_no_text(model, tmp_path):
-    ends(["generate", "c\udcff", "--model", model, "--output", tmp_path], 2, "PROMPT", "is no UTF-8 text")
+    ends(["generate", "c\udcff", "--model", model, "--output", tmp_path], 2, "PROMPT", "is not UTF-8 text")
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "folder"])

@@ -26,12 +26,13 @@ def ops(
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes of a UNet call, comma-separated; guidance takes two per image.")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Of the ranking.")] = 5,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op. Can be repeated.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of the ranking.")] = 5,
     ratio: Annotated[float, typer.Option(callback=finite, help="Fraction of the tokens to drop.")] = 0.63,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 30 on a GPU.")] = None,
     minutes: Annotated[
-        float, typer.Option(callback=finite, help="Limit for the whole run; the report lists shapes not reached.")
+        float,
+        typer.Option(callback=finite, help="Time limit for the whole run; the report lists the shapes not reached."),
     ] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also measure plain PyTorch compiled, at the first size.")
@@ -39,7 +40,7 @@ def ops(
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: a file in outputs/.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the roofline. Default: a PNG beside the rows.")] = None,
 ) -> None:
-    """Measure each op on the shapes of SDXL's levels 2 and 3, all variants in one run, round robin.
+    """Measure each op on the shapes of SDXL's levels 2 and 3, all variants in one run, taking turns.
 
     An interrupted run (Ctrl-C) prints and writes the finished shapes. The exit status is 1 if one of our ops fails.
     """

@@ -41,12 +41,11 @@ def quality(
     captions: Annotated[
         str | None,
         typer.Option(
-            help="chosen: the 64 that choices are made on, to explore with; held-out: those after them, to report. "
-            "Default: held-out."
+            help="chosen: the 64 on which choices are made; held-out: those after them, for reports. Default: held-out."
         ),
     ] = None,
     scheduler: Annotated[
-        str, typer.Option(help="euler, dpm++ (DPM++ 2M) or dpm++-karras; each has a full model of its own.")
+        str, typer.Option(help="euler, dpm++ (DPM++ 2M) or dpm++-karras; each is compared with its own full model.")
     ] = "euler",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
@@ -58,8 +57,8 @@ def quality(
     settings: Annotated[
         str | None,
         typer.Option(
-            help="Names or groups (presets, peers, plane, budget, ablation), comma-separated. Default: all, or with "
-            "--try those alone."
+            help="Names or groups (presets, peers, plane, budget, ablation), comma-separated. Default: all; with "
+            "--try, only what is tried."
         ),
     ] = None,
     tried: Annotated[
@@ -82,7 +81,7 @@ def quality(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Folder of another run of the same captions, with other threads say: also compare with it."),
+        typer.Option(help="Also compare with another run of the same captions, which lies in this folder."),
     ] = None,
     allow_pickled: AllowPickled = False,
     device: Device = None,
@@ -100,10 +99,10 @@ def quality(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: fp32; with --model bf16.")] = None,
     variant: Annotated[str | None, typer.Option(help="With --model: variant of the files, such as fp16.")] = None,
     clip_model: Annotated[
-        str, typer.Option(help="With --model: CLIP model of the CLIP score, hub id or folder.")
+        str, typer.Option(help="With --model: CLIP model for the CLIP score, hub id or folder.")
     ] = "openai/clip-vit-base-patch16",
     fid_features: Annotated[
-        str, typer.Option(help="With --model: features of the Fréchet distance: inception, or checker (offline).")
+        str, typer.Option(help="With --model: features for the Fréchet distance: inception, or checker (offline).")
     ] = "inception",
 ) -> None:
     """Make the same pictures with the full UNet, ours, DeepCache, tomesd and random pruning, and measure what is lost.

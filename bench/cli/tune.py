@@ -11,7 +11,7 @@ from atedm.cli.checks import bad
 
 
 def tune(
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op. Can be repeated.")] = None,
     tokens: Annotated[str, typer.Option(help="Tokens per map: square numbers, comma-separated.")] = "1024,4096,16384",
     repeats: Annotated[int, typer.Option(min=3, help="Timed runs per tile.")] = 15,
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables. Default: beside the kernels.")] = None,

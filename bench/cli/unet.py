@@ -33,27 +33,29 @@ def unet(
     batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
     minutes: Annotated[
-        float, typer.Option(callback=finite, help="Limit for the whole run; at least one round runs.")
+        float, typer.Option(callback=finite, help="Time limit for the whole run; the first round always runs.")
     ] = 9.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also measure each variant compiled (minutes each).")
     ] = False,
-    regional: Annotated[bool, typer.Option(help="Compile only the transformer layers: quick.")] = False,
+    regional: Annotated[bool, typer.Option(help="Compile the transformer layers only, which is quick.")] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
     ratio: Annotated[float, typer.Option(callback=finite, help="Fraction of the tokens to drop.")] = 0.63,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run that DSAP's average is for.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that DSAP's average covers.")] = 50,
     run_steps: Annotated[
-        int | None, typer.Option("--run", min=1, help="Also time whole runs of so many steps.")
+        int | None, typer.Option("--run", min=1, help="Also time whole runs of this many steps.")
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="Only this variant; may be given several times.")] = None,
-    channels_last: Annotated[bool, typer.Option(help="Memory format of the convolutions.")] = True,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant. Can be repeated.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option(help="Whether convolutions use the channels-last memory format.")
+    ] = True,
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: a file in outputs/.")] = None,
 ) -> None:
-    """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in one run, round robin.
+    """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, by turns.
 
     `--run 25` times whole runs of 25 steps in the same way: full, the presets, DeepCache and tomesd.
-    An interrupted run (Ctrl-C) prints and writes what it has.
+    If you press Ctrl-C, it prints and writes what it has.
     """
     # torch reads this when it is loaded. Without it, its profiler writes across the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

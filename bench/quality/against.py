@@ -36,7 +36,7 @@ class Against:
         try:
             found = read_run(self.root)
         except OSError as error:
-            raise ValueError(f"against: {self.root} is no folder of a run: {error.strerror}") from None
+            raise ValueError(f"against: {self.root} is not the folder of a run: {error.strerror}") from None
         sides = [self.sampling.width, self.sampling.height]
         other = found.get("sampling")
         if not isinstance(other, dict) or [other.get("width"), other.get("height")] != sides:

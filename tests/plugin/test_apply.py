@@ -199,7 +199,7 @@ def test_no_random_numbers_are_drawn(unet, inputs):
         ({"keep_multiple": 0}, ValueError, "keep_multiple is 0"),
         ({"max_iterations": 0}, ValueError, "max_iterations is 0"),
         ({"tolerance": -1.0}, ValueError, "tolerance is -1.0"),
-        ({"ration": 0.5}, TypeError, "'ration' is no option; expected some of ratio"),
+        ({"ration": 0.5}, TypeError, "'ration' is not an option; expected some of ratio"),
     ],
 )
 def test_wrong_options_are_named(unet, options, error, message):

@@ -35,7 +35,7 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"ration": 0.5}', "'ration' is no option; expected some of ratio"),
+        ('{"ration": 0.5}', "'ration' is not an option; expected some of ratio"),
         ('{"ratio": 1.5}', "ratio is 1.5; expected from 0"),
         ('{"ratio": {"two": 0.5}}', "ratio names level 'two'; expected a level number"),
         ('{"ratio": {"2": 0.5, "02": 0.7}}', "ratio names level '02'; expected a level number"),

@@ -282,7 +282,7 @@ def test_training_modes_do_not_reach_the_memory(unet, inputs):
 
 
 def test_what_a_picture_takes_at_sdxl_size():
-    """The figures of the README: 1024², guidance, bf16."""
+    """The figures of docs/options.md: 1024², guidance, bf16."""
     unet = meta_unet(SDXL_UNET, torch.bfloat16)
     sample = torch.empty(2, 4, 128, 128, device="meta", dtype=torch.bfloat16)
     sizes = {2: (5, 4096, 640), 3: (6, 1024, 1280)}  # level: its blocks, tokens, channels

@@ -383,7 +383,7 @@ def test_pictures_are_compared_with_those_of_another_run(finished, tmp_path):
     assert rows["ours c"]["against_psnr_db"] == pytest.approx((99 * (IMAGES - 1) + expected) / IMAGES)
     assert "PSNR, other run" in output
     (tmp_path / "empty").mkdir()
-    for elsewhere, message in ((tmp_path / "empty", "is no folder of a run"), (folder, "other prompts or seeds")):
+    for elsewhere, message in ((tmp_path / "empty", "is not the folder of a run"), (folder, "other prompts or seeds")):
         code, output = call(*arguments[:-1], tmp_path / "third", "--seed", 1, "--against", elsewhere)
         assert code == 2 and message in output, output
 

@@ -399,7 +399,8 @@ def _undisturbed(seconds: Sequence[float], kinds: Sequence[str]) -> float:
     return sum(fastest[kind] for kind in kinds) / len(kinds)
 
 
-def _is_disturbed(row: dict[str, Any]) -> bool:
+def is_disturbed(row: dict[str, Any]) -> bool:
+    """Whether something else was using the machine while the run of ``row`` was timed."""
     return row["seconds_per_call"] > DISTURBED * row["undisturbed_seconds_per_call"]
 
 
@@ -415,7 +416,7 @@ def write_report(
     console = Console()
     report.print_table(comparison.rows, COLUMNS, title, console)
     speedup = comparison.rows[-1]["speedup"]
-    disturbed = [row["name"] for row in comparison.rows if _is_disturbed(row)]
+    disturbed = [row["name"] for row in comparison.rows if is_disturbed(row)]
     if disturbed:
         console.print(
             f"Do not trust these times: calls of the {' and the '.join(disturbed)} UNet took more than {DISTURBED:g} "

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from atedm.app import pictures, report
-from atedm.app.comparison import COLUMNS, Comparison
+from atedm.app.comparison import COLUMNS, Comparison, is_disturbed
 from atedm.files import whole_file
 from atedm.policy.ranking import make_ranking
 from atedm.policy.recovery import RECOVERIES
@@ -104,11 +104,12 @@ def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.d
     folder = path.parent
     recording = comparison.recording
     image = Image.open(folder / comparison.rows[-1]["image"])
+    is_trusted = not any(map(is_disturbed, comparison.rows))
     text = _PAGE.substitute(
         title=html.escape(title),
         prompt=html.escape(settings["prompt"]),
         device=html.escape(report.device_name(device)),
-        images="".join(_figure(row, folder) for row in comparison.rows),
+        images="".join(_figure(row, folder, is_trusted) for row in comparison.rows),
         figures=_table(COLUMNS.values(), [[report.cell(row.get(key)) for key in COLUMNS] for row in comparison.rows]),
         method=html.escape(_told(recording.kinds, settings)),
         kept=_plotted(recording, image, "kept"),
@@ -125,12 +126,19 @@ def _setting(name: str, value: Any) -> str:
     return f"<dt>{html.escape(name)}</dt><dd>{html.escape(report.cell(value))}</dd>"
 
 
-def _figure(row: dict[str, Any], folder: Path) -> str:
+def _figure(row: dict[str, Any], folder: Path, is_trusted: bool = True) -> str:
+    """A picture with its time. Only a speed-up that its two decimals show is marked as a gain.
+
+    Args:
+        is_trusted: whether nothing else was using the machine.
+    """
     source = _embedded((folder / row["image"]).read_bytes())
+    caption = f"{html.escape(row['name'])}: {row['unet_seconds']:.3g} s in the UNet"
     speedup = row.get("speedup")
-    how = "gain" if speedup is not None and speedup > 1 else "faint"
-    gain = "" if row["name"] == "full" or speedup is None else f' <span class="{how}">{speedup:.2f}× as fast</span>'
-    caption = f"{html.escape(row['name'])}: {row['unet_seconds']:.3g} s in the UNet{gain}"
+    if row["name"] != "full" and speedup is not None:
+        how = "gain" if is_trusted and round(speedup, 2) > 1 else "faint"
+        doubt = "" if is_trusted else "; something else was using this machine"
+        caption += f' <span class="{how}">{speedup:.2f}× as fast{doubt}</span>'
     return f'<figure><img alt="{html.escape(row["name"])}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 

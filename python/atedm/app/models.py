@@ -86,7 +86,7 @@ def image_size(text: str) -> tuple[int, int]:
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() and len(side) <= _MAX_DIGITS for side in sides):
-        raise ValueError(f"{text!r} is no size; expected a side such as 1024, or WIDTHxHEIGHT such as 1216x832")
+        raise ValueError(f"{text!r} is not a size; expected a side such as 1024, or WIDTHxHEIGHT such as 1216x832")
     width, height = int(sides[0]), int(sides[-1])
     latent_size(width, height)
     if max(width, height) > MAX_SIDE:

@@ -78,10 +78,10 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is no UTF-8 text: {error}") from None
+        raise ValueError(f"prompts: {path} is not UTF-8 text: {error}") from None
     found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
-        raise ValueError(f"prompts: {path} holds no prompt; expected one a line")
+        raise ValueError(f"prompts: {path} holds no prompt; expected one per line")
     return found
 
 

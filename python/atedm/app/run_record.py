@@ -106,13 +106,13 @@ _MAX_STEPS = 10**9  # of a run
 
 def _positive(value: Any) -> float:
     if not 0 < value <= _MAX_STEPS:
-        raise ValueError(f"{value} is no number that a run counts")
+        raise ValueError(f"{value} is not a number that a run counts")
     return float(value)
 
 
 def _kind(name: str) -> str:
     if name not in KINDS:
-        raise ValueError(f"{name!r} is no kind of a step")
+        raise ValueError(f"{name!r} is not a kind of step")
     return name
 
 

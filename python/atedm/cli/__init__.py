@@ -7,7 +7,7 @@ from atedm.cli.checks import use_any_terminal
 
 app = typer.Typer(
     name="atedm",
-    help="Faster Stable Diffusion XL by not computing what does not matter (AT-EDM token pruning).",
+    help="Make Stable Diffusion XL faster without training: feature reuse and token pruning (AT-EDM).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -57,7 +57,7 @@ def check_prompt(prompt: str, option: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise bad(option, f"is no UTF-8 text: {error}") from None
+        raise bad(option, f"is not UTF-8 text: {error}") from None
 
 
 def check_no_run(folder: Path) -> None:
@@ -376,7 +376,7 @@ def _naming(model: str) -> Iterator[None]:
             advice = "; --allow-pickled reads other weights than safetensors"
         elif isinstance(error, OSError) and not Path(model).expanduser().exists():
             advice = (
-                "; it is not in the cache here, or not whole: give a folder, or download it where there is a network "
+                "; it is not in the cache here, or not complete: give a folder, or download it with a network "
                 "(HF_HUB_OFFLINE=1 then keeps to the cache)"
             )
         raise bad("model", f"{model} cannot be loaded: {first}{advice}") from None

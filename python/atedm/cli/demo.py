@@ -30,8 +30,10 @@ WHY_SLOWER = "Not faster here: the embedded model is tiny, so what is added to a
 def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Steps = 50,
-    images: Annotated[int, typer.Option(min=1, help="Drawn at once, each from noise of its own.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the first image's starting noise.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="How many images to draw at once.")] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image's noise; image n has seed + n.")
+    ] = 0,
     preset: Preset = None,
     options: OptionsFile = None,
     ratio: Ratio = None,
@@ -41,7 +43,7 @@ def demo(
     json: Comparison = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
-    """Make a few images twice, full and pruned, with a small embedded model; no download."""
+    """Draw a few images twice, full and pruned, with the small model in the package. No download."""
     check_prompt(prompt, "prompt")
     check_no_run(output)
     report_file = check_output(output, json, options)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def doctor(
     json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None,
 ) -> None:
-    """Versions, devices, the backend of each op and why, and a numerical test of every op. Exit code 1 if one fails."""
+    """Show versions, devices, and the backend of each op and why; test every op. Exit status 1 if a test fails."""
     import torch
     from rich.console import Console
 

@@ -45,26 +45,25 @@ def flops(
     size: Size = "1024",
     preset: Annotated[
         str | None,
-        typer.Option(help="Settings by name: quality, fast, paper or paper-dagger. Default: the published method."),
+        typer.Option(help="Preset: quality, fast, paper or paper-dagger. Default: the published method."),
     ] = None,
     options: OptionsFile = None,
     ratio: Ratio = None,
     levels: Levels = None,
     placement: Annotated[
-        str | None, typer.Option(help="Where a block is pruned: early, paper or both. Default: both, or theirs.")
+        str | None,
+        typer.Option(help="Where a block drops tokens: early, paper or both. Default: both, or from the settings."),
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Denoising steps that the average is taken over.")
-    ] = 50,
+    steps: Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps that the average covers.")] = 50,
     budget: Annotated[
-        float | None, typer.Option(callback=finite, help="Solve for the ratio with this average of TFLOPs.")
+        float | None, typer.Option(callback=finite, help="Find the ratio whose average call takes this many TFLOPs.")
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Beside the paper's rows a to d (SDXL, 1024).")] = False,
-    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Images in a call; guidance doubles them.")] = 1,
+    paper: Annotated[bool, typer.Option("--paper", help="Compare with rows a to d of the paper (SDXL, 1024).")] = False,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Images per call; guidance doubles them.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, max=65_536, help="Text tokens.")] = 77,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
-    """Count the FLOPs of one UNet call, full and pruned (2 a multiply-add; no weights, no GPU)."""
+    """Count the FLOPs of one UNet call, full and pruned, without weights or a GPU (2 FLOPs per multiply-add)."""
     from rich.console import Console
 
     from atedm import DSAP

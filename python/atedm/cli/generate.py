@@ -61,7 +61,8 @@ def generate(
     model: Annotated[str, typer.Option(help="An SDXL checkpoint: a diffusers folder or a hub id (safetensors only).")],
     prompt: Annotated[str | None, typer.Argument(help="What the image shows.", show_default=False)] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Instead of PROMPT: a text file, one prompt a line. Goes on where it stopped.")
+        Path | None,
+        typer.Option(help="Instead of PROMPT: a text file with one prompt per line. Resumes where it stopped."),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     steps: Steps = 50,
@@ -85,16 +86,16 @@ def generate(
     output: Pictures = Path("outputs/generate"),
     json: Comparison = None,
     compare: Annotated[
-        bool | None, typer.Option(help="Make the images with the full UNet as well. Default: not with --prompts.")
+        bool | None, typer.Option(help="Also draw the images with the full UNet. Default: only without --prompts.")
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also write explain.html: images, masks, scores, times and FLOPs.")
     ] = False,
 ) -> None:
-    """Make images with any SDXL checkpoint: one, full and pruned, with token masks and a table; or one a prompt.
+    """Draw one image with any SDXL checkpoint, full and pruned, or one image per prompt of a file.
 
     With --prompts, start it with `accelerate launch --no_python atedm generate …` to share the prompts between several
-    GPUs. A picture that comes to NaN is named at the end, with exit status 1, when the others have been made.
+    GPUs. If a picture comes to NaN, the others are still made; the command names it at the end and exits with status 1.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")

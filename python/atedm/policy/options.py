@@ -1,4 +1,4 @@
-"""What :func:`atedm.apply` can be asked for, checked once; presets; options as JSON."""
+"""The options of :func:`atedm.apply`, checked once; presets; options as JSON."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def check_names(options: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(Options)]
     unknown = sorted(set(options) - set(known), key=str)
     if unknown:
-        raise TypeError(f"{unknown[0]!r} is no option; expected some of {', '.join(known)}")
+        raise TypeError(f"{unknown[0]!r} is not an option; expected some of {', '.join(known)}")
 
 
 # The published method (sections 3 and 4), whatever the defaults are; placed early, which changes FLOPs and no choice.

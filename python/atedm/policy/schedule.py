@@ -1,6 +1,6 @@
 """Which kind each denoising step is: DSAP (AT-EDM, section 3.4), and schedules that reuse deep features (ours).
 
-Features change fast in the first steps and slowly later, so a step costs as much as it changes:
+Features change fast in the first steps and slowly later, so a step may cost less when little changes:
 
 - ``whole``: every block computes every token.
 - ``light``: DSAP's first phase. The first attention block of each down stage and the last of each up stage are whole.
@@ -60,7 +60,7 @@ class Progress:
 
 
 class Schedule:
-    """Names the kind of each step. Override :meth:`kind`; the rest tells what is known beforehand."""
+    """Names the kind of each step. Override :meth:`kind`; the properties say what is known beforehand."""
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -149,7 +149,7 @@ class DSAP(_ByStep):
         fraction: 0 (always prune everywhere) to 1 (always light).
 
     Raises:
-        ValueError: ``fraction`` outside 0 to 1. TypeError: no number.
+        ValueError: ``fraction`` is outside 0 to 1. TypeError: it is not a number.
     """
 
     fraction: float = 0.3
@@ -212,10 +212,10 @@ class Listed(_ByStep):
     """One kind for each step; a run of another number of steps takes them at the same fractions of the run.
 
     Args:
-        steps: some of ``KINDS``, at least one.
+        steps: names from ``KINDS``, at least one.
 
     Raises:
-        ValueError: no kind, or an unknown one.
+        ValueError: the list is empty, or holds an unknown kind.
     """
 
     steps: tuple[str, ...]
@@ -245,23 +245,22 @@ class Adaptive(Schedule):
     """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
-    steps, rounded down, to change by ``tolerance``: about so far away is the next computed step. That follows any
-    scheduler, where a fixed list that is right for one ruins the pictures of another. The last step is computed
-    too, since multistep solvers end on what the UNet says there; so that it is not one more, what is left of the
-    run is divided into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and
-    ``denoising_end`` stops before the last one, which no call can tell. After features that are not finite the next
-    step is computed: there is nothing to reuse, and a pruned step names the NaN.
+    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. This follows any
+    scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed
+    too, because multistep solvers end on what the UNet says there. To make room for it, the rest of the run is divided
+    into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end``
+    stops before the last one, which no call can know. If features are not finite, the next step is computed: there is
+    nothing to reuse, and a pruned step names the NaN.
 
     Args:
-        tolerance: the relative change of the feature, above 0. More reuses more. A run of more than ``TUNED_STEPS``
-            steps takes ``(TUNED_STEPS / steps) ** TUNED_POWER`` of it, so that more steps also come closer to the full
-            picture.
-        max_gap: the largest distance of two computed steps; that of the last two may be a quarter more.
-        min_gap: the smallest in the first ``EARLY`` of the run, also that of the first two, before which no rate is
-            known. Later, and in a run of fewer than ``LONG_RUN · min_gap`` steps, it is 1.
+        tolerance: the relative change of the feature, above 0. More reuses more. A run of more than 25 (``TUNED_STEPS``)
+            steps takes ``(25 / steps) ** 0.75`` of it, so that more steps also come closer to the full picture.
+        max_gap: the largest distance between two computed steps; the last two may be a quarter further apart.
+        min_gap: the smallest distance in the first 30 % of the run, and between the first two computed steps, before
+            which no rate is known. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
-            ``LONG_RUN`` steps is not pruned.
-        whole_every: from there on, every such computed step is whole and those between are pruned.
+            12 steps is not pruned.
+        whole_every: from there on, every ``whole_every``-th computed step is whole, and those between are pruned.
 
     Raises:
         ValueError, TypeError: an argument that does not fit.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Numbers per token that stand for its input: the fewest that on the embedded model keep pictures as well as all its 48
-# or 96 channels do (README).
+# or 96 channels do (docs/quality.md).
 DRIFT_WIDTH = 4
 
 # What is remembered of a block's tokens, by name.
