@@ -253,8 +253,8 @@ class Adaptive(Schedule):
     nothing to reuse, and a pruned step names the NaN.
 
     Args:
-        tolerance: the relative change of the feature, above 0. More reuses more. A run of more than 25 (``TUNED_STEPS``)
-            steps takes ``(25 / steps) ** 0.75`` of it, so that more steps also come closer to the full picture.
+        tolerance: the relative change of the feature, above 0. More reuses more. A run of more than ``TUNED_STEPS``
+            (25) steps takes ``(25 / steps) ** 0.75`` of it, so that more steps also come closer to the full picture.
         max_gap: the largest distance between two computed steps; the last two may be a quarter further apart.
         min_gap: the smallest distance in the first 30 % of the run, and between the first two computed steps, before
             which no rate is known. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
