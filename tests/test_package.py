@@ -173,6 +173,20 @@ def test_imports_go_one_way_and_take_what_is_public(place):
             assert not {root(name) for name in imported_by_statement(source)} - known, path
 
 
+# The layers of the plug-in, the lowest first.
+LAYERS = ("policy", "unet", "app", "cli")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_the_plug_in_import_downwards(layer):
+    above = {f"atedm.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    files = sources(f"python/atedm/{layer}")
+    assert files
+    for path in files:
+        found = {f"{module}.{name}" for module, name in imported(path.read_text(encoding="utf-8"))}
+        assert not {name for name in found if ".".join(name.split(".")[:2]) in above}, path
+
+
 BACK = """
 def f():
     from atedm_bench.ops import run
