@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import atedm
 import atedm_kernels as kernels
 from atedm import embedded
-from atedm.app import comparison, flops, models, pictures
+from atedm.app import comparison, flops, images, models, pictures
 from atedm.cli import app
 from atedm.policy.options import PUBLISHED
 from tests.helpers.counting import shared_counters
@@ -329,5 +329,5 @@ def test_steps_to_show(total, light):
 
 def test_psnr():
     black, gray = (Image.new("RGB", (4, 4), (value,) * 3) for value in (0, 51))
-    assert comparison.psnr_db(black, black) is None
-    assert comparison.psnr_db(black, gray) == pytest.approx(20 * np.log10(5))
+    assert images.psnr_db(black, black) is None
+    assert images.psnr_db(black, gray) == pytest.approx(20 * np.log10(5))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import atedm
-from atedm.app.comparison import open_image
+from atedm.app.images import open_image
 from atedm.app.prompts import PromptCase, Sampling, make_pictures, picture_path
 from atedm.files import whole_file
 from atedm_bench.quality.settings import Setting

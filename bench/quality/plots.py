@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, PercentFormatter
 from PIL import Image, ImageDraw
 
-from atedm.app.comparison import open_image, save_image
+from atedm.app.images import open_image, save_image
 from atedm.app.prompts import PromptCase
 from atedm.files import whole_file
 from atedm_bench.quality import convergence

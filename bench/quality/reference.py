@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from atedm.app.comparison import open_image
+from atedm.app.images import open_image
 from atedm.app.prompts import PromptCase
 from atedm_bench.quality import metrics
 from atedm_bench.quality.checker import FEATURES, load_checker, prepare

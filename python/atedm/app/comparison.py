@@ -19,9 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm.app import report
+from atedm.app.images import images_of, psnr_db, save_image
 from atedm.app.models import LATENT_SCALE
-from atedm.app.pixels import images_of
-from atedm.files import whole_file
 from atedm.policy.options import Options
 from atedm.policy.selection import kept_tokens
 from atedm.unet.blocks import attention_blocks, feature_map_size
@@ -174,47 +173,6 @@ def _run(
     }
     pipe.set_progress_bar_config(disable=True)  # ours counts both runs
     return pipe(**{**arguments, **overrides})
-
-
-def save_image(image: Image, path: Path) -> None:
-    """Write a PNG atomically: an interrupted run never leaves half a file."""
-    with whole_file(path) as partial:
-        image.save(partial, format="PNG")
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
-        raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
-
-
-def open_image(path: Path) -> Image:
-    """The whole picture, in RGB.
-
-    Raises:
-        OSError: the file is absent, truncated or no picture; the message names it.
-    """
-    with _naming(path), PIL.Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def check_image(path: Path) -> None:
-    """Make sure by its checksums that a picture is whole, which takes far less time than to read its pixels.
-
-    Raises:
-        OSError: as :func:`open_image`.
-    """
-    with _naming(path), PIL.Image.open(path) as image:
-        image.verify()
-
-
-def psnr_db(image: Image, reference: Image) -> float | None:
-    """Peak signal-to-noise ratio of 8-bit images in dB; None where they are equal (it would be infinite)."""
-    error = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    mean_square = float(np.mean(error**2))
-    return None if mean_square == 0 else 10 * math.log10(255**2 / mean_square)
 
 
 def compare(

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm.app import report
-from atedm.app.comparison import UNetTimer, advice, check_image, save_image, tflops_of, token_counts
+from atedm.app.comparison import UNetTimer, advice, tflops_of, token_counts
 from atedm.app.fingerprint import fingerprint
-from atedm.app.pixels import images_of
+from atedm.app.images import check_image, images_of, save_image
 from atedm.app.run_record import Cases, Times, claim
 from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN

@@ -1,0 +1,69 @@
+"""Images: of the pixels that a pipeline makes, in files, and how close two are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from PIL.Image import Image
+from torch import Tensor
+
+from atedm.files import whole_file
+
+
+def images_of(pipe: Any, pixels: Tensor) -> list[Image | None]:
+    """What ``output_type="pil"`` gives; None for a picture with NaN or infinite pixels, which it would turn black.
+
+    Args:
+        pipe: the pipeline. pixels: ``[B, 3, H, W]`` in 0 to 1, as its ``output_type="pt"`` gives them.
+    """
+    is_finite = pixels.flatten(1).isfinite().all(dim=1).cpu()
+    processor = pipe.image_processor
+    images = iter(processor.numpy_to_pil(processor.pt_to_numpy(pixels[is_finite.to(pixels.device)])))
+    return [next(images) if finite else None for finite in is_finite.tolist()]
+
+
+def save_image(image: Image, path: Path) -> None:
+    """Write a PNG atomically: an interrupted run never leaves half a file."""
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
+        raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
+
+
+def open_image(path: Path) -> Image:
+    """The whole picture, in RGB.
+
+    Raises:
+        OSError: the file is absent, truncated or no picture; the message names it.
+    """
+    with _naming(path), PIL.Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def check_image(path: Path) -> None:
+    """Make sure by its checksums that a picture is whole, which takes far less time than to read its pixels.
+
+    Raises:
+        OSError: as :func:`open_image`.
+    """
+    with _naming(path), PIL.Image.open(path) as image:
+        image.verify()
+
+
+def psnr_db(image: Image, reference: Image) -> float | None:
+    """Peak signal-to-noise ratio of 8-bit images in dB; None where they are equal (it would be infinite)."""
+    error = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    mean_square = float(np.mean(error**2))
+    return None if mean_square == 0 else 10 * math.log10(255**2 / mean_square)
