@@ -125,7 +125,7 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
 def _around_graph(
     target: nn.Module,
     unet: nn.Module,
-    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[bool], None],
 ) -> list[Callable[[], None]]:
     """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
@@ -141,7 +141,7 @@ def _around_graph(
         compiled = getattr(module, attribute)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before(args, kwargs)
+            before(unet, args, kwargs)
             output = None
             try:
                 output = compiled(*args, **kwargs)
