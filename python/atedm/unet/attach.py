@@ -185,13 +185,16 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
 def apply(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Pipeline:
-    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it); inference only.
+    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it).
 
     By default some steps reuse deep features, and from 30 % of the run on every other computed step prunes tokens, by
     PageRank and drift; a dropped token keeps its last update. The published method is the preset ``"paper"``.
 
     The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
     :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
+
+    Gradients go through a pruned call; the choice of tokens has none. A call that records gradients is whole where it
+    would need what an earlier one computed, as by default: train with ``"paper"``, which remembers nothing.
 
     Args:
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet; compiled ones too.
