@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from atedm_kernels._after_import import after_import
 from atedm_kernels.backends import choose
 
-# Every op of the package, by name.
+# Every op of the package, by name, but those for its own use, whose names begin with an underscore.
 OPS: dict[str, Op] = {}
 
 _library = torch.library.Library("atedm", "DEF")
@@ -48,7 +48,7 @@ def plain_number(value: Any) -> Any:
 class Backward(NamedTuple):
     """Gradients of an op, as ``torch.library.register_autograd`` takes them."""
 
-    setup_context: Callable[..., None]
+    setup_context: Callable[..., None] | None
     backward: Callable[..., Any]
 
 
@@ -58,6 +58,7 @@ class Op:
     Attributes:
         name: the name in ``torch.ops.atedm``. overload: what torch dispatches. backends: those that implement it.
         fake: returns uninitialised outputs for the arguments of the schema.
+        is_differentiable: whether it records gradients.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Op:
         check: Callable[..., None],
         fake: Callable[..., Any],
         flops: Callable[..., int] | None,
+        is_differentiable: bool,
     ) -> None:
         self.overload = overload
         self.name = overload._schema.name.split("::")[1]
         self.backends = backends
         self.fake = fake
+        self.is_differentiable = is_differentiable
         self._check = check
         self._flops = flops
         self._declared = overload._schema.arguments
@@ -84,6 +87,10 @@ class Op:
                 arguments = tuple(map(plain_number, arguments))
                 self._check(*arguments)
                 break
+        if self.is_differentiable and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What register_autograd has registered is a function in Python: some 15 microseconds to record nothing.
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*arguments)
         return self.overload(*arguments)
 
     def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -155,7 +162,7 @@ def define_op(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     packet = getattr(getattr(torch.ops, library.ns), name)
-    op = Op(packet.default, tuple(implementations), check, fake, flops)
+    op = Op(packet.default, tuple(implementations), check, fake, flops, backward is not None)
     written = [n for n, argument in enumerate(declared) if _is_written(argument)]
 
     # A reference may use differentiable operations, and autograd would keep every block of the map alive.
@@ -204,7 +211,7 @@ def define_op(
 
         # Importing it here would import Triton.
         after_import("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packet)(count))
-    if library is _library:
+    if library is _library and not name.startswith("_"):
         OPS[name] = op
     return op
 

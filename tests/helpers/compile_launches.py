@@ -30,6 +30,7 @@ from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
 from atedm_kernels.ops.select_tokens import triton_kernel as select
 from atedm_kernels.ops.similarity_source import triton_kernel as similarity
+from atedm_kernels.ops.sum_rows import triton_kernel as sum_rows
 from atedm_kernels.ops.update_feature_map import triton_kernel as update
 from atedm_kernels.ops.weighted_page_rank import triton_kernel as page_rank
 from atedm_kernels.ops.weighted_page_rank_cross import triton_kernel as page_rank_cross
@@ -118,6 +119,12 @@ def gather_launches(dtype: str, channels: int) -> list[Launch]:
     return [gather.gather_launch(x, meta(2, 1536, dtype=torch.int64), out)]
 
 
+def sum_rows_launches(dtype: str, channels: int) -> list[Launch]:
+    x, out = (meta(2, n, channels, dtype=DTYPES[dtype]) for n in (4096, 1536))
+    order, begins = (meta(2, n, dtype=torch.int64) for n in (4096, 1537))
+    return [sum_rows.sum_rows_launch(x, order, begins, out)]
+
+
 def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
     residual = meta(2, 640, 64, 80, dtype=DTYPES[dtype])[..., :64]
     if layout != CUT_OUT:
@@ -145,6 +152,7 @@ def smallest_launches() -> list[Launch]:
         *page_rank_cross.iteration_launches(q, q, lse, state, 0.5, 1e-3),
         select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
+        sum_rows.sum_rows_launch(x, index, meta(1, 2, dtype=torch.int64), x),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),
         feature_map.recover_launch(x, index, residual, residual),
         update.update_launch(x, index, x, residual, residual),
@@ -176,6 +184,7 @@ def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
     found["select-mean-n1024"] = lambda: select_launches("mean", 1024, 20, 384)
     for dtype in ("bf16", "fp32"):
         found[f"gather-{dtype}-c640"] = lambda dtype=dtype: gather_launches(dtype, 640)
+        found[f"sum_rows-{dtype}-c640"] = lambda dtype=dtype: sum_rows_launches(dtype, 640)
         for layout in (*LAYOUTS, CUT_OUT) if dtype == "bf16" else ("contiguous",):
             found[f"feature_map-{dtype}-{layout}"] = lambda a=(dtype, dtype, layout): feature_map_launches(*a)
     found["feature_map-bf16+fp32"] = lambda: feature_map_launches("bf16", "fp32", "contiguous")

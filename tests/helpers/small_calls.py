@@ -10,6 +10,7 @@ import sys
 import torch
 
 import atedm_kernels as ops
+from atedm_kernels.ops.sum_rows import sum_rows
 
 # B, H, N, D, kept tokens; the last one is more than any kernel takes in a step.
 SHAPES = [
@@ -37,7 +38,7 @@ def call_all(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     index = ops.select_tokens(scores, keep)
     source = ops.similarity_source(q, k, lse, index)
     compact = ops.gather_tokens(normal(batch, tokens, heads * head_dim), index)
-    ops.recover_tokens(compact, source)
+    sum_rows(ops.recover_tokens(compact, source), source, keep)
     residual, cache = normal(batch, heads * head_dim, 1, tokens), normal(batch, tokens, heads * head_dim)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         ops.recover_feature_map(compact, source, residual.to(memory_format=memory_format))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atedm_kernels
+from atedm_kernels.ops.sum_rows import sum_rows
 from tests.helpers import oracle
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +66,28 @@ def test_fused_logsumexp():
         assert (mass - 1).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+)
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_gradients_of_attention(kernel, head_dim):
+    """By the backward of each of torch's kernels, and by the reference where none serves."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(2, n, 3, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for n in (300, 77, 77, 300)
+    )
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = torch.softmax(exact[0] @ exact[1].mT * head_dim**-0.5, -1) @ exact[2]
+    expected = torch.autograd.grad(expected, exact, upstream.double())
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(kernel):
+        out, _ = atedm_kernels.attention_with_logsumexp(*given)
+        got = torch.autograd.grad(out, given, upstream)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() <= 0.03 * b.norm()
+
+
 def prune_and_recover(q, k, lse, x, residual, cache):
     scores, iterations = atedm_kernels.weighted_page_rank(q, k, lse)
     cross, _ = atedm_kernels.weighted_page_rank_cross(q, k[:, :, :77], lse, max_iterations=2)
@@ -78,6 +102,7 @@ def prune_and_recover(q, k, lse, x, residual, cache):
         index,
         source,
         tokens,
+        sum_rows(tokens, source, 384),
         atedm_kernels.recover_feature_map(compact, source, residual),
         atedm_kernels.update_feature_map(compact, index, cache, residual),
         cache,

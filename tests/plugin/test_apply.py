@@ -146,19 +146,6 @@ def test_pruned_blocks_names_what_is_pruned(unet):
     assert sorted(atedm.pruned_blocks(unet)) == sorted(level_2 + level_3)
 
 
-def test_that_gradients_are_incomplete_is_said_once(unet, inputs, caplog):
-    atedm.apply(unet, PUBLISHED, schedule=None)
-    unet(**inputs)
-    assert not caplog.messages  # no parameter asks for gradients, nor does the input
-    unet.requires_grad_(True)
-    with torch.no_grad():
-        unet(**inputs)
-    assert not caplog.messages
-    for _ in range(2):
-        unet(**inputs)
-    assert [message for message in caplog.messages if "expected torch.no_grad()" in message] == caplog.messages[:1]
-
-
 def test_no_random_numbers_are_drawn(unet, inputs):
     atedm.apply(unet, PUBLISHED)
     state = torch.get_rng_state()

@@ -73,7 +73,7 @@ def attention_column_sums(
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:
-        ``[B, H, N]`` float32.
+        ``[B, H, N]`` float32, to choose by: it requires no gradient.
 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,11 @@ from atedm_kernels._checks import (
     score_dtype,
     softmax_scale,
 )
+from atedm_kernels.ops.attention_backward import attention_backward
 from atedm_kernels.ops.attention_map import map_flops
 from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
 from atedm_kernels.ops.attention_with_logsumexp.torch_kernel import attention_with_logsumexp_torch
-from atedm_kernels.registry import define_op
+from atedm_kernels.registry import Backward, define_op
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -39,6 +42,17 @@ def _flops(q: torch.Size, k: torch.Size, *_: object) -> int:
     return 2 * map_flops(q, k[2])
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *attention_backward(gradient, *ctx.saved_tensors, ctx.scale), None
+
+
 _op = define_op(
     "attention_with_logsumexp(Tensor q, Tensor k, Tensor v, float? scale=None) -> (Tensor, Tensor)",
     _check,
@@ -46,6 +60,7 @@ _op = define_op(
     {"torch": attention_with_logsumexp_torch, "reference": attention_with_logsumexp_reference},
     prepare=_prepare,
     flops=_flops,
+    backward=Backward(_setup_context, _backward),
 )
 
 
@@ -64,6 +79,8 @@ def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | 
     Returns:
         ``out`` ``[B, H, M, D]`` in the dtype of ``q``, stored as ``[B, M, H, D]`` so that joining the heads is free,
         and ``lse`` ``[B, H, M]``, float32, natural log: ``log Σ_j exp(scale · q_i·k_j)``.
+        ``out`` is differentiable in ``q``, ``k`` and ``v``. ``lse`` is there to choose tokens by: it requires no
+        gradient.
 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.

@@ -8,21 +8,13 @@ Calling the kernel directly costs the same as attention alone. torch chooses it 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from atedm_kernels._checks import score_dtype
 from atedm_kernels.ops.attention_with_logsumexp.reference import attention_with_logsumexp_reference
+from atedm_kernels.ops.torch_attention import CUDNN, EFFICIENT, FLASH, pad_head_dims, tokens_first
 
 aten = torch.ops.aten
-
-_FLASH = int(SDPBackend.FLASH_ATTENTION.value)
-_EFFICIENT = int(SDPBackend.EFFICIENT_ATTENTION.value)
-_CUDNN = int(SDPBackend.CUDNN_ATTENTION.value)
-
-# Head dims are padded with zeros to a multiple of this: zeros change no product, and fused kernels load 16 bytes.
-_HEAD_DIM_MULTIPLE = 8
 
 
 def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -31,25 +23,23 @@ def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float
     if fused is None:
         return attention_with_logsumexp_reference(q, k, v, scale)
     out, lse = fused
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(score_dtype(q)).contiguous()
+    return tokens_first(out), lse.to(score_dtype(q)).contiguous()
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts, or None if no fused kernel serves."""
     head_dim = q.shape[-1]
-    padding = -head_dim % _HEAD_DIM_MULTIPLE
-    if padding:
-        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+    q, k, v = pad_head_dims(q, k, v)
     choice = torch._fused_sdp_choice(q, k, v, scale=scale)
     if q.device.type == "cpu":
-        if choice != _FLASH:
+        if choice != FLASH:
             return None
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    elif choice == _FLASH:
+    elif choice == FLASH:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    elif choice == _CUDNN:
+    elif choice == CUDNN:
         out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
-    elif choice == _EFFICIENT:
+    elif choice == EFFICIENT:
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
     else:
         return None

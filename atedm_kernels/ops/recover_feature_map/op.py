@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_shape, check_tensor
 from atedm_kernels.ops.recover_feature_map.native_kernel import recover_feature_map_native
 from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map, recover_feature_map_reference
-from atedm_kernels.registry import define_op, lazily
+from atedm_kernels.ops.sum_rows import sum_rows
+from atedm_kernels.registry import Backward, define_op, lazily
 
 
 def _check(x: Tensor, source: Tensor, residual: Tensor) -> None:
@@ -25,6 +28,22 @@ def _fake(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
     return empty_feature_map(x, residual)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x, source, residual = inputs
+    ctx.save_for_backward(source)
+    ctx.slots, ctx.dtypes = x.shape[1], (x.dtype, residual.dtype)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    of_x = of_residual = None
+    x_dtype, residual_dtype = ctx.dtypes
+    if ctx.needs_input_grad[0]:
+        of_x = sum_rows(gradient.flatten(2).mT, *ctx.saved_tensors, ctx.slots).to(x_dtype)
+    if ctx.needs_input_grad[2]:
+        of_residual = gradient.to(residual_dtype)
+    return of_x, None, of_residual
+
+
 _op = define_op(
     "recover_feature_map(Tensor x, Tensor source, Tensor residual) -> Tensor",
     _check,
@@ -35,6 +54,7 @@ _op = define_op(
         "reference": recover_feature_map_reference,
     },
     check_values=_check_values,
+    backward=Backward(_setup_context, _backward),
 )
 
 
@@ -50,6 +70,7 @@ def recover_feature_map(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
 
     Returns:
         ``[B, C, h, w]`` in the memory format of ``residual`` (channels-last stays so) and the promoted dtype.
+        Differentiable in ``x`` and ``residual``.
 
     Raises:
         ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from atedm_kernels._checks import FLOAT_DTYPES, check_index, check_index_values, check_tensor
-from atedm_kernels.ops.gather_tokens.op import GATHER_ROWS, empty_rows
+from atedm_kernels.ops.gather_tokens.op import GATHER_BACKWARD, GATHER_ROWS, empty_rows
 from atedm_kernels.registry import define_op
 
 
@@ -19,7 +19,12 @@ def _check_values(x: Tensor, source: Tensor) -> None:
 
 
 _op = define_op(
-    "recover_tokens(Tensor x, Tensor source) -> Tensor", _check, empty_rows, GATHER_ROWS, check_values=_check_values
+    "recover_tokens(Tensor x, Tensor source) -> Tensor",
+    _check,
+    empty_rows,
+    GATHER_ROWS,
+    check_values=_check_values,
+    backward=GATHER_BACKWARD,
 )
 
 
@@ -31,7 +36,7 @@ def recover_tokens(x: Tensor, source: Tensor) -> Tensor:
         source: int64 ``[B, N]``, values from 0 to ``K − 1``, from :func:`similarity_source`.
 
     Returns:
-        ``[B, N, C]``, contiguous.
+        ``[B, N, C]``, contiguous. Differentiable in ``x``.
 
     Raises:
         ValueError: a shape or device that does not fit, or a source out of range (on a GPU only with

@@ -53,7 +53,7 @@ def select_tokens(scores: Tensor, keep: int, *, reduction: str = "rms") -> Tenso
         reduction: ``"rms"`` or ``"mean"``.
 
     Returns:
-        int64 ``[B, keep]``, ascending.
+        int64 ``[B, keep]``, ascending. A choice: no gradient goes through it to the scores.
 
     Raises:
         ValueError: a shape, ``keep`` or ``reduction`` that does not fit, or NaN. TypeError: a dtype that is not served.

@@ -79,7 +79,8 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:
-        int64 ``[B, N]``, values from 0 to ``K − 1``: the argument ``source`` of the recovery ops.
+        int64 ``[B, N]``, values from 0 to ``K − 1``: the argument ``source`` of the recovery ops. A choice: it has
+        no gradient.
 
     Raises:
         ValueError: an argument that does not fit, or an index out of range (on a GPU only with

@@ -66,6 +66,7 @@ def weighted_page_rank_cross(
 
     Returns:
         ``scores`` ``[B, H, M]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
+        Scores are there to choose by: they require no gradient.
 
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.

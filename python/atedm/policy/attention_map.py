@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 class AttentionMap:
-    """``A_ij = exp(scale · q_i·k_j − lse_i)``.
+    """``A_ij = exp(scale · q_i·k_j − lse_i)``. What is read from it are choices, so no gradient goes through it.
 
     Attributes:
         q: ``[B, H, M, D]``. k: ``[B, H, N, D]``. lse: float32 ``[B, H, M]``. scale: None for ``1/sqrt(D)``.
     """
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
-        self.q, self.k, self.lse, self.scale = q, k, lse, scale
+        self.q, self.k, self.lse, self.scale = q.detach(), k.detach(), lse, scale
         self._of_unit_keys: AttentionMap | None = None
 
     def of_unit_keys(self) -> AttentionMap:

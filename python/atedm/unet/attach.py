@@ -135,7 +135,7 @@ def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
 def _around_graph(
     target: nn.Module,
     unet: nn.Module,
-    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[bool], None],
 ) -> list[Callable[[], None]]:
     """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
@@ -151,7 +151,7 @@ def _around_graph(
         compiled = getattr(module, attribute)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before(args, kwargs)
+            before(unet, args, kwargs)
             output = None
             try:
                 output = compiled(*args, **kwargs)
@@ -195,13 +195,16 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
 def apply(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Pipeline:
-    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it); inference only.
+    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it).
 
     By default some steps reuse deep features, and from 30 % of the run on every other computed step prunes tokens, by
     PageRank and drift; a dropped token keeps its last update. The published method is the preset ``"paper"``.
 
     The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
     :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
+
+    Gradients go through a pruned call; the choice of tokens has none. A call that records gradients is whole where it
+    would need what an earlier one computed, as by default: train with ``"paper"``, which remembers nothing.
 
     Args:
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet; compiled ones too.

@@ -128,13 +128,6 @@ class PrunedBlock:
             stand_in = RememberingTransformer(self, memory)
             memory.is_filled = True
         else:
-            if torch.is_grad_enabled() and hidden_states.requires_grad:
-                self.calls.say_once(
-                    "no gradients",
-                    "%s: gradients through a pruned block lack those through its attention; expected torch.no_grad() "
-                    "or torch.inference_mode(), or atedm.remove before training",
-                    self.name,
-                )
             # Masks for all tokens would not fit the kept ones. diffusers passes them by name.
             has_masks = bool(args) or "ip_adapter_masks" in (kwargs.get("cross_attention_kwargs") or ())
             choice = TokenChoice(self, call, memory, keep, hidden_states)

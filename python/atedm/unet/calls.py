@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
@@ -160,16 +161,17 @@ class UNetCalls:
             return
         if torch.jit.is_tracing():
             raise RuntimeError(_TRACED.format(self.planner.differ))
-        call = self._plan(args, kwargs, in_graph)
+        call = self._plan(unet, args, kwargs, in_graph)
         self._note(call)
         self._begin(call)
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
+    def _plan(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
         """The call that begins; graphs are told of it. ``in_graph``: whether there are any."""
         if in_graph:
             self.told.claim()
         try:
-            call = self.planner.call(args, kwargs, in_graph=in_graph)
+            for_gradients = records_gradients(unet, args, kwargs)
+            call = self.planner.call(args, kwargs, in_graph=in_graph, for_gradients=for_gradients)
         except BaseException:
             self.told.release()
             raise
@@ -207,12 +209,12 @@ class UNetCalls:
         self.following.end()
         self.begin(None)
 
-    def begin_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A graph of the whole UNet is to run."""
         self.parts.check_unchanged()
         self.parts.count_kept(*latent_size(args, kwargs))
         if not self.is_constant or self.recordings:
-            self._note(self._plan(args, kwargs, in_graph=True))
+            self._note(self._plan(unet, args, kwargs, in_graph=True))
             self.told.is_outside = True
 
     def end_outside(self, is_complete: bool) -> None:
@@ -220,6 +222,15 @@ class UNetCalls:
         call = self.told.running
         if call is not None:
             self._ended(call, is_complete)
+
+
+def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call records what gradients need: those of an input, or of a parameter."""
+    if not torch.is_grad_enabled():
+        return False
+    inputs = tree_leaves((args, kwargs))
+    wanted = (x.requires_grad for x in (*inputs, *unet.parameters()) if isinstance(x, torch.Tensor))
+    return any(wanted)
 
 
 def latent_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -44,11 +44,13 @@ class TokenChoice:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
 
     def choose(self, attention: Callable[[], AttentionMap] | None) -> None:
-        """Choose the kept tokens, or keep an earlier choice.
+        """Choose the kept tokens, or keep an earlier choice. Once a call: a checkpoint that runs again has it already.
 
         Args:
             attention: makes the map that the ranking reads; None without a ranking.
         """
+        if self.index is not None:
+            return
         memory, call, iterations = self._memory, self._call, None
         if self._is_chosen_before():
             self.index, scores = memory.index, memory.scores

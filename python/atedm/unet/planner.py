@@ -104,17 +104,22 @@ class Planner:
         finally:
             self.forced = None
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool) -> Call:
+    def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool, for_gradients: bool = False
+    ) -> Call:
         """The call with these arguments, which begins.
 
         Args:
             in_graph: whether a graph runs it, or what of it has memory: that reads fixed addresses.
+            for_gradients: whether it records what gradients need.
         """
         options = self.options
         sample = args[0] if args else kwargs["sample"]
         if self.forced is not None:
             return replace(self.forced)
         step = step_of(args[1] if len(args) > 1 else kwargs.get("timestep"), self.scheduler)
+        if for_gradients and self._follows_pictures:
+            return self._call_for_gradients(step)
         picture = self._picture(step) if self._follows_pictures else None
         if picture is not None:
             try:
@@ -140,6 +145,17 @@ class Planner:
         is_warm = self._starts_warm and ranks and picture.has_ranks_for(kind)
         choice = step.index if ranks else picture.chosen
         return Call(kind, ranks, choice, is_warm, slot, picture, step.index, step.total)
+
+    def _call_for_gradients(self, step: Step) -> Call:
+        """A call that leaves alone what is remembered: no gradient would reach the calls that it came from."""
+        is_whole = self.options.remembers or self.options.steps.reads_past
+        self.say_once(
+            "gradients",
+            "%s: a call that records gradients neither reads nor writes what is remembered; %s",
+            self.differ,
+            "it is computed whole" if is_whole else self._instead,
+        )
+        return Call("whole" if is_whole else self._kinds.of_one(step), step=step.index, total=step.total)
 
     def _picture(self, step: Step) -> Picture | None:
         """The picture of a call; None, said once, where it cannot be told."""

@@ -155,7 +155,9 @@ class CompactTransformer:
 
         The queries are those of all tokens, or of the kept ones where they have been chosen by now.
         """
-        attention, index = layer.attn1, self._choice.index
+        attention = layer.attn1
+        # A checkpoint that runs again has an index in any case.
+        index = self._choice.index if self._block.ranking is None else None
         q, k, v = project(attention, layer.norm1(hidden_states), index)
         scale = scale_of(attention)
         attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
@@ -170,7 +172,9 @@ class CompactTransformer:
         return attended.transpose(1, 2).flatten(2), AttentionMap(q, k, lse, scale)
 
     def _find_refill(self, attention: AttentionMap) -> None:
-        """Find what the dropped tokens get; ``attention`` is that of the self-attention."""
+        """Find what the dropped tokens get, once a call; ``attention`` is that of the self-attention."""
+        if self._refill is not None:
+            return
         update = None if self._memory is None else self._memory.update
         source = self._block.recovery.source(attention, self._choice.index)
         self._refill = Refill(self._choice.index, *self._choice.size, source, update)
@@ -200,6 +204,7 @@ class CompactTransformer:
         return recovery.feature_map(compact, self._refill, residual)
 
 
+@torch.no_grad()
 def _cross_attention_map(layer: nn.Module, hidden_states: Tensor, text: Any) -> AttentionMap:
     attention = layer.attn2
     if isinstance(text, tuple):  # an IP-Adapter's (text, images)

@@ -1,4 +1,4 @@
-"""Inputs that require gradients, and arguments of the wrong Python type."""
+"""Choices, of which no gradient is recorded, and arguments of the wrong Python type."""
 
 import numpy as np
 import pytest
@@ -14,30 +14,25 @@ def problem():
     return q, k, v, ak.attention_with_logsumexp(q, k, v)[1]
 
 
-def calls(q, k, v, lse, x, compact, residual, index, source, scores):
+def choices(q, k, lse, x, compact, residual, index, scores):
     ops = torch.ops.atedm
     return {
-        ops.attention_with_logsumexp: (q, k, v),
         ops.attention_column_sums: (q, k, lse, None, None),
         ops.weighted_page_rank: (q, k, lse, None, 3, 0.0),
         ops.weighted_page_rank_cross: (q, k, lse, None, 3, 0.0),
         ops.select_tokens: (scores, 5),
-        ops.gather_tokens: (x, index),
         ops.similarity_source: (q, k, lse, index),
-        ops.recover_tokens: (compact, source),
-        ops.recover_feature_map: (compact, source, residual),
         ops.update_feature_map: (compact, index, x.detach().clone(), residual),
     }
 
 
-def test_gradients_are_neither_recorded_nor_in_the_way(problem):
-    q, k, v, lse = problem
+def test_gradients_of_choices_are_neither_recorded_nor_in_the_way(problem):
+    q, k, _, lse = problem
     scores, _ = ak.weighted_page_rank(q, k, lse)
     index = ak.select_tokens(scores, 5)
-    source = ak.similarity_source(q, k, lse, index)
     x, compact, residual = torch.randn(2, 17, 8), torch.randn(2, 5, 8), torch.randn(2, 8, 1, 17)
-    floats = [tensor.clone().requires_grad_() for tensor in (q, k, v, lse, x, compact, residual)]
-    for op, arguments in calls(*floats, index, source, scores.clone().requires_grad_()).items():
+    floats = [tensor.clone().requires_grad_() for tensor in (q, k, lse, x, compact, residual)]
+    for op, arguments in choices(*floats, index, scores.clone().requires_grad_()).items():
         torch.library.opcheck(op.default, arguments)
         out = op(*arguments)
         assert not any(tensor.requires_grad for tensor in (out if isinstance(out, tuple) else (out,)))

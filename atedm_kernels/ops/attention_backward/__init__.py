@@ -1,0 +1,1 @@
+from atedm_kernels.ops.attention_backward.op import attention_backward as attention_backward

@@ -1,0 +1,82 @@
+"""What a training step of SDXL keeps from its forward for its backward, counted with tensors that have no memory.
+
+``python -m tests.helpers.training_memory`` prints the table of docs/training.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import atedm
+from atedm.app.models import SDXL_UNET
+
+RATIO = 0.63
+
+
+def saved_bytes(unet: nn.Module, call: Callable[[], torch.Tensor]) -> int:
+    """Bytes of all storages that ``call`` saves for its backward, each once and without the weights of ``unet``."""
+    weights = {x.untyped_storage()._cdata for x in (*unet.parameters(), *unet.buffers())}
+    found: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets the address of one
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        found[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = call()
+    assert out.requires_grad
+    return sum(storage.nbytes() for address, storage in found.items() if address not in weights)
+
+
+def add_lora(unet: UNet2DConditionModel) -> None:
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+
+def add_checkpoints(unet: UNet2DConditionModel) -> None:
+    add_lora(unet)
+    # This kind saves what it is called with where the hooks see it.
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+
+
+# What is trained, as the page names it.
+STEPS: dict[str, Callable[[UNet2DConditionModel], object]] = {
+    "LoRA": add_lora,
+    "LoRA, with checkpoints": add_checkpoints,
+    "all weights": lambda unet: unet.requires_grad_(True),
+}
+
+
+def sdxl_step(prepare: Callable[[UNet2DConditionModel], object]) -> tuple[int, int]:
+    """Bytes that a step at 1024² keeps, batch 1 in bfloat16: whole, and pruned as the paper does in every step."""
+    with FakeTensorMode():
+        unet = UNet2DConditionModel.from_config(dict(SDXL_UNET))
+        nn.Module.to(unet, torch.bfloat16)
+        prepare(unet)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=torch.bfloat16)
+
+        known = {"text_embeds": draw(1, 1280), "time_ids": draw(1, 6)}
+        sample = draw(1, 4, 128, 128).requires_grad_()
+
+        def call() -> torch.Tensor:
+            return unet(sample, 500, draw(1, 77, 2048), added_cond_kwargs=known).sample
+
+        whole = saved_bytes(unet, call)
+        with atedm.applied(unet, "paper", ratio=RATIO, schedule=None):
+            return whole, saved_bytes(unet, call)
+
+
+if __name__ == "__main__":
+    for name, each in STEPS.items():
+        in_whole, pruned = sdxl_step(each)
+        print(f"| {name} | {in_whole / 1e9:.2f} GB | {pruned / 1e9:.2f} GB |")

@@ -1,0 +1,207 @@
+"""Gradients through a pruned UNet, against autograd through the slow implementation; and checkpoints."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import atedm
+from atedm.policy.options import PUBLISHED
+from tests.helpers.slow_pruning import slow_unet
+
+FIXED = {"schedule": None, "tolerance": 0, "max_iterations": 5}
+
+
+def gradients(unet, inputs, run=None):
+    """Of the squared output, by every parameter and by the latent."""
+    inputs = {**inputs, "sample": inputs["sample"].clone().requires_grad_()}
+    out = unet(**inputs).sample if run is None else run(unet, inputs)
+    named = {**dict(unet.named_parameters()), "sample": inputs["sample"]}
+    unet.zero_grad()
+    out.square().sum().backward()
+    return {name: each.grad for name, each in named.items()}
+
+
+def assert_same(got, expected, tolerance=1e-9):
+    assert got.keys() == expected.keys()
+    assert all(each is not None for each in (*got.values(), *expected.values()))
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-12, name
+
+
+@pytest.fixture
+def trainable(make_unet):
+    return make_unet(torch.float64).requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("placement", "ranking", "recovery"),
+    [
+        ("early", "self", "similarity"),
+        ("paper", "self", "similarity"),
+        ("early", "cross", "similarity"),
+        ("paper", "cross", "keys"),
+        ("early", "keys", "keys"),
+    ],
+)
+def test_equal_those_through_the_slow_implementation(trainable, make_inputs, placement, ranking, recovery):
+    inputs, chosen = make_inputs(torch.float64), {"ranking": ranking, "recovery": recovery}
+    expected = gradients(trainable, inputs, lambda *a: slow_unet(*a, 0.63, (2, 3), **chosen))
+    with atedm.applied(trainable, PUBLISHED, ratio=0.63, placement=placement, **FIXED, **chosen):
+        got = gradients(trainable, inputs)
+    assert_same(got, expected)
+    whole = gradients(trainable, inputs)
+    assert (whole["sample"] - got["sample"]).norm() > 0.01 * whole["sample"].norm()
+
+
+def test_with_convolutional_projections(make_unet, make_inputs):
+    unet, inputs = (
+        make_unet(torch.float64, use_linear_projection=False).requires_grad_(True),
+        make_inputs(torch.float64),
+    )
+    expected = gradients(unet, inputs, lambda *a: slow_unet(*a, 0.63, (2, 3)))
+    with atedm.applied(unet, PUBLISHED, ratio=0.63, **FIXED):
+        assert_same(gradients(unet, inputs), expected)
+
+
+@pytest.mark.parametrize("recovery", ["zeros", "bicubic"])
+def test_with_recoveries_that_copy_nothing(trainable, make_inputs, recovery):
+    """Both placements compute the same, the one by an op and the other by torch's additions."""
+    early, paper = (
+        gradients(
+            atedm.apply(trainable, PUBLISHED, recovery=recovery, placement=each, **FIXED), make_inputs(torch.float64)
+        )
+        for each in ("early", "paper")
+    )
+    assert_same(early, paper)
+
+
+def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
+    trainable.requires_grad_(False)
+    trainable.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight.requires_grad_(True)
+    atedm.apply(trainable, PUBLISHED, **FIXED)
+    trainable(**make_inputs(torch.float64)).sample.square().sum().backward()
+    assert [name for name, each in trainable.named_parameters() if each.grad is not None] == [
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    ]
+
+
+def unforeseeable(q, k, lse):
+    """Scores that no second call repeats."""
+    return torch.rand(q.shape[0], 1, q.shape[2])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("placement", ["early", "paper"])
+def test_a_checkpoint_keeps_the_choice_of_its_call(trainable, make_inputs, placement, use_reentrant):
+    atedm.apply(trainable, PUBLISHED, ranking=unforeseeable, placement=placement, schedule=None)
+    inputs = make_inputs(torch.float64)
+    found = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+        torch.manual_seed(0)
+        with atedm.record(trainable) as recording:
+            found.append((gradients(trainable, inputs), recording))
+    (plain, recorded), (again, recorded_again) = found
+    assert_same(again, plain)
+    assert len(recorded_again.ranked) == len(recorded.ranked) == len(atedm.pruned_blocks(trainable))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_two_calls_with_checkpoints_before_one_backward(trainable, make_inputs, use_reentrant):
+    """The second call is of another kind and size."""
+    calls = [make_inputs(torch.float64, timestep=900), make_inputs(torch.float64, timestep=100, height=24)]
+    atedm.apply(trainable, PUBLISHED, schedule=atedm.DSAP(0.3))
+
+    def both(unet, inputs):
+        first, second = (unet(**{**call, "sample": call["sample"] + inputs["sample"].mean()}).sample for call in calls)
+        return torch.cat([first.flatten(), second.flatten()])
+
+    plain = gradients(trainable, calls[0], both)
+    trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    assert_same(gradients(trainable, calls[0], both), plain)
+
+
+MEMORY = {
+    "cached": {"recovery": "cached", "staleness": "drift", "schedule": None},
+    "reused": {"schedule": atedm.Every(2), "ratio": 0},
+    "adaptive": {"schedule": atedm.Adaptive()},
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_where_something_is_remembered_a_call_for_gradients_is_whole(trainable, make_inputs, caplog, name):
+    inputs = make_inputs(torch.float64)
+    expected = gradients(trainable, inputs)
+    atedm.apply(trainable, PUBLISHED, **MEMORY[name])
+    with atedm.record(trainable) as recording:
+        for _ in range(2):
+            assert_same(gradients(trainable, inputs), expected, tolerance=0)
+    assert recording.kinds == ["whole"] * 2
+    said = [message for message in caplog.messages if "records gradients" in message]
+    assert len(said) == len(caplog.messages) == 1 and said[0].endswith("it is computed whole")
+
+
+def test_it_touches_nothing_that_is_remembered(trainable, make_inputs):
+    from diffusers import EulerDiscreteScheduler
+
+    inputs = make_inputs(torch.float64)
+    atedm.apply(trainable, PUBLISHED, **MEMORY["cached"])
+
+    def run(interrupts):
+        scheduler = EulerDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        outs = []
+        for n, timestep in enumerate(scheduler.timesteps):
+            call = {**inputs, "sample": inputs["sample"] + n, "timestep": timestep}
+            with torch.no_grad():
+                outs.append(trainable(**call).sample)
+            if interrupts:
+                gradients(trainable, {**call, "sample": call["sample"] + 1})
+        return outs
+
+    with atedm.record(trainable) as recording:
+        plain = run(False)
+    assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
+    assert all(torch.equal(a, b) for a, b in zip(run(True), plain, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"warm_start": True}, {"rank_every": 3}])
+def test_without_a_start_of_its_own_a_ranking_prunes_all_the_same(trainable, make_inputs, caplog, options):
+    inputs = make_inputs(torch.float64)
+    expected = gradients(atedm.apply(trainable, PUBLISHED, schedule=None), inputs)
+    atedm.apply(trainable, PUBLISHED, schedule=None, **options)
+    assert_same(gradients(trainable, inputs), expected)
+    assert len(caplog.messages) == 1 and "neither reads nor writes what is remembered" in caplog.messages[0]
+
+
+def test_a_call_without_gradients_is_as_before_in_every_mode(unet, inputs, caplog):
+    """Nothing asks for gradients: the memory is in use though they are enabled."""
+    atedm.apply(unet, PUBLISHED, **MEMORY["cached"])
+    unet(**inputs)
+    assert not [message for message in caplog.messages if "records gradients" in message]
+    unet.requires_grad_(True)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            unet(**inputs)
+    assert not [message for message in caplog.messages if "records gradients" in message]
+    caplog.clear()
+    unet.requires_grad_(False)
+    unet(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone().requires_grad_()})
+    assert [message for message in caplog.messages if "records gradients" in message]
+
+
+def test_compiled_forward_and_backward(unet_to_compile, make_inputs, fresh_compiler):
+    """Pruned; and whole where something is remembered."""
+    unet, inputs = unet_to_compile.requires_grad_(True), make_inputs()
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    whole = gradients(unet, inputs)
+    with atedm.applied(compiled, PUBLISHED, schedule=None):
+        expected = gradients(unet, inputs)
+        got = gradients(unet, inputs, lambda _, inputs: compiled(**inputs).sample)
+    assert_same(got, expected, tolerance=1e-4)
+    assert (whole["sample"] - got["sample"]).norm() > 0.01 * whole["sample"].norm()
+    with atedm.applied(compiled, PUBLISHED, **MEMORY["cached"]):
+        assert_same(gradients(unet, inputs, lambda _, inputs: compiled(**inputs).sample), whole, tolerance=1e-4)
