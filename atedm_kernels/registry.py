@@ -82,8 +82,9 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         for argument, accepted in zip(arguments, self._accepted, strict=False):
-            if not isinstance(argument, accepted) or isinstance(argument, bool):
-                # torch's own message for a wrong Python type names a position; the op's names the argument.
+            is_too_long = type(argument) is int and argument.bit_length() > 63
+            if not isinstance(argument, accepted) or isinstance(argument, bool) or is_too_long:
+                # torch's own message for what it cannot take names a position; the op's names the argument.
                 arguments = tuple(map(plain_number, arguments))
                 self._check(*arguments)
                 break
