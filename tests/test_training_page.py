@@ -30,9 +30,9 @@ def test_the_lora_learns_as_on_the_whole_model(text, monkeypatch):
     whole = run_block(text)
     assert not atedm.pruned_blocks(whole["pipe"])
     falls = [names["before"] - names["after"] for names in (pruned, whole)]
-    assert falls[0] > 0.8 * falls[1] > 0
+    assert falls[0] > 0.6 * falls[1]
     for names, fall in zip((pruned, whole), falls, strict=True):
-        assert fall > 0.1 * names["before"]
+        assert fall > 0.25 * names["before"]
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import atedm
-from atedm.app.models import SDXL_UNET
+from atedm.app.models import SDXL_UNET, meta_unet
 
 RATIO = 0.63
 
@@ -55,12 +55,22 @@ STEPS: dict[str, Callable[[UNet2DConditionModel], object]] = {
 }
 
 
+def _on_a_cpu(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """``unet`` with fake weights that say they are on a CPU: attention is fused there, on the meta device it is not."""
+    for module in unet.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = torch.empty(old.shape, dtype=torch.bfloat16)
+                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+    return unet
+
+
 def sdxl_step(prepare: Callable[[UNet2DConditionModel], object]) -> tuple[int, int]:
     """Bytes that a step at 1024² keeps, batch 1 in bfloat16: whole, and pruned as the paper does in every step."""
+    unet = meta_unet(SDXL_UNET, torch.bfloat16)
+    prepare(unet)
     with FakeTensorMode():
-        unet = UNet2DConditionModel.from_config(dict(SDXL_UNET))
-        nn.Module.to(unet, torch.bfloat16)
-        prepare(unet)
+        unet = _on_a_cpu(unet)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.empty(*shape, dtype=torch.bfloat16)

@@ -95,12 +95,13 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
 
 
 def test_sums_are_rounded_once(backend, device):
-    """In bfloat16, 256 + 1 is 256."""
+    """In bfloat16, 4096 + 16 is 4096."""
     for dtype in DTYPES:
-        x = torch.ones(1, 512, 3, device=device, dtype=dtype)
+        x = torch.ones(1, 513, 3, device=device, dtype=dtype)
+        x[:, 0] = 4096
         with ak.backend(backend):
-            out = sum_rows(x, torch.zeros(1, 512, dtype=torch.int64, device=device), 2)
-        assert out.tolist() == [[[512.0] * 3, [0.0] * 3]]
+            out = sum_rows(x, torch.zeros(1, 513, dtype=torch.int64, device=device), 2)
+        assert out.tolist() == [[[4608.0] * 3, [0.0] * 3]]
 
 
 def test_the_order_of_a_sum_is_fixed(backend, device):

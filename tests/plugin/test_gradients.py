@@ -88,7 +88,8 @@ def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
 
 
 def unforeseeable(q, k, lse):
-    """Scores that no second call repeats."""
+    """Scores that no second call repeats. What it is given is there to choose by."""
+    assert not (q.requires_grad or k.requires_grad or lse.requires_grad)
     return torch.rand(q.shape[0], 1, q.shape[2])
 
 
@@ -177,7 +178,8 @@ def test_without_a_start_of_its_own_a_ranking_prunes_all_the_same(trainable, mak
     assert len(caplog.messages) == 1 and "neither reads nor writes what is remembered" in caplog.messages[0]
 
 
-def test_a_call_without_gradients_is_as_before_in_every_mode(unet, inputs, caplog):
+@pytest.mark.parametrize("wanted", ["a parameter's", "an input's"])
+def test_a_call_without_gradients_is_as_before_in_every_mode(unet, inputs, caplog, wanted):
     """Nothing asks for gradients: the memory is in use though they are enabled."""
     atedm.apply(unet, PUBLISHED, **MEMORY["cached"])
     unet(**inputs)
@@ -188,8 +190,10 @@ def test_a_call_without_gradients_is_as_before_in_every_mode(unet, inputs, caplo
             unet(**inputs)
     assert not [message for message in caplog.messages if "records gradients" in message]
     caplog.clear()
-    unet.requires_grad_(False)
-    unet(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone().requires_grad_()})
+    if wanted == "an input's":
+        unet.requires_grad_(False)
+        inputs["added_cond_kwargs"]["text_embeds"].requires_grad_()
+    unet(**inputs)
     assert [message for message in caplog.messages if "records gradients" in message]
 
 
