@@ -31,9 +31,9 @@ _OURS = {f"{PREFIX}{name}": name for name in ("default", "quality", "fast", "pap
 # The first letters of the kinds that a preset chose most often in 25 Euler steps of the embedded model (the column
 # "kinds" of `atedm-bench quality`). A run of another number of steps takes them at the same fractions.
 _CHOSEN = {
-    f"{PREFIX}default": "wwwwwwwwprwrprrwrrprrwrrr",
-    f"{PREFIX}quality": "wwwwwwwwwrwrwrrwrrwrrrwrr",
-    f"{PREFIX}fast": "wrwrwrwrwrrwrrrwrrrwrrrwr",
+    f"{PREFIX}default": "wwwwwwwwrprrwrrprrwrrprrw",
+    f"{PREFIX}quality": "wwwwwwwwwrwrrwrrwrrrwrrrw",
+    f"{PREFIX}fast": "wrwrwrwrwrrwrrrwrrrwrrrrw",
 }
 _LETTERS = {kind[0]: kind for kind in atedm.KINDS}
 RUNS = (FULL, *_OURS, *_DEEPCACHE, TOMESD)
