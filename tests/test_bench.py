@@ -226,7 +226,7 @@ def test_whole_runs(tmp_path):
     rows = {row["name"]: row for row in run.rows()}
     assert list(rows) == list(wanted)
     kinds = {name: row["kinds"] for name, row in rows.items()}
-    assert list(kinds.values()) == ["5 whole", "4 whole 1 reused", "3 whole 2 reused", "5 merged"]
+    assert list(kinds.values()) == ["5 whole", "2 whole 2 reused 1 pruned", "3 whole 2 reused", "5 merged"]
     for row in rows.values():
         assert row["run_seconds_low"] <= row["run_seconds"] <= row["run_seconds_high"]
         assert row["run_speedup"] == pytest.approx(rows[whole_runs.FULL]["run_seconds"] / row["run_seconds"])
@@ -320,12 +320,12 @@ def _run(*arguments: str):
 def test_command_writes_its_report(tmp_path):
     from diffusers import UNet2DConditionModel
 
-    UNet2DConditionModel.from_config(SMALL).save_config(tmp_path)
+    UNet2DConditionModel.from_config(SMALL).save_config(tmp_path / "model")
     path = tmp_path / "deep" / "bench.json"
     options = ["--device", "cpu", "--dtype", "fp32", "--size", "64", "--repeats", "1", "--run", "2"]
     names = (variants.FULL, variants.OURS, f"{whole_runs.PREFIX}full", f"{whole_runs.PREFIX}fast")
     options += [word for name in names for word in ("--variant", name)]
-    run = _run("--model", str(tmp_path), *options, "--json", str(path))
+    run = _run("--model", str(tmp_path / "model"), *options, "--json", str(path))
     assert run.exit_code == 0, run.output
     document = json.loads(path.read_text())
     assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)

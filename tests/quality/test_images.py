@@ -4,7 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
 
 import atedm
 from atedm import RankedNaN
@@ -22,6 +23,8 @@ SAMPLING = Sampling(steps=2, guidance=5.0, width=8, height=8, batch=2)
 class Recorder:
     """A pipeline that draws nothing and notes what it was asked for."""
 
+    image_processor = VaeImageProcessor()
+
     def __init__(self):
         self.prompts = []
 
@@ -30,7 +33,7 @@ class Recorder:
 
     def __call__(self, prompt, **_):
         self.prompts.append(prompt)
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8)) for _ in prompt])
+        return SimpleNamespace(images=torch.zeros(len(prompt), 3, 8, 8))
 
 
 def made(root, counts, **options):
