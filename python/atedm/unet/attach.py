@@ -200,7 +200,7 @@ def apply(
     By default some steps reuse deep features, and from 30 % of the run on every other computed step prunes tokens, by
     PageRank and drift; a dropped token keeps its last update. The published method is the preset ``"paper"``.
 
-    The modules stay the ones that they were: each attention block gets a ``forward`` of its own until
+    No module is replaced: each attention block gets a ``forward`` of its own until
     :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
 
     Gradients go through a pruned call; the choice of tokens has none. A call that records gradients is whole where it
@@ -209,7 +209,7 @@ def apply(
     Args:
         pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet; compiled ones too.
         options: all of what follows but ``scheduler``, as an :class:`atedm.Options`, or the name of a preset in
-            ``atedm.PRESETS``. Keywords change single ones of it.
+            ``atedm.PRESETS``. Keywords change single options.
         ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
             does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with:
             under the default schedule the pictures are the same bit for bit, on UNets that cannot be pruned too.

@@ -1,4 +1,4 @@
-"""The error for which single pictures of a batch are to blame, so that the others can be made without them."""
+"""The error that names the rows of a batch that rank NaN, so that the other pictures can be made without them."""
 
 from __future__ import annotations
 

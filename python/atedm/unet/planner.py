@@ -173,7 +173,7 @@ class Planner:
         if picture.is_shared:
             self.say_once(
                 "shared",
-                "%s: several contents have the same timesteps, so what is remembered may be another's; %s",
+                "%s: several pictures share these timesteps, so what is remembered may belong to another one; %s",
                 self.differ,
                 self._instead,
             )

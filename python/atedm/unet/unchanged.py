@@ -93,7 +93,7 @@ def _check_skipped(name: str, module: nn.Module) -> None:
 def _check_stage(stage: UNetStage) -> None:
     if not stage.place.holds(stage.module) or not stage.is_current:
         raise ValueError(
-            f"the features of {stage.name} can no longer be reused: it, or its class, is another than at atedm.apply; "
+            f"the features of {stage.name} can no longer be reused: it or its class has changed since atedm.apply; "
             "undo that, or call atedm.apply again"
         )
     replaced = why_stage_replaced(stage.module)
