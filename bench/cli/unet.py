@@ -15,6 +15,7 @@ from atedm.cli.checks import (
     check_options,
     finite,
     load_config,
+    local_model,
     parse_device,
     parse_dtype,
     parse_size,
@@ -79,8 +80,7 @@ def unet(
     place = parse_device(device)
     width, height = parse_size(size)
     path = json or Path("outputs") / f"bench-unet-{place.type}-{dtype}-{width}x{height}-b{batch}.json"
-    folder = Path(model).expanduser()
-    check_json(path, folder if folder.exists() else None)
+    check_json(path, local_model(model))
     config = load_config(model)
     if run_steps and config.get("addition_embed_type") != "text_time":
         raise bad("run", f"{run_steps}; expected none: the UNet of {model} does not fit SDXL's pipeline")

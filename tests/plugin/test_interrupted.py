@@ -255,6 +255,17 @@ def test_a_copy_of_a_unet_with_a_part_whose_forward_is_compiled_is_refused(unet,
     assert_same(run(unet, inputs), expected)
 
 
+def leaving_out(block):
+    """Wrap ``block``; a call pops the first entry of the list that this returns, and leaves atedm out if it is true."""
+    ours, left_out = block.forward, []
+
+    def wrapped(*args, **kwargs):
+        return type(block).forward(block, *args, **kwargs) if left_out and left_out.pop(0) else ours(*args, **kwargs)
+
+    block.forward = wrapped
+    return left_out
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_block_that_was_left_out_of_the_first_call_has_no_earlier_pictures_memory(unet, make_inputs, compiled):
     """By what wraps it: then it runs whole the first time that it is asked."""
@@ -263,16 +274,12 @@ def test_a_block_that_was_left_out_of_the_first_call_has_no_earlier_pictures_mem
     atedm.apply(unet, PUBLISHED, **OURS | {"schedule": None})
     block = unet.down_blocks[1].attentions[0]
     first, second = make_inputs(seed=1), make_inputs(seed=2)
-    ours, left_out = block.forward, []
-
-    def wrapped(*args, **kwargs):
-        return type(block).forward(block, *args, **kwargs) if left_out and left_out.pop(0) else ours(*args, **kwargs)
+    left_out = leaving_out(block)
 
     def picture(*which):
         left_out[:] = which
         return run(unet, first)
 
-    block.forward = wrapped
     whole_twice = picture(False, True)[:2]
     assert_same(picture(True)[:2], whole_twice)
     expected = picture(True)
@@ -285,16 +292,12 @@ def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(un
     atedm.apply(unet, PUBLISHED, **CHOICES)
     block = unet.down_blocks[1].attentions[0]
     first, second = make_inputs(seed=1), make_inputs(seed=2)
-    ours, left_out = block.forward, []
-
-    def wrapped(*args, **kwargs):
-        return type(block).forward(block, *args, **kwargs) if left_out and left_out.pop(0) else ours(*args, **kwargs)
+    left_out = leaving_out(block)
 
     def picture():
         left_out[:] = [True]
         return run(unet, first)
 
-    block.forward = wrapped
     expected = picture()
     unet.up_blocks[0].compile(backend="eager")  # then pictures share their memory
     assert_same(picture(), expected)

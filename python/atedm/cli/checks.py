@@ -97,11 +97,17 @@ _MADE = (".png", ".html", ".kinds.json")
 
 @contextlib.contextmanager
 def _naming_path(option: str, path: Path) -> Iterator[None]:
-    """A usage error for what looking for ``path`` raises: links in a loop, names that are too long."""
+    """A usage error for what a try to write to ``path`` raises: no rights, links in a loop, names that are too long."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         raise bad(option, f"cannot write to {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def local_model(model: str) -> Path | None:
+    """The folder or file that ``model`` names; None where there is none, as of a hub id."""
+    path = Path(model).expanduser()
+    return path if path.exists() else None
 
 
 def check_json(file: Path | None, *inputs: Path | None) -> None:
@@ -123,13 +129,11 @@ def check_json(file: Path | None, *inputs: Path | None) -> None:
 
 
 def check_folder(option: str, folder: Path) -> None:
-    try:
+    with _naming_path(option, folder):
         folder.mkdir(parents=True, exist_ok=True)
         # The mode bits do not tell for a read-only or full file system, so try.
         with tempfile.NamedTemporaryFile(dir=folder) as trial:
             trial.write(bytes(_MIN_ROOM))
-    except OSError as error:
-        raise bad(option, f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def _check_links(folder: Path) -> None:

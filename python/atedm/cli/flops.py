@@ -18,6 +18,7 @@ from atedm.cli.checks import (
     failing_clearly,
     finite,
     load_config,
+    local_model,
     parse_levels,
     parse_size,
 )
@@ -75,8 +76,7 @@ def flops(
         raise bad("placement", f"{placement!r}; expected one of {', '.join(PLACEMENTS)}")
     if budget is not None and budget <= 0:
         raise bad("budget", f"{budget}; expected a positive number of TFLOPs")
-    folder = Path(model).expanduser()
-    check_json(json, options, folder if folder.exists() else None)
+    check_json(json, options, local_model(model))
     chosen = parse_levels(levels)
     named = chosen_settings(preset, options)
     base = check_options(PUBLISHED if named is None else named, {"ratio": ratio, "levels": chosen})

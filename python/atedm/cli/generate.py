@@ -20,6 +20,7 @@ from atedm.cli.checks import (
     chosen_settings,
     failing_clearly,
     load_pipeline,
+    local_model,
     parse_device,
     parse_levels,
     parse_size,
@@ -102,8 +103,7 @@ def generate(
     check_dtype(dtype)
     if prompts is not None and explain:
         raise bad("explain", "is given with --prompts; expected it with a single PROMPT")
-    local = Path(model).expanduser()
-    report_file = check_output(output, json, prompts, options, local if local.exists() else None)
+    report_file = check_output(output, json, prompts, options, local_model(model))
     check_installed()
     changes = {"ratio": ratio, "levels": parse_levels(levels), "placement": placement}
     changes |= {"ranking": ranking, "recovery": recovery, "grid": grid, "rank_every": rank_every}
