@@ -1,5 +1,5 @@
-# Each target sets up what it needs, from a bare clone: an environment in $(VENV) with the versions of
-# constraints.txt, and the package in it.
+# Each target works from a bare clone and sets up what it needs: an environment in $(VENV) with the versions in
+# constraints.txt, and the package installed in it.
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -7,13 +7,14 @@ JOBS ?= 2
 INSTALLED = $(VENV)/installed-
 BASE = $(VENV)/base
 PIP = -m pip --quiet --disable-pip-version-check
-# What is imported is compiled then, and kept, whatever the environment says: every process that a test starts imports
-# it again. To compile all that torch brings would take half of an installation's time.
+# pip does not compile modules to bytecode: compiling all of torch would take half of the installation time. Python
+# compiles a module when it is first imported and keeps the bytecode, even if the environment forbids that: tests start
+# many processes, and each imports the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PIP) install --no-compile
 INTO_BASE = $(VENV)/bin/python $(PIP) --python $(BASE)/bin/python install --no-compile
 OLD_TRITON = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-3.6)
-# What is set up is set up side by side.
+# Set up environments in parallel.
 MAKEFLAGS += --jobs=$(JOBS)
 PACKAGE = pyproject.toml setup.py README.md LICENSE atedm_kernels bench csrc python
 SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
@@ -23,23 +24,25 @@ SETTINGS = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(INSTALLED)generate
 	$(VENV)/bin/atedm demo $(ARGS)
 
-# Side by side, as a suite waits for no wheel; the wheel takes the library that the suite's environment has compiled.
+# The suite does not need the wheel, so the two run in parallel. The wheel takes the native library that was compiled
+# for the suite's environment.
 test: suite base-install
 
-# File by file: the tests of a file share what is slow to make. In their order: the longest files are not the last.
+# A worker runs whole files, because the tests of a file share fixtures that are slow to make. The files keep their
+# order, in which the longest ones are not last.
 suite: $(INSTALLED)test $(OLD_TRITON)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# An older Triton, to compile with: users of older torch releases have it. There are wheels for Linux alone.
+# An older Triton to compile with, because users of older torch releases have it. Its wheels exist only for Linux.
 $(VENV)/triton-3.6: | $(VENV)/bin/python
 	rm -rf $@.part
 	$(VENV)/bin/python $(INSTALL) --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
-# The wheel alone, with what it requires, in an environment of its own: every op runs there. Built from a copy, which
-# leaves nothing in the checkout.
+# Install only the wheel and its requirements into a separate environment, and run every op there. The wheel is built
+# from a copy, so the build leaves no files in the checkout.
 base-install: $(BASE)/required $(INSTALLED)test
 	rm -rf $(BASE)/source $(BASE)/wheel
 	mkdir $(BASE)/source
@@ -53,11 +56,11 @@ $(BASE)/required: constraints.txt | $(BASE)/bin/python
 	$(INTO_BASE) --constraint constraints.txt torch triton numpy
 	touch $@
 
-# diffusers' own tests, with and without atedm in force; SOURCE is a checkout of diffusers.
+# Run diffusers' own tests, with and without atedm active; SOURCE is a checkout of diffusers.
 witnesses: $(INSTALLED)test
 	JOBS=$(JOBS) $(VENV)/bin/python tests/witnesses/run.py $(SOURCE) $(ARGS)
 
-# One site of the README, the pages and the API; links that lead nowhere are warnings, and those are errors.
+# Build one site from the README, the pages and the API. Broken links are warnings, and -W turns warnings into errors.
 docs: $(INSTALLED)docs
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html -c docs . outputs/docs
 	@echo outputs/docs/docs/index.html
@@ -66,7 +69,7 @@ lint: $(INSTALLED)test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Build isolation fetches setuptools alone: torch is not needed to build.
+# Build isolation fetches only setuptools: torch is not needed to build.
 $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[$*]'
 	touch $@
@@ -74,7 +77,7 @@ $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The other environment's pip installs here.
+# This environment has no pip: that of $(VENV) installs into it.
 $(BASE)/bin/python: | $(VENV)/bin/python
 	$(PYTHON) -m venv --without-pip $(BASE)
 

@@ -1,8 +1,9 @@
-"""Package layout: ``atedm_kernels`` lies at the top of the repository, ``atedm`` and ``atedm_extras`` in ``python/``,
-and ``bench/`` is installed as ``atedm_bench``.
+"""Package layout: ``atedm_kernels`` is at the top of the repository; ``atedm``, ``atedm_command`` and ``atedm_extras``
+are in ``python/``; ``bench/`` is installed as ``atedm_bench``.
 
-With a compiler, the native CPU library is built too. ctypes loads it and it does not use Python, so one wheel
-serves every Python version. Without a compiler the wheel is pure, and the reference backend serves the CPU."""
+If there is a C++ compiler, the build also makes the native CPU library. The library does not use Python (ctypes loads
+it), so one wheel serves every Python version. Without a compiler the wheel is pure Python, and the reference backend
+serves the CPU."""
 
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from setuptools.modified import newer_group
 
 BENCH = ["atedm_bench", *(f"atedm_bench.{name}" for name in find_packages("bench"))]
 
-# Loaded by path: a build frontend need not have this folder on sys.path.
+# Load it by path, because a build frontend may not put this folder on sys.path.
 spec = importlib.util.spec_from_file_location("atedm_csrc_build", Path(__file__).parent / "csrc" / "build.py")
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
@@ -25,7 +26,7 @@ LIBRARY = "atedm_kernels.libatedm"
 
 
 class BuildNative(build_ext):
-    """Calls the compiler itself: setuptools has only one set of flags for all sources."""
+    """Calls the compiler directly, because setuptools has only one set of flags for all sources."""
 
     def get_ext_filename(self, fullname):
         if fullname.split(".")[-1] != LIBRARY.split(".")[-1]:
@@ -39,7 +40,7 @@ class BuildNative(build_ext):
         out, built = Path(self.get_ext_fullpath(ext.name)), native.IN_PLACE
         is_up_to_date = built.is_file() and not newer_group(ext.depends, built) and "CXX" not in os.environ
         if is_up_to_date and built != out.resolve():
-            self.copy_file(built, out)  # as csrc/build.py or an editable install has left it
+            self.copy_file(built, out)  # built earlier by csrc/build.py or an editable install
             return
         try:
             native.build_library(out)
@@ -68,7 +69,7 @@ setup(
         # Recipes and small networks. Results (bench/results) stay in the repository.
         **{name: ["*.yaml", "*.safetensors"] for name in BENCH},
     },
-    # For the source distribution, everything the build reads.
+    # Lists everything the build reads, so that the source distribution includes it.
     ext_modules=[
         Extension(
             LIBRARY,

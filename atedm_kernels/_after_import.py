@@ -1,4 +1,4 @@
-"""Doing something when a module has been imported, by whoever wants it first."""
+"""Callbacks that run after a module has been imported, whichever code imports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Callback = Callable[[ModuleType], None]
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds what it is asked about as Python would, and calls back when the module has been executed."""
+    """Finds modules as Python does, and runs the callbacks of a module once it has been executed."""
 
     def __init__(self) -> None:
         self.callbacks: dict[str, list[Callback]] = {}
@@ -37,7 +37,7 @@ _finder = _AfterImport()
 
 
 def after_import(module: str, callback: Callback) -> None:
-    """Call back with ``module``: now where it is imported already, and after each import from now on."""
+    """Call ``callback`` with the module after each import of ``module``, and at once if it is already imported."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.callbacks.setdefault(module, []).append(callback)

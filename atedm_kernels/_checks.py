@@ -1,8 +1,8 @@
 """Checks of op arguments. Every error names the argument, what it is, and what it should be.
 
-Shapes, dtypes and devices are always checked: this needs no synchronisation. Values (an index in range,
-scores without NaN) are always read on the CPU, and on a GPU only with ``ATEDM_CHECK=1``; so is the size of logits
-everywhere.
+Shapes, dtypes and devices are always checked: this needs no synchronisation. Values (an index in range, scores without
+NaN) are always checked on the CPU, but on a GPU only with ``ATEDM_CHECK=1``. The size of logits is checked only with
+``ATEDM_CHECK=1``, on the CPU too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-MAX_COUNT = 2**31 - 1  # what the ops return iterations in
+MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 
-# The relative error of a map's elements is about 2e-7 of the largest logit, the rounding of float32: up to here it is
-# the promised 2e-4.
+# Rounding to float32 gives the elements of a map a relative error of about 2e-7 times the largest logit. Up to this
+# logit the error stays within the promised 2e-4.
 MAX_LOGIT = 1000.0
 
 
@@ -35,7 +35,7 @@ def _shape(tensor: Tensor) -> str:
 def check_tensor(
     name: str, tensor: Tensor, layout: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> None:
-    """``layout`` names the dimensions, as in ``"B H N D"``; none of them may be empty."""
+    """Check a tensor. ``layout`` names its dimensions, as in ``"B H N D"``; none of them may be empty."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{', '.join(layout.split())}]")
     dims = layout.split()
@@ -65,39 +65,39 @@ def check_query_key(q: Tensor, k: Tensor) -> None:
 
 
 def check_attention_map(q: Tensor, k: Tensor, lse: Tensor) -> None:
-    """``q``, ``k`` and ``lse`` together define the attention map."""
+    """Check ``q``, ``k`` and ``lse``, which together define the attention map."""
     check_query_key(q, k)
     check_tensor("lse", lse, "B H M", (score_dtype(q),), q.device)
     check_shape("lse", lse, tuple(q.shape[:3]), "batch, heads and queries of q")
 
 
 def check_logits(lse: Tensor) -> None:
-    """No logit is so large that float32 misses the promised accuracy. Read with ``ATEDM_CHECK=1`` only."""
+    """With ``ATEDM_CHECK=1``, check that no logit is so large that float32 misses the promised accuracy."""
     if lse.dtype == torch.float32 and os.environ.get("ATEDM_CHECK") == "1" and lse.device.type in ("cpu", "cuda"):
         largest = float(lse.abs().amax())
         if not largest <= MAX_LOGIT:
             raise ValueError(
-                f"lse reaches {largest:g}; expected at most {MAX_LOGIT:g}, as float32 rounds larger logits too much: "
-                "smaller q and k, or another scale"
+                f"lse reaches {largest:g}; expected at most {MAX_LOGIT:g}, because float32 rounds larger logits too "
+                "much: use smaller q and k, or another scale"
             )
 
 
 def check_self_attention(q: Tensor, k: Tensor) -> None:
     if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"k has {k.shape[2]} tokens; expected {q.shape[2]}, those of q: this op ranks a self-attention map"
+            f"k has {k.shape[2]} tokens; expected {q.shape[2]}, as in q: this op needs a self-attention map"
         )
 
 
 def check_index(name: str, index: Tensor, batch: int, device: torch.device) -> None:
-    """``index`` ``[B, K]`` int64."""
+    """Check that ``index`` is int64 ``[B, K]``."""
     check_tensor(name, index, "B K", (torch.int64,), device)
     if index.shape[0] != batch:
-        raise ValueError(f"{name} has batch size {index.shape[0]}; expected {batch}, that of the other tensors")
+        raise ValueError(f"{name} has batch size {index.shape[0]}; expected {batch}, as in the other tensors")
 
 
 def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> None:
-    """Values in ``[0, upper)``. This reads data, so only implementations call it, not fake kernels."""
+    """Check that the values are in ``[0, upper)``. This reads data, so fake kernels must not call it."""
     if values_are_checked(index):
         low, high = (int(v) for v in torch.aminmax(index))
         if low < 0 or high >= upper:
@@ -105,36 +105,39 @@ def check_index_values(name: str, index: Tensor, upper: int, meaning: str) -> No
 
 
 def check_ascending(name: str, index: Tensor) -> None:
-    """Each row in ascending order, no value twice. This reads data, as :func:`check_index_values` does."""
+    """Check that each row ascends, without repeats. This reads data, as :func:`check_index_values` does."""
     if values_are_checked(index):
         wrong = index[:, 1:] <= index[:, :-1]
         if wrong.any():
             row, slot = wrong.nonzero()[0].tolist()
             before, after = index[row, slot : slot + 2].tolist()
-            raise ValueError(f"{name} holds {after} after {before} in row {row}; expected ascending values, none twice")
+            raise ValueError(f"{name} holds {after} after {before} in row {row}; expected ascending values, no repeats")
 
 
 def check_writable(name: str, written: Tensor) -> None:
-    """Every element has memory of its own, as far as a stride of 0 tells."""
+    """Refuse a stride of 0, with which elements share memory. Other overlaps are not detected."""
     if any(stride == 0 and size > 1 for size, stride in zip(written.shape, written.stride(), strict=True)):
         raise ValueError(
-            f"{name} has strides {tuple(written.stride())}; expected none of 0, as the op writes it in place: "
-            "elements must not share memory"
+            f"{name} has strides {tuple(written.stride())}; expected no stride of 0, because the op writes it in "
+            "place: elements must not share memory"
         )
 
 
 def check_memory_apart(name: str, read: Tensor, written_name: str, written: Tensor) -> None:
-    """``read`` lies outside the memory from the first to the last element of ``written``. Fake tensors have none."""
+    """Check that ``read`` is outside the memory from the first to the last element of ``written``.
+
+    Fake tensors have no memory, so fake kernels must not call this.
+    """
     (read_begin, read_end), (written_begin, written_end) = _span(read), _span(written)
     if read_begin < written_end and written_begin < read_end:
         raise ValueError(
-            f"{name} shares memory with {written_name}; expected memory of its own, as the op writes {written_name} in "
-            f"place, or {name}.clone()"
+            f"{name} shares memory with {written_name}; expected memory of its own, because the op writes "
+            f"{written_name} in place: pass {name}.clone()"
         )
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of a tensor that is not empty."""
+    """The first address of a tensor that is not empty, and the first one after its last element."""
     begin = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.element_size()
@@ -172,5 +175,5 @@ def softmax_scale(q: Tensor, scale: float | None) -> float:
 
 
 def score_dtype(q: Tensor) -> torch.dtype:
-    """Scores and statistics are float32; a float64 problem keeps its precision."""
+    """Dtype of scores and statistics: float32, but float64 for float64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -15,8 +15,8 @@ import torch
 
 from atedm_kernels.backends import triton_interprets
 
-# Compiled kernels, by what Triton makes them for. Its own look-up binds, checks and hashes every argument again, which
-# takes the host longer than most of these kernels take a GPU.
+# Compiled kernels, by what Triton specialises them for. Triton's own look-up binds, checks and hashes every argument on
+# each call, which takes the host longer than most of these kernels take on a GPU.
 _compiled: dict[Hashable, Any] = {}
 
 
@@ -47,7 +47,7 @@ class Launch:
             return
         options = self.options("hip" if torch.version.hip else "cuda")
         compiled = self.kernel[(self.grid,)](**self.arguments, **self.constants, **options)
-        if _remembers() and hasattr(compiled, "function"):  # not one that is still being compiled
+        if _remembers() and hasattr(compiled, "function"):  # absent while the kernel is still being compiled
             _compiled[self._key] = compiled
 
     @cached_property
@@ -58,7 +58,7 @@ class Launch:
 
     @property
     def _known(self) -> Callable[..., None] | None:
-        """What starts the compiled kernel; None before it is compiled."""
+        """The function that starts the compiled kernel; None before the kernel is compiled."""
         run = self.__dict__.get("_runner")
         if run is None and _remembers():
             compiled = _compiled.get(self._key)
@@ -73,7 +73,8 @@ class Launch:
 
 
 def _remembers() -> bool:
-    # On AMD, Triton also asks how large a tensor's memory is; under its tools, what they want of a kernel.
+    # On AMD, Triton also specialises for the size of a tensor's memory; its debugging tools change how it compiles. The
+    # key covers neither.
     return torch.version.hip is None and not triton_interprets() and not _is_debugged()
 
 
@@ -84,7 +85,7 @@ def _is_debugged() -> bool:
 
 
 def _specialisation(value: Any) -> Hashable:
-    """What of a run-time argument Triton compiles into a kernel."""
+    """The properties of a run-time argument that Triton compiles into a kernel."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if type(value) is int:

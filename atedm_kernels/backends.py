@@ -63,7 +63,7 @@ def _why_not(name: str, implementations: Collection[str], device: torch.device, 
     if name == "reference":
         return None
     if dtype not in KERNEL_DTYPES:
-        return f"{dtype} is served by the reference alone"
+        return f"only the reference serves {dtype}"
     if name == "triton":
         if not triton_is_installed():
             return "triton is not installed"
@@ -92,8 +92,8 @@ def forced_backend() -> tuple[str | None, str]:
 def choose(op: str, implementations: Collection[str], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that serves ``op`` for tensors of ``device`` and ``dtype``, and the reason.
 
-    If torch itself has a kernel for the op, ``implementations`` include ``"torch"``; only a forced reference replaces
-    it.
+    If torch itself has a kernel for the op, ``implementations`` contains ``"torch"``; only forcing the reference
+    replaces it.
 
     Raises:
         ValueError: a forced backend cannot serve the call, or ``ATEDM_BACKEND`` names an unknown one.

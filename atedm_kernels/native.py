@@ -1,7 +1,7 @@
-"""The native CPU library (``csrc/``): loading it, its instruction set (ISA), and calling it.
+"""The native CPU library (``csrc/``): how it is loaded and called, and which instruction set (ISA) it uses.
 
-It has a plain C interface and knows neither Python nor torch: ctypes passes addresses and strides, and releases the GIL
-during a call. The first op that needs the library loads it; :func:`why_not` says why it is missing.
+The library has a plain C interface and uses neither Python nor torch. ctypes passes addresses and strides, and releases
+the GIL during a call. The first op that needs the library loads it; :func:`why_not` says why it is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 PATH = Path(__file__).with_name("libatedm" + SUFFIX)
 
-# ATEDM_ABI of csrc/atedm.h, raised with every changed signature: a library from an older build is refused.
+# ATEDM_ABI in csrc/atedm.h. It is raised whenever a signature changes, so that a library of an older build is refused.
 ABI = 4
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -99,14 +99,14 @@ _SIGNATURES = {
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and why it is missing."""
+    """The library and None, or None and the reason why it is missing."""
     if not PATH.exists():
         return (
             None,
-            f"{PATH.name} was not built: installing found no C++ compiler that can (see the installer's output)",
+            f"{PATH.name} was not built: the installation found no working C++ compiler (see the installer's output)",
         )
     if not _is_whole(PATH):
-        return None, f"{PATH.name} is cut off: reinstall it"
+        return None, f"{PATH.name} is truncated: reinstall it"
     try:
         library = ctypes.CDLL(str(PATH))
         abi = library.atedm_abi()
@@ -127,14 +127,14 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is as long as it says: to read behind the end of a mapped file ends the process.
+    """Whether a library is as long as its ELF header says. Reading past the end of a mapped file ends the process.
 
-    ELF's header says where the table of sections, its last part, begins, and how many of which size there are.
+    The header gives the offset of the section table, the last part of the file, and the number and size of its entries.
     """
     with path.open("rb") as file:
         header = file.read(64)
     if header[:4] != b"\x7fELF" or header[4:5] == b"\x01":
-        return True  # another form, or 32 bits: the loader looks at it
+        return True  # another format, or 32 bits: the loader checks it
     if len(header) < 64:
         return False
     begin, size, count = struct.unpack_from("<Q", header, 0x28) + struct.unpack_from("<HH", header, 0x3A)
@@ -144,9 +144,10 @@ def _is_whole(path: Path) -> bool:
 def _torch_openmp() -> int | None:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch's own CPU kernels use, or None.
 
-    Its threads spin for a while after torch's last kernel; a second set of threads would compete for the cores.
+    The runtime's threads spin for a while after torch's last kernel. A second set of threads would compete with them
+    for the cores.
     """
-    # A child of a fork inherits a runtime that waits for threads it does not have.
+    # A forked child inherits a runtime that waits for threads that the child does not have.
     is_child = os.getpid() != _PROCESS or multiprocessing.parent_process() is not None
     if sys.platform != "linux" or is_child:
         return None
@@ -157,7 +158,7 @@ def _torch_openmp() -> int | None:
     paths = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if len(line.split(maxsplit=5)) == 6}
     runtimes = [Path(path) for path in sorted(paths) if "libgomp" in Path(path).name or "libiomp5" in Path(path).name]
     torch_folder = Path(torch.__file__).parent
-    # Other packages bring their own runtimes; if torch brings none, it uses the only one loaded.
+    # Other packages bring their own runtimes. If torch brings none and only one is loaded, torch uses that one.
     own = [path for path in runtimes if torch_folder in path.parents or "torch.libs" in path.parts]
     for path in own or (runtimes if len(runtimes) == 1 else []):
         with contextlib.suppress(OSError, AttributeError):
@@ -173,7 +174,7 @@ def _names(library: ctypes.CDLL) -> list[str]:
 
 
 def isas() -> dict[str, str | None]:
-    """ISAs, slowest first, and why this machine cannot run each, or None. Empty without the library."""
+    """ISAs, slowest first, each with why this machine cannot run it (None if it can). Empty without the library."""
     library, _ = _load()
     if library is None:
         return {}
@@ -213,7 +214,7 @@ def why_not() -> str | None:
 
 
 def isa() -> str | None:
-    """The ISA in force, or None without the library."""
+    """The active ISA, or None without the library."""
     if why_not() is not None:
         return None
     library, _ = _load()
@@ -225,7 +226,7 @@ def forced_isa(name: str) -> Iterator[None]:
     """Run every thread's native kernels with another ISA; for tests.
 
     Raises:
-        ValueError: an unknown ISA, or one that cannot run here.
+        ValueError: an unknown ISA, one that cannot run here, or no library.
     """
     before = isa()
     library, reason = _load()
@@ -240,7 +241,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def map_limits(float_bytes: int, sixteen_bit_bytes: int) -> Iterator[None]:
-    """Change the largest map of a head that a ranking keeps in float32 or in 16 bits; for tests."""
+    """Change the size up to which a ranking keeps a head's map in float32, and in 16 bits; for tests."""
     library, _ = _load()
     library.atedm_set_map_limits(float_bytes, sixteen_bit_bytes)
     try:
@@ -250,7 +251,7 @@ def map_limits(float_bytes: int, sixteen_bit_bytes: int) -> Iterator[None]:
 
 
 def describe() -> str:
-    """One line for reports."""
+    """Describe the library in one line, for reports."""
     reason = why_not()
     if reason is not None:
         return f"not in use: {reason}"
@@ -284,7 +285,7 @@ def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> AttentionM
 
 
 def feature_map(x: Tensor, index: Tensor, residual: Tensor, out: Tensor) -> FeatureMapStruct:
-    """``out`` is contiguous or channels-last."""
+    """``out`` must be contiguous or channels-last."""
     batch, channels, height, width = residual.shape
     return FeatureMapStruct(
         x.data_ptr(),
@@ -310,7 +311,7 @@ def call(name: str, *arguments: object) -> None:
     """Call a kernel of the library with as many threads as torch uses.
 
     Raises:
-        MemoryError: it could not allocate its working memory.
+        MemoryError: the kernel could not allocate its working memory.
     """
     library, _ = _load()
     status = getattr(library, name)(*arguments, torch.get_num_threads())
