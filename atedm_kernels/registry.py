@@ -1,7 +1,7 @@
 """The one way to define an op of ``torch.ops.atedm``: schema, checks, implementations, fake kernel, FLOPs, gradients.
 
-It uses ``torch.library.Library``, not ``torch.library.custom_op``, which spends more time per call; that matters with
-several ops in each attention block.
+Ops are registered through ``torch.library.Library``. ``torch.library.custom_op`` takes more time per call, which
+matters with several ops in each attention block.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.autograd.graph import increment_version
 from atedm_kernels._after_import import after_import
 from atedm_kernels.backends import choose
 
-# Every op of the package, by name, but those for its own use, whose names begin with an underscore.
+# The public ops, by name. Ops for the package's own use are left out; their names begin with an underscore.
 OPS: dict[str, Op] = {}
 
 _library = torch.library.Library("atedm", "DEF")
 
 _NUMBER = (float, int, torch.SymFloat, torch.SymInt)
-# What each type of the schema accepts, by torch's name for the type.
+# The Python types that each type of the schema accepts, by torch's name for the type.
 _ACCEPTED: dict[str, tuple[type, ...]] = {
     "Tensor": (Tensor,),
     "Optional[Tensor]": (Tensor, NoneType),
@@ -37,7 +37,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 
 
 def plain_number(value: Any) -> Any:
-    """A number of NumPy's as Python's; anything else as it is."""
+    """Convert a NumPy number to a Python number; return anything else as it is."""
     if isinstance(value, (int, float)):
         return value
     if isinstance(value, Integral):
@@ -56,9 +56,11 @@ class Op:
     """A registered op. A call takes the arguments of its schema in order.
 
     Attributes:
-        name: the name in ``torch.ops.atedm``. overload: what torch dispatches. backends: those that implement it.
+        name: the name in ``torch.ops.atedm``.
+        overload: the overload that torch dispatches.
+        backends: the backends that implement the op.
         fake: returns uninitialised outputs for the arguments of the schema.
-        is_differentiable: whether it records gradients.
+        is_differentiable: whether the op records gradients.
     """
 
     def __init__(
@@ -84,25 +86,25 @@ class Op:
         for argument, accepted in zip(arguments, self._accepted, strict=False):
             is_too_long = type(argument) is int and argument.bit_length() > 63
             if not isinstance(argument, accepted) or isinstance(argument, bool) or is_too_long:
-                # torch's own message for what it cannot take names a position; the op's names the argument.
+                # For a wrong type, torch's message names only a position; the op's check names the argument.
                 arguments = tuple(map(plain_number, arguments))
                 self._check(*arguments)
                 break
         if self.is_differentiable and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # What register_autograd has registered is a function in Python: some 15 microseconds to record nothing.
+            # register_autograd runs a Python function, which takes some 15 microseconds to record nothing.
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*arguments)
         return self.overload(*arguments)
 
     def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """All arguments of the schema, in order: torch omits defaults, and passes a fake kernel the keywords."""
+        """All arguments of the schema, in order. torch omits defaults, and passes keywords to a fake kernel."""
         missing = self._declared[len(arguments) :]
         return (*arguments, *(named.get(argument.name, argument.default_value) for argument in missing))
 
     def backend_for(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         """The backend that serves tensors of ``device`` and ``dtype``, and the reason; see :func:`choose`.
 
-        ``"torch"`` stands for torch's own kernel, and for the reference where torch has none for the inputs.
+        ``"torch"`` stands for torch's own kernel, or for the reference if torch has no kernel for the inputs.
         """
         return choose(self.name, self.backends, device, dtype)
 
@@ -110,7 +112,7 @@ class Op:
         """FLOPs of a call (two per multiply-add), by the op's own formula; 0 if it only copies.
 
         Args:
-            arguments, named: of the schema, tensors or their shapes.
+            arguments, named: the arguments of the schema; a tensor or its shape.
         """
         if self._flops is None:
             return 0
@@ -119,7 +121,7 @@ class Op:
 
 
 def lazily(module: str, function: str) -> Callable[..., Any]:
-    """``function`` of ``module``, imported at the first call: importing the package must not need Triton."""
+    """``function`` of ``module``, which is imported at the first call: importing the package must not need Triton."""
 
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*arguments)
@@ -145,19 +147,19 @@ def define_op(
     implementation of the backend that serves it. Meta tensors and ``torch.compile`` run ``check`` and ``fake``.
 
     Args:
-        schema: the op in torch's schema language, without the namespace; the first argument is a tensor. Mark one that
-            is written in place, as in ``Tensor(a!) cache``; autograd then counts it as changed.
+        schema: the op in torch's schema language, without the namespace; the first argument is a tensor. Mark a
+            tensor that the op writes in place, as in ``Tensor(a!) cache``, so that autograd counts it as changed.
         check: raises for an argument that does not fit, without reading data.
         fake: returns uninitialised outputs.
         implementations: by backend, including ``"reference"``. Use :func:`lazily` for Triton's.
         check_values: raises for a value that does not fit.
         prepare: turns the arguments of the schema into those of the implementations, if they differ.
-        flops: counts from the arguments, with shapes in place of tensors; ``torch.utils.flop_counter`` uses it.
-        backward: gradients. Without it the op records none, and its outputs require no gradient.
+        flops: counts FLOPs from the arguments, with shapes in place of tensors; ``torch.utils.flop_counter`` uses it.
+        backward: the gradients. Without it the op records no gradients, and its outputs require none.
         library: where the op is registered.
 
     Raises:
-        ValueError: a schema or an implementation that this cannot serve; nothing is registered.
+        ValueError: a schema or implementations that are not supported; nothing is registered then.
     """
     declared = _check_definition(schema, implementations, backward)
     name = schema.partition("(")[0]
@@ -186,7 +188,7 @@ def define_op(
         return fake(*arguments)
 
     def refuse_gradients(*arguments: Any, **named: Any) -> Any:
-        """For autograd, which would differentiate through the old content of what the op writes."""
+        """Refuse a written tensor that requires a gradient: autograd would differentiate through its old content."""
         arguments = op.complete(arguments, named)
         for n in written:
             if torch.is_grad_enabled() and arguments[n] is not None and arguments[n].requires_grad:
@@ -210,7 +212,7 @@ def define_op(
         def count(*shapes: Any, out_shape: object = None, **named: Any) -> int:
             return op.flops(*shapes, **named)
 
-        # Importing it here would import Triton.
+        # Importing torch.utils.flop_counter here would import Triton.
         after_import("torch.utils.flop_counter", lambda counter: counter.register_flop_formula(packet)(count))
     if library is _library and not name.startswith("_"):
         OPS[name] = op
@@ -224,7 +226,7 @@ def _is_written(argument: torch._C.Argument) -> bool:
 def _check_definition(
     schema: str, implementations: Mapping[str, Callable[..., Any]], backward: Backward | None
 ) -> list[torch._C.Argument]:
-    """The arguments that ``schema`` declares; ValueError for what :func:`define_op` cannot serve."""
+    """Return the arguments that ``schema`` declares; raise ValueError for what :func:`define_op` does not support."""
     declared = torch._C.parse_schema(schema).arguments
     for argument in declared:
         if str(argument.type) not in _ACCEPTED:
@@ -232,15 +234,15 @@ def _check_definition(
         if argument.kwarg_only:
             raise ValueError(f"{argument.name} is keyword-only in {schema!r}; expected arguments by position")
         if _is_written(argument) and backward is not None:
-            raise ValueError(f"{schema!r} writes {argument.name} in place and has a backward; expected one of them")
+            raise ValueError(f"{schema!r} writes {argument.name} in place and has a backward; expected one of the two")
     if not declared or str(declared[0].type) != "Tensor":
-        raise ValueError(f"{schema!r} does not begin with a tensor; expected one, whose device chooses the backend")
+        raise ValueError(f"{schema!r} does not begin with a tensor; expected one: its device chooses the backend")
     if "reference" not in implementations:
         raise ValueError(f"{schema!r} is implemented by {set(implementations)}; expected 'reference' among them")
     return declared
 
 
 def _kernel_dtype(arguments: tuple[Any, ...]) -> torch.dtype:
-    """The dtype that a backend has to serve: a call with one float64 argument goes to the reference."""
+    """The dtype that the backend must serve: float64 if any argument is, so that the reference serves the call."""
     dtypes = [argument.dtype for argument in arguments if isinstance(argument, Tensor)]
     return torch.float64 if torch.float64 in dtypes else dtypes[0]

@@ -1,9 +1,9 @@
 """The tile sizes of the kernels over an attention map, looked up in a table beside each kernel.
 
-Each ``tiles.json`` is a list of rows. A row serves an architecture (``"*"``: any), some dtypes, and head dims and
-numbers of queries up to its own. The first row that fits wins; rows measured with the installed Triton (``triton``: its
-minor version) precede others of that architecture, and those precede ``"*"``. ``atedm-bench tune`` measures and writes
-rows; one without ``triton`` was chosen from the compiler's reports.
+Each ``tiles.json`` is a list of rows. A row applies to one architecture (``"*"`` for any), to some dtypes, and to head
+dims and numbers of queries up to its own. The first row that fits wins. Rows measured with the installed Triton
+(``triton`` is its minor version) precede other rows of the same architecture, and those precede ``"*"``.
+``atedm-bench tune`` measures and writes rows. A row without ``triton`` was chosen from the compiler's reports.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from torch import Tensor
 class Tile:
     """Rows (``block_m``) and columns (``block_n``) per step, and the resources that a step uses.
 
-    Rows are queries and columns keys, but in ``similarity_source``: there rows are dropped tokens, columns kept ones.
-    Fewer programs than ``programs`` leave multiprocessors idle or waiting, so the longer loop is split into several.
-    ``max_registers`` is per thread, on NVIDIA GPUs: left to itself, ptxas may aim lower and spill.
+    Rows are queries and columns are keys, except in ``similarity_source``, where rows are dropped tokens and columns
+    are kept tokens. Fewer programs than ``programs`` would leave multiprocessors idle or waiting, so the longer loop is
+    then split among several programs. ``max_registers`` is a limit per thread on NVIDIA GPUs. Without it, ptxas may aim
+    lower and spill.
     """
 
     block_m: int
@@ -38,7 +39,7 @@ class Tile:
     max_registers: int | None = None
 
 
-# What :func:`assume` sets: the architecture under "architecture", the tile of an op under its name.
+# Set by :func:`assume`: the architecture under "architecture", and the tile of an op under the op's name.
 _assumed: contextvars.ContextVar[dict[str, str | Tile] | None] = contextvars.ContextVar("atedm_tiles", default=None)
 
 
@@ -75,7 +76,7 @@ def is_amd(device: torch.device) -> bool:
 
 
 def table_path(op: str) -> Path:
-    """The table of ``op``, in its folder."""
+    """Path of the tile table of ``op``."""
     return Path(__file__).parent / "ops" / op / "tiles.json"
 
 

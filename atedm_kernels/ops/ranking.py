@@ -1,4 +1,4 @@
-"""What the two PageRank ops share: schema, checks, fake kernel, defaults."""
+"""Shared by the two PageRank ops: schema, checks, fake kernel, defaults."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atedm_kernels._checks import (
 )
 
 # Chosen on the trained maps of the embedded model (quality-fp32-convergence.json in bench/results), by the overlap
-# (Jaccard index) of the kept set with the converged one, mean over blocks and steps: 0.955 after 3 iterations, 0.977
-# after 5, 0.992 after 10; at level 2, which converges slowest, 0.916, 0.953, 0.982. Five more iterations would change
-# one or two tokens in a hundred and take twice the time. A tolerance of 1e-2 runs 3.7 of the 5 iterations and gives an
-# overlap of 0.976.
+# (Jaccard index) of the kept set with the converged one. The mean over blocks and steps is 0.955 after 3 iterations,
+# 0.977 after 5 and 0.992 after 10; at level 2, which converges slowest, it is 0.916, 0.953 and 0.982. Five more
+# iterations would change one or two tokens in a hundred and take twice the time. With a tolerance of 1e-2, a head runs
+# 3.7 of the 5 iterations on average, and the overlap is 0.976.
 DEFAULT_MAX_ITERATIONS = 5
 DEFAULT_TOLERANCE = 1e-2
 
@@ -51,7 +51,7 @@ def check_ranking(
 
 
 def check_ranking_values(q: Tensor, k: Tensor, lse: Tensor, *others: Any) -> None:
-    """No logit is too large; no initial score is negative or NaN, and each head's sum is a positive number."""
+    """Check that no logit is too large, no initial score is negative or NaN, and each head has a positive sum."""
     check_logits(lse)
     initial = others[-1]
     if initial is None or not values_are_checked(initial):

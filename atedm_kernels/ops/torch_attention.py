@@ -1,4 +1,4 @@
-"""torch's own fused attention kernels: which one torch would run, and what all of them want of their inputs."""
+"""torch's own fused attention kernels: the codes by which torch names them, and the layouts of their tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _HEAD_DIM_MULTIPLE = 8
 
 
 def pad_head_dims(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``[B, H, N, D]`` each, with zeros up to a head dim that fused kernels take."""
+    """Pad each ``[B, H, N, D]`` with zeros to a head dim that fused kernels take."""
     padding = -tensors[0].shape[-1] % _HEAD_DIM_MULTIPLE
     return tuple(F.pad(x, (0, padding)) for x in tensors) if padding else tensors
 
 
 def tokens_first(x: Tensor) -> Tensor:
-    """``[B, H, N, D]``, stored as ``[B, N, H, D]``."""
+    """``x`` ``[B, H, N, D]``, stored as ``[B, N, H, D]``."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -14,7 +14,7 @@ _BLOCK_CHANNELS = 64
 
 @triton.jit
 def program_tile(tokens, channels, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """This program's image, positions ``[tokens]`` and channels ``[1, channels]``, and which elements there are."""
+    """This program's batch row, positions ``[tokens]`` and channels ``[1, channels]``, and which elements exist."""
     channel_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     program = tl.program_id(0)
@@ -56,7 +56,7 @@ def store_sum(out, batch, positions, columns, inside, residual, tokens, stride_b
 
 
 def _token_stride(x: Tensor) -> int | None:
-    """Elements from one position of ``[B, C, h, w]`` to the next, row after row; None if rows lie apart."""
+    """Stride from one position of ``[B, C, h, w]`` to the next, across rows; None if rows do not follow one another."""
     _, _, height, width = x.shape
     _, _, stride_h, stride_w = x.stride()
     if width == 1:  # the stride of a dimension of size 1 means nothing

@@ -1,6 +1,6 @@
-"""The power iteration of both rankings: its state, its start, and the end of a pass, which gives the new scores.
+"""The power iteration of both rankings: its state, its start, and the end of a pass, which computes the new scores.
 
-The scores enter the next product as a bias of the exponent, which costs the loop over the map nothing. The number of
+The scores enter the next product as a bias of the exponent, which adds no cost to the loop over the map. The number of
 launches is fixed. A converged head sets a flag, and its programs then return at once, so nothing is decided on the host
 and the whole iteration can be captured in a CUDA graph.
 """
@@ -37,7 +37,7 @@ def finish_pass(
     parts,  # [splits, pairs, tokens]
     lse,  # [pairs, tokens]
     scores,  # [pairs, tokens], read and replaced
-    bias,  # [pairs, tokens], replaced: log2 of the scores less the logsumexp in base 2
+    bias,  # [pairs, tokens], replaced: log2 of the scores minus the logsumexp in base 2
     iterations,  # [pairs] int32
     done,  # [pairs] int32
     tolerance,
@@ -47,7 +47,7 @@ def finish_pass(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    """Compute the new scores of head ``pair`` (int64), their distance from the old ones, and whether it stops."""
+    """Compute the new scores of head ``pair`` (int64), their distance from the old ones, and whether the head stops."""
     lse += pair * tokens
     scores += pair * tokens
     bias += pair * tokens
@@ -65,10 +65,10 @@ def finish_pass(
         inside = offsets < tokens
         new = sum_parts(parts, pair, offsets, inside, splits, pairs, tokens) / total
         old = tl.load(scores + offsets, mask=inside, other=0.0)
-        # Outside, 0 / total is NaN if the total is 0 or NaN.
+        # Past the last token, 0 / total is NaN if the total is 0 or NaN.
         change += tl.where(inside, tl.abs(new - old), 0.0)
-        # The new value does not depend on the old one: without a barrier a thread could overwrite what another has
-        # not read yet.
+        # The new scores do not depend on the old ones, so without a barrier a thread could overwrite a score that
+        # another has not read yet.
         tl.debug_barrier()
         tl.store(scores + offsets, new, mask=inside)
         tl.store(bias + offsets, tl.log2(new) - tl.load(lse + offsets, mask=inside) * LOG2E, mask=inside)
@@ -81,7 +81,7 @@ def finish_pass(
 def _normalise_kernel(
     parts, lse, scores, bias, iterations, done, tolerance, splits, pairs, tokens, BLOCK: tl.constexpr
 ):
-    """The end of a pass whose last kernel does not end it itself."""
+    """End a pass in a separate launch, where the last kernel of the pass does not end it."""
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done + pair) == 0:
         finish_pass(parts, lse, scores, bias, iterations, done, tolerance, pair, splits, pairs, tokens, BLOCK)
@@ -89,10 +89,10 @@ def _normalise_kernel(
 
 @dataclass(frozen=True)
 class State:
-    """What an iteration reads and replaces.
+    """The tensors that each pass of an iteration reads and overwrites.
 
-    ``scores``, ``bias``: float32 ``[B, H, N]``. ``iterations``, ``done`` (flags), ``arrived`` (the programs of a head
-    that have ended in this pass): int32 ``[B, H]``.
+    ``scores``, ``bias``: float32 ``[B, H, N]``. ``iterations``, ``done`` (flags), ``arrived`` (the number of a head's
+    programs that have finished in this pass): int32 ``[B, H]``.
     """
 
     scores: Tensor
@@ -128,7 +128,7 @@ def normalise_launch(parts: Tensor, lse: Tensor, state: State, tolerance: float)
 def _start_kernel(
     lse,  # [pairs, tokens]
     initial,  # [pairs, tokens], or None for uniform scores
-    scores,  # [pairs, tokens], as the next five written
+    scores,  # [pairs, tokens]; this and the next four are written
     bias,
     iterations,
     done,
@@ -136,7 +136,7 @@ def _start_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    """Start one head: ``initial`` normalised, no iterations."""
+    """Start one head: normalise ``initial`` and reset the counters."""
     pair = tl.program_id(0).to(tl.int64)
     local = tl.arange(0, BLOCK)
     score = tl.full([BLOCK], 1.0, tl.float32) / tokens
@@ -167,7 +167,7 @@ def empty_state(lse: Tensor) -> State:
 
 
 def start_launch(lse: Tensor, initial: Tensor | None, state: State) -> Launch:
-    """``lse`` and ``initial`` are contiguous."""
+    """``lse`` and ``initial`` must be contiguous."""
     batch, heads, tokens = lse.shape
     return Launch(
         _start_kernel,

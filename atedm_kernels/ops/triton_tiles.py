@@ -14,7 +14,7 @@ from atedm_kernels.backends import triton_interprets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# The interpreter holds bfloat16 as integers and multiplies those. Widening the operands changes no product.
+# The interpreter stores bfloat16 as integers and would multiply those. Widening the operands changes no product.
 _WIDEN = tl.constexpr(triton_interprets())
 
 # In elements: 16 bytes or more. Triton itself only detects strides divisible by 16, which excludes a head dim of 40.
@@ -24,14 +24,15 @@ _MAX_ALIGNMENT = 16
 _MIN_DIM = 16
 
 
-# float32 products run on the FMA units from registers, which hold no more columns than this.
+# float32 products run on the FMA units, with operands in registers, which hold no more columns than this.
 _STREAMED_DIM = 32
 
 
 def tile_constants(q: Tensor, k: Tensor) -> dict[str, object]:
-    """Constants that say how the head dim is split, and what divides the strides.
+    """Constants that describe how the head dim is split, and what divides the strides.
 
-    16-bit inputs use at most two powers of two (80 = 64 + 16), which cost less than padding; float32 loops over pieces.
+    For 16-bit inputs, the head dim is split into at most two powers of two (80 = 64 + 16), which costs less than
+    padding. For float32, a loop runs over pieces of the head dim.
     """
     head_dim = q.shape[3]
     alignment = math.gcd(_MAX_ALIGNMENT, *q.stride()[:3], *k.stride()[:3])

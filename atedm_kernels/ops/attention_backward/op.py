@@ -43,7 +43,7 @@ def _flops(gradient: Any, q: Any, k: Any, *_: object) -> int:
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError(
-        "the gradient of an attention's gradient is asked for; expected first derivatives alone, as with torch's own "
+        "the second derivative of an attention is asked for; expected first derivatives only, as with torch's own "
         "fused attention"
     )
 
@@ -63,16 +63,18 @@ _op = define_op(
 def attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float | None
 ) -> Gradients:
-    """Gradients of :func:`attention_with_logsumexp`'s ``out`` by its inputs.
+    """Gradients of the ``out`` of :func:`attention_with_logsumexp` with respect to its inputs.
 
-    The kernel is the one that torch would run for attention. On GPUs some add up in any order, unless
-    ``torch.use_deterministic_algorithms`` is set; that is so for attention that is not pruned, too.
+    The kernel is the one that torch would run for attention. On GPUs, some of torch's kernels add up in an order that
+    varies from run to run, unless ``torch.use_deterministic_algorithms`` is set. The same holds without pruning.
 
     Args:
-        gradient: of ``out``, ``[B, H, M, D]``, any strides. q, k, v, scale: the inputs. out, lse: the results.
+        gradient: the gradient of ``out``, ``[B, H, M, D]``, any strides.
+        q, k, v, scale: the inputs of the forward.
+        out, lse: the results of the forward.
 
     Returns:
-        Of ``q`` ``[B, H, M, D]``, of ``k`` and of ``v`` ``[B, H, N, D]``, each stored as ``[B, N, H, D]``.
+        The gradients of ``q`` ``[B, H, M, D]``, ``k`` and ``v`` ``[B, H, N, D]``, each stored as ``[B, N, H, D]``.
 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.

@@ -12,7 +12,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    """Uninitialised, each ``[B, H, N, D]``, stored as ``[B, N, H, D]``: what a split of heads is a view of."""
+    """Uninitialised ``[B, H, N, D]`` each, stored as ``[B, N, H, D]``, so that joining the heads is free."""
     of_q, of_k, of_v = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     return of_q, of_k, of_v
 

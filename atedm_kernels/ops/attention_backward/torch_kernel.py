@@ -1,7 +1,8 @@
 """Gradients of attention by the backward of the fused kernel that torch itself would run.
 
-Every kernel's logsumexp is the same number, so the backward of one serves the forward of another: torch may choose
-otherwise by then, as ``torch.nn.attention.sdpa_kernel`` was left, or since a backward takes more of a GPU.
+All kernels return the same logsumexp, so the backward of one serves the forward of another. That happens when torch
+chooses another kernel for the backward: ``torch.nn.attention.sdpa_kernel`` may have been left in between, and a
+kernel's backward may need more of a GPU than its forward.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def attention_backward_torch(
 def _fused_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Gradients | None:
-    """Gradients in the kernel's layouts, of padded heads, or None if no fused kernel serves."""
+    """Gradients of the padded heads, in the kernel's layouts, or None if no fused kernel serves the inputs."""
     gradient, q, k, v, out = pad_head_dims(gradient, q, k, v, out)
-    with torch.enable_grad():  # some kernels serve fewer inputs where a backward follows
+    with torch.enable_grad():  # some kernels serve fewer inputs if a backward follows
         choice = torch._fused_sdp_choice(*(x.detach().requires_grad_() for x in (q, k, v)), scale=scale)
     results = gradient, q, k, v, out
     if q.device.type == "cpu":
@@ -45,7 +46,7 @@ def _fused_backward(
             return None
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(*results, lse, 0.0, False, scale=scale)
     queries, keys = q.shape[2], k.shape[2]
-    seed = offset = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout, which there is none of
+    seed = offset = torch.empty((), dtype=torch.int64, device=q.device)  # for dropout, which is not used
     if choice == FLASH:
         lengths = None, None, queries, keys, 0.0, False
         return aten._scaled_dot_product_flash_attention_backward(*results, lse, *lengths, seed, offset, scale=scale)

@@ -61,19 +61,19 @@ def attention_column_sums(
 ) -> Tensor:
     """Weighted column sums of an attention map that is never stored: ``Σ_i w_i A_ij``.
 
-    ``A_ij = exp(scale · q_i·k_j − lse_i)``. With the default weights it is the mean attention that each key
-    receives, one step of the ranking of AT-EDM (section 3.2).
+    ``A_ij = exp(scale · q_i·k_j − lse_i)``. With the default weights this is the mean attention that each
+    key receives, which is one step of AT-EDM's ranking (section 3.2).
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
         lse: ``[B, H, M]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
-            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
+            1,000 in magnitude the result loses accuracy in proportion; ``ATEDM_CHECK=1`` makes that an error.
         weights: ``[B, H, M]`` float32; uniform ``1/M`` by default.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:
-        ``[B, H, N]`` float32, to choose by: it requires no gradient.
+        ``[B, H, N]`` float32, meant for choosing tokens, so it requires no gradient.
 
     Raises:
         ValueError: a shape, device or scale that does not fit. TypeError: a dtype that is not served.

@@ -1,7 +1,8 @@
 """Weighted column sums of the attention map: keys stay in place, queries stream past.
 
 ``Sᵀ = K Qᵀ`` puts the keys on the rows of the product, so a key's sum runs along registers of one thread. The sum over
-queries is kept as eight partial sums per key, which add without exchange between threads and are joined at the end.
+queries is kept as several partial sums per key (eight with 16-bit inputs, one per query of a tile with float32). They
+are added to without exchange between threads, and joined at the end.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def _column_sums_kernel(
     k,
     lse,  # [pairs, queries]
     weights,  # [pairs, queries], or None for 1
-    bias,  # [pairs, queries]: log2 of the weights less the logsumexp in base 2, in place of both; or None
+    bias,  # [pairs, queries], or None: log2 of the weights minus the logsumexp in base 2; it replaces both
     done,  # [pairs] int32, or None: a head whose flag is set is skipped
-    scores,  # [pairs, queries], replaced by the new ones, as are bias and the next two; or None
+    scores,  # [pairs, queries], overwritten with the new scores, or None; bias, iterations and done are updated too
     iterations,  # [pairs] int32
-    arrived,  # [pairs] int32: 0
+    arrived,  # [pairs] int32, the programs of the head that have finished: 0 before and after the pass
     tolerance,
     out,  # [splits, pairs, keys]
     scale_log2,
@@ -108,7 +109,7 @@ def _column_sums_kernel(
         else:
             q_a, q_b = load_tile(q, local_rows, inside, q_stride_n, q_stride_d, ALIGNMENT, HEAD_DIM, DIM_A, DIM_B)
             s = products(k_a, k_b, q_a, q_b, DIM_B)
-        # A row past the end has products 0 and bias -inf: its weight is exp2(-inf) = 0, with no mask below.
+        # A row past the end has products 0 and bias -inf: its weight is exp2(-inf) = 0, so no mask is needed below.
         if bias is not None:
             shift = tl.load(bias + first + rows, mask=inside, other=float("-inf"))
         else:
@@ -127,8 +128,8 @@ def _column_sums_kernel(
     tl.store(out + skip + columns, tl.sum(sums, 1) * factor, mask=filled)
 
     if scores is not None:
-        # The last program of a head reads what all of them have stored, and ends the pass. The counter orders the
-        # memory of the one thread that counts, so the others wait for each other first.
+        # The last program of a head reads the sums of all of them and ends the pass. The counter orders only the
+        # memory accesses of the thread that counts, so all threads of the program wait for each other first.
         splits = tl.cdiv(queries, queries_per_split)
         tl.debug_barrier()
         if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == key_tiles * splits - 1:
@@ -142,7 +143,7 @@ _MAX_SPLITS = 16
 
 _NO_STATE = dict.fromkeys(("scores", "bias", "iterations", "done", "arrived"))
 
-# Partial sums, and a ranking's bias, stay below this fraction of a head's map in 16 bits.
+# Partial sums and a ranking's bias take at most this fraction of the memory of a head's map in 16 bits.
 _SCRATCH_OF_MAP = 0.01
 
 
@@ -170,8 +171,8 @@ def column_sums_launch(
 ) -> Launch:
     """Sum each part of the queries into ``partial`` ``[splits, B, H, N]``; only ``q`` and ``k`` may be strided.
 
-    With ``state``, whose bias takes the place of weights, that is for a power iteration. With ``tolerance`` too, where
-    keys are queries, it is a whole pass of one, which replaces the state.
+    With ``state``, the launch is part of a power iteration, and the bias of the state takes the place of weights. With
+    ``tolerance`` too (self-attention only), the launch is a whole pass of the iteration and updates the state.
     """
     if state is None:
         read = {}

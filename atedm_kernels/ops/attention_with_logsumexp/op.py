@@ -73,13 +73,13 @@ def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | 
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
-        k: ``[B, H, N, D]``. v: ``[B, H, N, D]``. Dtype and device of ``q``.
+        k, v: ``[B, H, N, D]``, dtype and device of ``q``.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:
         ``out`` ``[B, H, M, D]`` in the dtype of ``q``, stored as ``[B, M, H, D]`` so that joining the heads is free,
         and ``lse`` ``[B, H, M]``, float32, natural log: ``log Σ_j exp(scale · q_i·k_j)``.
-        ``out`` is differentiable in ``q``, ``k`` and ``v``. ``lse`` is there to choose tokens by: it requires no
+        ``out`` is differentiable in ``q``, ``k`` and ``v``. ``lse`` is meant for choosing tokens, so it requires no
         gradient.
 
     Raises:

@@ -1,8 +1,8 @@
 """The fused attention that torch itself would run, with the logsumexp that it computes anyway.
 
-``torch.nn.functional.scaled_dot_product_attention`` discards the logsumexp, although the kernels below it return it.
-Calling the kernel directly costs the same as attention alone. torch chooses it (``torch._fused_sdp_choice``), so
-``torch.nn.attention.sdpa_kernel`` still works.
+``torch.nn.functional.scaled_dot_product_attention`` discards the logsumexp, although the kernels that it calls return
+it. Calling a kernel directly costs the same as attention without the logsumexp. torch still chooses the kernel
+(``torch._fused_sdp_choice``), so ``torch.nn.attention.sdpa_kernel`` works.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attention_with_logsumexp_torch(q: Tensor, k: Tensor, v: Tensor, scale: float
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts, or None if no fused kernel serves."""
+    """``out [B, H, M, D]`` and ``lse [B, H, M]`` in the kernel's layouts; None if no fused kernel serves them."""
     head_dim = q.shape[-1]
     q, k, v = pad_head_dims(q, k, v)
     choice = torch._fused_sdp_choice(q, k, v, scale=scale)

@@ -10,7 +10,7 @@ from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 from atedm_kernels.ops.sum_rows import sum_rows
 from atedm_kernels.registry import Backward, define_op, lazily
 
-# ``out[b, j] = x[b, index[b, j]]``. Recovering tokens is the same with more indices than rows.
+# ``out[b, j] = x[b, index[b, j]]``. Recovering tokens is the same operation, with more indices than rows.
 GATHER_ROWS = {
     "triton": lazily("atedm_kernels.ops.gather_tokens.triton_kernel", "gather_rows_triton"),
     "native": gather_rows_native,
@@ -42,7 +42,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return sum_rows(gradient, *ctx.saved_tensors, ctx.rows), None
 
 
-# A row's gradient is the sum of those of its copies.
+# The gradient of a row is the sum of the gradients of its copies.
 GATHER_BACKWARD = Backward(_setup_context, _backward)
 
 _op = define_op(

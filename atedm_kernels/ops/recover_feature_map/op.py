@@ -69,7 +69,7 @@ def recover_feature_map(x: Tensor, source: Tensor, residual: Tensor) -> Tensor:
         residual: ``[B, C, h, w]``, any strides.
 
     Returns:
-        ``[B, C, h, w]`` in the memory format of ``residual`` (channels-last stays so) and the promoted dtype.
+        ``[B, C, h, w]`` in the memory format of ``residual`` (contiguous or channels-last) and the promoted dtype.
         Differentiable in ``x`` and ``residual``.
 
     Raises:

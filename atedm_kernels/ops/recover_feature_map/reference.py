@@ -1,4 +1,4 @@
-"""Recovery into a feature map, with the residual, in plain PyTorch; and the output that every backend fills."""
+"""Recovery into a feature map, with the residual, in plain PyTorch, and the output that every backend fills."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 
 
 def empty_feature_map(x: Tensor, residual: Tensor) -> Tensor:
-    """Uninitialised output in the memory format of ``residual`` and the dtype that adding the two gives."""
-    # Judged by the strides, so that a slice of a channels-last map counts as one too.
+    """Uninitialised output in the memory format of ``residual`` and the dtype of the sum."""
+    # Decided by the strides, so that a slice of a channels-last map counts as channels-last too.
     channels_last = residual.stride(1) == 1 and residual.shape[1] > 1 and not residual.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     dtype = torch.promote_types(x.dtype, residual.dtype)

@@ -49,11 +49,11 @@ def select_tokens(scores: Tensor, keep: int, *, reduction: str = "rms") -> Tenso
 
     Args:
         scores: ``[B, H, N]`` float32 (float64 too, for verification).
-        keep: tokens to keep, 1 to ``N``.
+        keep: number of tokens to keep, 1 to ``N``.
         reduction: ``"rms"`` or ``"mean"``.
 
     Returns:
-        int64 ``[B, keep]``, ascending. A choice: no gradient goes through it to the scores.
+        int64 ``[B, keep]``, ascending. No gradient flows through this choice to the scores.
 
     Raises:
         ValueError: a shape, ``keep`` or ``reduction`` that does not fit, or NaN. TypeError: a dtype that is not served.

@@ -11,7 +11,7 @@ def join_heads(scores: Tensor, reduction: str) -> Tensor:
     scores = scores.double()
     if reduction == "mean":
         return scores.mean(dim=1)
-    # Scaled by the largest, so that no square overflows or vanishes.
+    # Scaled by the largest value, so that no square overflows or vanishes.
     largest = scores.abs().amax(dim=1, keepdim=True)
     ratio = torch.where(largest > 0, scores / largest, 0.0)
     return torch.where(largest.isinf(), largest, largest * ratio.square().mean(dim=1, keepdim=True).sqrt())[:, 0]

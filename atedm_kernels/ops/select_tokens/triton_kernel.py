@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atedm_kernels._launch import Launch, next_power_of_2, run_all
 
-# Rows up to this long are held in registers from the first pass to the last (16 values per thread).
+# Rows of up to this many tokens stay in registers from the first pass to the last (16 values per thread).
 _MAX_TOKENS_IN_REGISTERS = 8192
 _TOKENS_PER_STEP = 4096
 
@@ -45,7 +45,7 @@ def _join_heads(scores, tokens, inside, heads, stride_h, stride_n, RMS: tl.const
 
 @triton.jit
 def _reached(value, inside, threshold, unit, BITS: tl.constexpr, COUNT_BITS: tl.constexpr):
-    """For each digit, whether ``value`` reaches ``threshold + digit · unit``: ones, packed side by side in an int64."""
+    """For each digit, 1 if ``value`` reaches ``threshold + digit · unit``, else 0, packed side by side in an int64."""
     ones = tl.zeros(value.shape, tl.int64)
     for digit in tl.static_range(1, 2**BITS):
         ones += ((value >= threshold + digit * unit) & inside).to(tl.int64) << ((digit - 1) * COUNT_BITS)
@@ -54,7 +54,7 @@ def _reached(value, inside, threshold, unit, BITS: tl.constexpr, COUNT_BITS: tl.
 
 @triton.jit
 def _compact(value, inside, offsets, out, threshold, ties_wanted, ties_seen, written, keep):
-    """Store the chosen among ``offsets`` after the ``written`` ones; return the ties seen and tokens written so far."""
+    """Store the chosen tokens of ``offsets`` after the ``written`` ones; return ties seen and tokens written so far."""
     tie = ((value == threshold) & inside).to(tl.int32)
     tie_rank = ties_seen + tl.cumsum(tie, 0)
     chosen = ((value > threshold) & inside) | ((tie != 0) & (tie_rank <= ties_wanted))
@@ -95,7 +95,7 @@ def _select_kernel(
             inside = offsets < tokens
             joined = _join_heads(scores, offsets, inside, heads, stride_h, stride_n, RMS)
             tl.store(importance + offsets, _ordered(joined), mask=inside)
-        # Threads read back what other threads stored.
+        # The loops below read what other threads stored here.
         tl.debug_barrier()
 
     # The largest threshold that at least `keep` values reach, from the highest bit down.
@@ -143,7 +143,7 @@ def _in_registers(tokens: int) -> bool:
 
 
 def select_launch(scores: Tensor, importance: Tensor | None, out: Tensor, reduction: str) -> Launch:
-    """``importance`` uint32 ``[B, N]`` from :func:`scratch`."""
+    """``importance`` is uint32 ``[B, N]`` or None, from :func:`scratch`."""
     batch, heads, tokens = scores.shape
     in_registers = _in_registers(tokens)
     block = max(128, next_power_of_2(tokens)) if in_registers else _TOKENS_PER_STEP
@@ -169,7 +169,8 @@ def select_launch(scores: Tensor, importance: Tensor | None, out: Tensor, reduct
             "BITS": 2 if two_bits else 1,
             "COUNT_BITS": 21 if two_bits else 62,
         },
-        # Few values per thread: the row is read once, and many warps hide its latency. With more Triton 3.6 spills.
+        # Few values per thread: the row is read once, and many warps hide the latency. With more values, Triton 3.6
+        # spills.
         num_warps=max(4, min(16, block // 512)),
         num_stages=1,
     )

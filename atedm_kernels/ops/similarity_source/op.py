@@ -23,7 +23,7 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, scale: float | None
     check_self_attention(q, k)
     check_index("index", index, q.shape[0], q.device)
     if index.shape[1] > q.shape[2]:
-        raise ValueError(f"index names {index.shape[1]} tokens in each row; expected at most {q.shape[2]}, those of q")
+        raise ValueError(f"index names {index.shape[1]} tokens in each row; expected at most {q.shape[2]}, as in q")
     check_scale(scale)
 
 
@@ -74,13 +74,13 @@ def similarity_source(q: Tensor, k: Tensor, lse: Tensor, index: Tensor, *, scale
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
         lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
-            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
+            1,000 in magnitude the result loses accuracy in proportion; ``ATEDM_CHECK=1`` makes that an error.
         index: int64 ``[B, K]``, the kept tokens, from :func:`select_tokens`, without repeats.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
 
     Returns:
-        int64 ``[B, N]``, values from 0 to ``K − 1``: the argument ``source`` of the recovery ops. A choice: it has
-        no gradient.
+        int64 ``[B, N]``, values from 0 to ``K − 1``: the argument ``source`` of the recovery ops. No gradient flows
+        through this choice.
 
     Raises:
         ValueError: an argument that does not fit, or an index out of range (on a GPU only with

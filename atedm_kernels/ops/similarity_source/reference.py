@@ -15,7 +15,7 @@ def similarity_source_reference(q: Tensor, k: Tensor, lse: Tensor, index: Tensor
     index = index.clamp(0, tokens - 1)
     slots = torch.arange(keep, device=q.device)[:, None]
     source = torch.empty(batch, tokens, dtype=torch.int64, device=q.device)
-    # So few that a block holds every kept token: log_map_blocks then splits the heads alone.
+    # So few columns that a block holds every kept token: log_map_blocks then splits only the heads.
     columns_per_block = max(1, BLOCK_ELEMENTS // keep)
     for b in range(batch):
         queries, shift = q[b].index_select(1, index[b]), lse[b].index_select(1, index[b])

@@ -3,7 +3,7 @@
 The kernels list the dropped tokens first and compute the map only where a kept token attends to a dropped one. Tiles
 are transposed: a row is a dropped token's key, a column a kept token's query, so the maximum over the kept tokens runs
 along rows. Each part of the kept tokens writes one int64 per row: the bits of the similarity above the complement of
-the slot. The largest of these is the largest similarity with the lowest slot, in whatever order parts are compared.
+the slot. The largest of these is the largest similarity with the lowest slot, whatever the order of the comparisons.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _prepare_kernel(
     padded_slots,
     BLOCK: tl.constexpr,
 ):
-    """List the dropped tokens of every batch row; by one more program per head, gather the logsumexp of the kept."""
+    """List the dropped tokens (one program per batch row); gather the kept tokens' logsumexp (one per row and head)."""
     program = tl.program_id(0)
     if program < batch_size:
         batch = program.to(tl.int64)
@@ -99,7 +99,7 @@ def _list_dropped(
         slot = tl.load(out + offsets, mask=offsets < tokens, other=0)
         is_dropped = ((slot == slots) & (offsets < tokens)).to(tl.int32)
         tl.store(dropped + before + tl.cumsum(is_dropped, 0) - 1, offsets, mask=is_dropped != 0)
-        # Zero until the search writes it; the search covers at most ``tokens - slots`` rows.
+        # A dropped token has slot 0 until the search writes it; the search covers at most ``tokens - slots`` rows.
         tl.store(out + offsets, tl.where(is_dropped != 0, 0, slot), mask=offsets < tokens)
         before += tl.sum(is_dropped, 0)
 
@@ -115,7 +115,7 @@ def _similarity_kernel(
     scale_log2,
     batch_size,
     tokens,
-    count,  # of dropped tokens
+    count,  # number of dropped tokens
     slots,
     padded_slots,  # the next multiple of BLOCK_N
     slots_per_split,  # a multiple of BLOCK_N
@@ -158,13 +158,13 @@ def _similarity_kernel(
     begin = split * slots_per_split
     for start in range(begin, tl.minimum(begin + slots_per_split, slots), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        # Slots past the end stand for token 0, without a mask; their shift of NaN excludes them.
+        # Slots past the end load token 0, so no mask is needed; their NaN shift excludes them.
         kept = load_index(index, slot, slot < slots, tokens).to(tl.int32)
         every = tl.full([BLOCK_N], 1, tl.int1)
         similarity = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         q_head = q
         k_head = k
-        # Consecutive: scattered loads would take two registers of address for each column that a thread holds.
+        # Stored consecutively: scattered loads would take two address registers for each column that a thread holds.
         shift_head = shift + start
         for _ in tl.range(0, heads):
             if STREAMED:
@@ -192,7 +192,7 @@ def _similarity_kernel(
             q_head += q_step
             k_head += k_step
             shift_head += padded_slots
-        # NaN, also that of slots past the end, counts as least similar.
+        # NaN counts as least similar, including that of slots past the end.
         similarity = tl.where(similarity == similarity, similarity, -1.0)
         tile_best = tl.max(similarity, 1)
         tile_slot = tl.min(tl.where(similarity == tile_best[:, None], slot[None, :], slots), 1)
@@ -202,7 +202,7 @@ def _similarity_kernel(
 
     if PACKED:
         out += (split.to(tl.int64) * batch_size + batch) * tokens
-        # Similarities are at least 0; the sign bit of -1 makes the packed value negative, the smallest of all.
+        # Similarities are at least 0. The sign bit of -1 makes its packed value negative, below all others.
         packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (best_slot ^ _LOW_BITS).to(tl.int64)
         tl.store(out + rows, packed, mask=inside)
     else:

@@ -1,4 +1,4 @@
-"""Sums of rows by torch's own CPU kernel, which adds one row after the other: the order is that of the positions."""
+"""Sums of rows by torch's own CPU kernel, which adds one row after another, in the order of the positions."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def sum_rows(x: Tensor, source: Tensor, slots: int) -> Tensor:
     Args:
         x: ``[B, N, C]``, fp16, bf16 or fp32 (float64 too, for verification), any strides.
         source: int64 ``[B, N]``, values from 0 to ``slots − 1``, on the device of ``x``.
-        slots: how many sums there are.
+        slots: number of sums.
 
     Returns:
         ``[B, slots, C]``, contiguous; zeros for a slot that no position names. Differentiable in ``x``.

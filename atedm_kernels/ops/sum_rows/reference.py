@@ -1,4 +1,4 @@
-"""Sums of rows in plain PyTorch; and where each slot's rows are, for the kernel too."""
+"""Sums of rows in plain PyTorch, and a search for the rows of each slot, which the Triton kernel uses too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from atedm_kernels.ops.gather_tokens.reference import gather_rows_reference
 
 
 def runs_of_slots(source: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Positions sorted by their slot, ascending within each; and where each slot's run begins, and the last one ends.
+    """Sort positions by their slot, so that the positions of a slot form one run.
 
     Args:
         source: int64 ``[B, N]``; a slot out of range is clamped.
 
     Returns:
-        int64 ``[B, N]`` and int64 ``[B, slots + 1]``.
+        The sorted positions, int64 ``[B, N]``, ascending within each slot; and where the run of each slot begins,
+        followed by where the last one ends, int64 ``[B, slots + 1]``.
     """
     sorted_slots, order = source.clamp(0, slots - 1).contiguous().sort(dim=1, stable=True)
     bounds = torch.arange(slots + 1, device=source.device).repeat(source.shape[0], 1)

@@ -47,7 +47,7 @@ def _sum_rows_kernel(
 
 
 def sum_rows_launch(x: Tensor, order: Tensor, begins: Tensor, out: Tensor) -> Launch:
-    """All contiguous."""
+    """All tensors must be contiguous."""
     batch, slots, channels = out.shape
     block_channels = min(_BLOCK_CHANNELS, max(16, next_power_of_2(channels)))
     return Launch(

@@ -30,7 +30,7 @@ def _check(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> None:
     check_shape("index", index, (batch, x.shape[1]), "batch and slots of x")
     if index.shape[1] > cache.shape[1]:
         raise ValueError(
-            f"index names {index.shape[1]} tokens in each row; expected at most {cache.shape[1]}, those of cache"
+            f"index names {index.shape[1]} tokens in each row; expected at most {cache.shape[1]}, as in cache"
         )
 
 
@@ -62,23 +62,24 @@ def update_feature_map(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor
     """Write the kept tokens into a cache of all tokens, and add the cache to the residual, in one pass.
 
     ``cache[b, index[b]] = x[b]``, then ``out[b, c, n // w, n % w] = residual[b, c, n // w, n % w] + cache[b, n, c]``:
-    a kept token gets its new value, a dropped one the value of the call that last computed it (ours; cached recovery).
+    a kept token gets its new value, a dropped one the value of the call that last computed it. This is cached recovery,
+    which is not part of AT-EDM.
 
     Args:
         x: ``[B, K, C]``, fp16, bf16 or fp32 (float64 too, for verification), any strides.
-        index: int64 ``[B, K]``, values from 0 to ``N − 1``, ascending, none twice, as :func:`select_tokens` returns.
-        cache: ``[B, N, C]``, ``N = h·w``, the dtype of ``x``, any strides that give each element memory of its own.
+        index: int64 ``[B, K]``, values from 0 to ``N − 1``, ascending, no repeats, as :func:`select_tokens` returns.
+        cache: ``[B, N, C]``, ``N = h·w``, the dtype of ``x``, any strides with which no elements share memory.
             **Written in place**, at the kept tokens only. It must not share memory with ``x`` or ``residual``.
         residual: ``[B, C, h, w]``, any strides.
 
     Returns:
-        ``[B, C, h, w]`` in the memory format of ``residual`` (channels-last stays so) and the promoted dtype. The sum
-        is rounded once. No gradients: the output requires none.
+        ``[B, C, h, w]`` in the memory format of ``residual`` (contiguous or channels-last) and the promoted dtype. The
+        sum is rounded once. The op records no gradients: the output requires none.
 
     Raises:
         ValueError: a shape or device that does not fit, a cache that requires a gradient or shares memory, or an index
-            out of range or not ascending (on a GPU only with ``ATEDM_CHECK=1``; without it a token out of range is left
-            out, of one named twice the last row counts, and tokens out of order may be missed). TypeError: a dtype that
-            is not served, or a cache of another dtype than ``x``. Nothing is written then.
+            out of range or not ascending (on a GPU only with ``ATEDM_CHECK=1``; without it a token out of range is
+            skipped, the last row counts for a token named twice, and tokens out of order may be missed). TypeError: a
+            dtype that is not served, or a cache whose dtype is not that of ``x``. Nothing is written if the op raises.
     """
     return _op(x, index, cache, residual)

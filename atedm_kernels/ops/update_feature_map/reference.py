@@ -11,8 +11,8 @@ from atedm_kernels.ops.recover_feature_map.reference import empty_feature_map
 
 def update_feature_map_reference(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> Tensor:
     """Write ``x`` into ``cache``, then ``residual[b, :, n // w, n % w] + cache[b, n]``; shapes as in the public op."""
-    # Each token searches for its slot, as in the kernels: a scatter on a GPU takes any of equal indices, and fails for
-    # one out of range.
+    # Each token searches for its slot, as in the kernels. A scatter on a GPU would take any of equal indices, and fail
+    # on one out of range.
     tokens = torch.arange(cache.shape[1], device=index.device).repeat(index.shape[0], 1)
     slot = torch.searchsorted(index.contiguous(), tokens, right=True).sub(1).clamp(min=0)
     is_kept = index.gather(1, slot) == tokens

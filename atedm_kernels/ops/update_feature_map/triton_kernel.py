@@ -1,7 +1,7 @@
 """Update of cached tokens and their feature map: each program owns a tile of the cache and of the output.
 
 A token finds its slot by a binary search in the ascending index, some ten loads that hit the GPU's caches. A map from
-tokens to slots would have to be written by a launch of its own.
+tokens to slots would need a separate launch to write it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from atedm_kernels.ops.triton_feature_map import (
 
 @triton.jit
 def _find_slots(index, positions, slots, HALVINGS: tl.constexpr):
-    """The last slot of each position in an ascending index, and whether it is there; else any slot and False.
+    """For each position, the last slot that names it and True; any slot and False if none does.
 
-    ``HALVINGS`` is log2 of ``slots``, rounded up: Triton 3.6 fails on ``while size > 1`` where it is 1 from the start.
+    ``index`` ascends. ``HALVINGS`` is log2 of ``slots``, rounded up: Triton 3.6 fails on ``while size > 1`` if ``size``
+    is 1 from the start.
     """
     slot = tl.zeros_like(positions)
     size = tl.zeros([], tl.int32) + slots
@@ -67,7 +68,7 @@ def _update_kernel(
     HALVINGS: tl.constexpr,
 ):
     batch, positions, columns, inside = program_tile(tokens, channels, BLOCK_TOKENS, BLOCK_CHANNELS)
-    # Before the search, whose loads wait for one another.
+    # Loaded before the search, because the loads of the search wait for one another.
     before = load_residual(
         residual,
         batch,

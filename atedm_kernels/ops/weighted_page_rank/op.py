@@ -58,23 +58,23 @@ def weighted_page_rank(
 ) -> tuple[Tensor, Tensor]:
     """Importance of the tokens of a self-attention map: its weighted PageRank (AT-EDM, section 3.2).
 
-    ``s ← Aᵀ s`` from ``s = 1/N`` or ``initial``, normalised to sum 1, for each head on its own until
-    ``Σ|s − s_previous| < tolerance`` or ``max_iterations``. Convergence is decided on the device: no host
-    synchronisation on a GPU.
+    The op starts from ``s = 1/N`` or ``initial`` and repeats ``s ← Aᵀ s``, normalised to sum 1. Each head stops on its
+    own, when ``Σ|s − s_previous| < tolerance`` or after ``max_iterations``. Convergence is decided on the device: a GPU
+    does not synchronise with the host.
 
     Args:
         q: ``[B, H, N, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
         k: ``[B, H, N, D]``, dtype and device of ``q``.
         lse: ``[B, H, N]`` float32, from :func:`attention_with_logsumexp` on the same ``q``, ``k`` and ``scale``. Beyond
-            1,000 in magnitude the result is less accurate, in proportion; with ``ATEDM_CHECK=1`` that is an error.
+            1,000 in magnitude the result loses accuracy in proportion; ``ATEDM_CHECK=1`` makes that an error.
         scale: factor of the logits; ``1/sqrt(D)`` by default.
         max_iterations: at least 1. tolerance: at least 0; 0 runs every iteration.
-        initial: ``[B, H, N]``, dtype of ``lse``, where to start, such as the scores of the denoising step before: not
-            negative, the sum of a head positive; normalised inside. Uniform by default.
+        initial: ``[B, H, N]``, dtype of ``lse``: the scores to start from, such as those of the previous denoising
+            step. Not negative, with a positive sum in each head; the op normalises them. Uniform by default.
 
     Returns:
         ``scores`` ``[B, H, N]`` float32, each head summing to 1, and ``iterations`` int32 ``[B, H]``, the number run.
-        Scores are there to choose by: they require no gradient.
+        Scores are meant for choosing tokens, so they require no gradient.
 
     Raises:
         ValueError: an argument that does not fit. TypeError: a dtype that is not served.

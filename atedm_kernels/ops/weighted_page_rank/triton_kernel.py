@@ -17,7 +17,7 @@ def iteration_launches(q: Tensor, k: Tensor, lse: Tensor, state: State, scale: f
     parts = empty_partial_sums(q, k)
     if not is_amd(q.device):
         return [column_sums_launch(q, k, lse, parts, scale, state=state, tolerance=tolerance)]
-    # A barrier there waits for no store of another thread, so the last program might read old sums.
+    # On AMD, a barrier does not wait for the stores of other threads, so the last program might read old sums.
     return [column_sums_launch(q, k, lse, parts, scale, state=state), normalise_launch(parts, lse, state, tolerance)]
 
 
