@@ -1,7 +1,8 @@
 /* Plain C interface of the CPU kernels. No torch and no Python headers, so one build serves every version of both.
  *
- * Strides count elements. A function returns ATEDM_OK, or an error, after which its outputs are undefined.
- * Sizes may be 0. No function keeps a pointer or a lock after it returns; any number of threads may call them.
+ * Strides count elements. Sizes may be 0. A function returns ATEDM_OK or an error; after an error, its outputs are
+ * undefined. No function keeps a lock after it returns, and only atedm_set_openmp keeps a pointer. Any number of
+ * threads may call them.
  */
 #ifndef ATEDM_H
 #define ATEDM_H
@@ -18,7 +19,7 @@ extern "C" {
 #define ATEDM_API __attribute__((visibility("default")))
 #endif
 
-/* Raised whenever a signature or a structure below changes: the Python side checks it before it calls anything else. */
+/* Raise it whenever a signature or a structure below changes. The Python side checks it before any other call. */
 #define ATEDM_ABI 4
 
 enum atedm_status { ATEDM_OK = 0, ATEDM_OUT_OF_MEMORY = 1, ATEDM_INVALID = 2 };
@@ -40,9 +41,9 @@ ATEDM_API int32_t atedm_abi(void);
 
 /* Instruction sets (ISAs), from 0, the slowest; NULL past the last. */
 ATEDM_API const char *atedm_isa_name(int32_t isa);
-/* NULL if this CPU and its operating system run the ISA, else why not. */
+/* NULL if this CPU and its operating system can run the ISA, else the reason. */
 ATEDM_API const char *atedm_isa_why_not(int32_t isa);
-/* The ISA in force, for the whole process: the best one that runs, until another is set. */
+/* The active ISA of the process: the fastest one that runs, until another is set. */
 ATEDM_API int32_t atedm_isa(void);
 ATEDM_API int32_t atedm_set_isa(int32_t isa);
 
@@ -54,12 +55,13 @@ ATEDM_API void atedm_set_openmp(void (*gomp_parallel)(void (*)(void *), void *, 
 ATEDM_API int32_t atedm_attention_column_sums(const atedm_map *map, const float *weights,
                                               const int64_t weights_stride[3], float *out, int32_t threads);
 
-/* A ranking keeps one head's map in float32 up to float_bytes, else in 16 bits up to sixteen_bit_bytes; beyond both,
- * each iteration recomputes it. A negative number restores the default. */
+/* atedm_weighted_page_rank keeps one head's map in float32 up to float_bytes, else in 16 bits up to sixteen_bit_bytes;
+ * beyond both, each iteration recomputes it. atedm_weighted_page_rank_cross keeps it in float32 up to
+ * sixteen_bit_bytes. A negative number restores the default. */
 ATEDM_API void atedm_set_map_limits(int64_t float_bytes, int64_t sixteen_bit_bytes);
 
-/* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries equals keys. initial [batch, heads,
- * queries], not negative, is normalised; NULL stands for uniform scores. */
+/* scores [batch, heads, queries], iterations [batch, heads], contiguous; queries must equal keys. initial [batch,
+ * heads, queries], not negative, is normalised; NULL stands for uniform scores. */
 ATEDM_API int32_t atedm_weighted_page_rank(const atedm_map *map, int32_t max_iterations, double tolerance,
                                            const float *initial, const int64_t initial_stride[3], float *scores,
                                            int32_t *iterations, int32_t threads);
@@ -69,7 +71,7 @@ ATEDM_API int32_t atedm_weighted_page_rank_cross(const atedm_map *map, int32_t m
                                                  const float *initial, const int64_t initial_stride[3], float *scores,
                                                  int32_t *iterations, int32_t threads);
 
-/* source [batch, queries], contiguous: a kept token's own slot, else that of the largest sum over the heads of
+/* source [batch, queries], contiguous: a kept token's own slot, else the slot with the largest sum over the heads of
  * A[index[slot], token]; index [batch, keep], clamped to valid tokens. */
 ATEDM_API int32_t atedm_similarity_source(const atedm_map *map, const int64_t *index, const int64_t index_stride[2],
                                           int64_t keep, int64_t *source, int32_t threads);
@@ -79,7 +81,7 @@ ATEDM_API int32_t atedm_select_tokens(const float *scores, const int64_t scores_
                                       int64_t heads, int64_t tokens, int64_t keep, int32_t reduction, int64_t *out,
                                       int32_t threads);
 
-/* out [batch, rows, channels], contiguous: x[b, index[b, r]], the index clamped; x [batch, length, channels] of
+/* out [batch, rows, channels], contiguous: x[b, index[b, r]], with the index clamped; x [batch, length, channels], of
  * elements of 2 or 4 bytes. */
 ATEDM_API int32_t atedm_gather_rows(const void *x, const int64_t x_stride[3], int64_t batch, int64_t length,
                                     int64_t channels, int32_t element_bytes, const int64_t *index,
@@ -100,8 +102,8 @@ typedef struct atedm_feature_map {
 ATEDM_API int32_t atedm_recover_feature_map(const atedm_feature_map *map, int32_t threads);
 
 /* cache[b, index[b, s]] = x[b, s], then out: residual + cache; index [batch, slots], the token of each slot, ascending.
- * cache [batch, height * width, channels], of x's dtype; shares no memory with x and residual. Of a token named twice
- * the last slot counts; one out of range is left out. */
+ * cache [batch, height * width, channels] has x's dtype and shares no memory with x or residual. The last slot counts
+ * for a token named twice; a token out of range is skipped. */
 ATEDM_API int32_t atedm_update_feature_map(const atedm_feature_map *map, void *cache, const int64_t cache_stride[3],
                                            int32_t threads);
 

@@ -19,8 +19,8 @@ SOURCES = Path(__file__).parent
 SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 IN_PLACE = SOURCES.resolve().parent / "atedm_kernels" / f"libatedm{SUFFIX}"
 
-# Contraction fuses a product and a sum into one operation where the ISA has one. Never -ffast-math, which would delete
-# the rounding that the exponential builds on.
+# Contraction fuses a product and a sum into one operation if the ISA has one. Never use -ffast-math: it would remove
+# the rounding that the exponential relies on.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
@@ -46,7 +46,7 @@ class BuildError(Exception):
 
 
 def compiler() -> list[str]:
-    """``CXX`` of the environment, or the first C++ compiler on the path."""
+    """``CXX`` from the environment, or the first C++ compiler on the path."""
     if os.environ.get("CXX"):
         return os.environ["CXX"].split()
     for name in ("c++", "g++", "clang++"):
@@ -65,7 +65,8 @@ def objects(folder: Path, extra: Sequence[str] = (), isas: Sequence[str] = tuple
     """Compile every source into ``folder``, each ISA's kernels once, and return the object files.
 
     Args:
-        extra: more compiler flags. isas: those to build; an old compiler or another CPU omits some.
+        extra: more compiler flags.
+        isas: the ISAs to build. Those that an old compiler or another CPU lacks are left out.
 
     Raises:
         BuildError: with the compiler's output.

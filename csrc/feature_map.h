@@ -1,5 +1,5 @@
-// What the ops that fill a feature map share: a block of tokens, each a row of channels, is added to the residual, read
-// along the channels and written along the layout of the map.
+// Shared by the ops that fill a feature map: a block of tokens, each a row of channels, is added to the residual.
+// Tokens are read along the channels and written along the layout of the map.
 #pragma once
 
 #include "map_tile.h"
@@ -11,7 +11,7 @@ namespace ATEDM_NAMESPACE {
 constexpr int64_t kTileTokens = 128, kTileChannels = 64;  // chosen by measurement
 static_assert(kTileTokens % kLanes == 0 && kTileChannels % kLanes == 0, "whole squares");
 
-// low = a0 b0 a1 b1 …, high = the same of the upper halves.
+// low = a0 b0 a1 b1 …, high = the same for the upper halves.
 ATEDM_INLINE void interleave(Vf a, Vf b, Vf &low, Vf &high) {
 #if ATEDM_ISA >= ATEDM_AVX512
   const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -28,11 +28,11 @@ ATEDM_INLINE void interleave(Vf a, Vf b, Vf &low, Vf &high) {
 #endif
 }
 
-// out[j, i] = in[i, j], a square of kLanes.
+// out[j, i] = in[i, j], a square of kLanes by kLanes.
 ATEDM_INLINE void transpose(const float *in, float *out) {
   Vf rows[kLanes], next[kLanes];
   ATEDM_UNROLL for (int i = 0; i < kLanes; ++i) rows[i] = load_as<Vf>(in + i * kTileChannels);
-  // Each round interleaves the upper half of the rows with the lower half; after log2(kLanes) of them rows are columns.
+  // Each round interleaves the upper half of the rows with the lower half; after log2(kLanes) rounds, rows are columns.
   ATEDM_UNROLL for (int round = 1; round < kLanes; round *= 2) {
     ATEDM_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
       interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
@@ -42,7 +42,7 @@ ATEDM_INLINE void transpose(const float *in, float *out) {
   ATEDM_UNROLL for (int i = 0; i < kLanes; ++i) store_as(out + i * kTileTokens, rows[i]);
 }
 
-// The residual at `count` tokens from `first`, one channel.
+// One channel of the residual at `count` tokens from `first`.
 inline void load_tokens(const atedm_feature_map &map, const char *channel, int64_t first, int64_t count, float *out) {
   const int64_t *stride = map.residual_stride, element = bytes_of(map.residual_dtype);
   if (map.width == 1 || map.height == 1 || stride[2] == map.width * stride[3]) {
@@ -56,8 +56,8 @@ inline void load_tokens(const atedm_feature_map &map, const char *channel, int64
   }
 }
 
-// out = residual + rows at `count` tokens from `first`, channels last: token by token. rows[i]: the channels of token
-// first + i, in the dtype of x, `row_stride` elements apart.
+// out = residual + rows at `count` tokens from `first`, token by token, in channels-last order. rows[i] holds the
+// channels of token first + i, in the dtype of x, `row_stride` elements apart.
 inline void add_rows_channels_last(const atedm_feature_map &map, const char *residual, char *out, int64_t first,
                                    int64_t count, const char *const *rows, int64_t row_stride) {
   const int64_t row_step = row_stride * bytes_of(map.x_dtype);
@@ -81,7 +81,7 @@ inline void add_rows_contiguous(const atedm_feature_map &map, const char *residu
                                 int64_t count, const char *const *rows, int64_t row_stride) {
   const int64_t row_step = row_stride * bytes_of(map.x_dtype);
   const int64_t residual_bytes = bytes_of(map.residual_dtype), out_bytes = bytes_of(map.out_dtype);
-  // Whole squares are transposed, so what no token fills must be a number too.
+  // Whole squares are transposed, so the rows that no token fills must be initialised too.
   alignas(64) float values[kLanes][kTileChannels] = {}, columns[kTileChannels][kTileTokens], line[kTileTokens];
   for (int64_t c = 0; c < map.channels; c += kTileChannels) {
     const int64_t channels = smaller(kTileChannels, map.channels - c);
@@ -112,7 +112,7 @@ ATEDM_INLINE bool is_empty(const atedm_feature_map &map) {
   return map.batch * map.channels * map.height * map.width == 0;
 }
 
-// run(b, first, count) for every block of tokens, each of which one thread runs.
+// Calls run(b, first, count) for every block of tokens; one thread runs a block.
 template <class Run>
 ATEDM_INLINE int32_t for_token_blocks(const atedm_feature_map &map, int32_t threads, const Run &run) {
   const auto known = [](int32_t dtype) { return dtype >= ATEDM_FLOAT32 && dtype <= ATEDM_FLOAT16; };

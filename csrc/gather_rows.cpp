@@ -1,4 +1,4 @@
-// Copies of whole rows: the same for every ISA and for all dtypes of one size.
+// Copies of whole rows. The code is the same for every ISA and for all dtypes of one size.
 #include <cstring>
 
 #include "atedm.h"
@@ -48,7 +48,7 @@ extern "C" int32_t atedm_gather_rows(const void *x, const int64_t x_stride[3], i
   Gather gather{static_cast<const char *>(x), x_stride, index,    index_stride,
                 length,                       channels, element_bytes, rows,
                 (rows + kItemRows - 1) / kItemRows,     static_cast<char *>(out)};
-  const int64_t worth = batch * rows * channels * element_bytes / (1 << 19) + 1;  // threads for half a megabyte each
+  const int64_t worth = batch * rows * channels * element_bytes / (1 << 19) + 1;  // one thread per half megabyte
   atedm::run_parallel(worth < threads ? static_cast<int32_t>(worth) : threads, batch * gather.items, Gather::run,
                       &gather);
   return ATEDM_OK;

@@ -66,7 +66,7 @@ uint64_t saved_state() {
 
 bool saves(uint64_t mask) { return (saved_state() & mask) == mask; }
 
-// Linux grants the tiles' state only on request, to the whole process.
+// Linux grants the state of the tiles only on request, and then to the whole process.
 bool tiles_are_granted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -122,7 +122,7 @@ std::atomic<int32_t> &current_isa() {
   return isa;
 }
 
-// Chosen by measurement, see weighted_page_rank.cpp.
+// Chosen by measurement; see weighted_page_rank.cpp.
 constexpr int64_t kFloatMapLimit = 1 << 20, kSixteenBitMapLimit = 256 << 20;
 std::atomic<int64_t> float_limit{kFloatMapLimit}, sixteen_bit_limit{kSixteenBitMapLimit};
 

@@ -20,9 +20,10 @@ struct KeptFloat {
   }
 };
 
-// Two rows of the map in 16 bits per entry: no sign, 6 bits of exponent, 10 of mantissa, for 2^-63 to 2. That is fp16's
-// precision with a range in which no significant attention vanishes, and any ISA unpacks it in two instructions. Digits
-// are cut off, not rounded: the correction of each column removes the bias, and the remaining error is the same.
+// Two rows of the map in 16 bits per entry: no sign, 6 bits of exponent and 10 of mantissa, which cover 2^-63 to 2.
+// That is fp16's precision, with a range in which no significant attention vanishes, and any ISA unpacks it in two
+// instructions. Digits are cut off, not rounded: the correction of each column removes the bias, and the remaining
+// error is the same as with rounding.
 struct Kept16 {
   static constexpr bool kCuts = true;
   static constexpr int64_t kPairBytes = kPanel * 4;
@@ -39,7 +40,7 @@ struct Kept16 {
     first = unpack(bits << 13);
     second = unpack(bits >> 3);
   }
-  // The low half of every lane from one, the high half from the other.
+  // The low half of every lane from `low`, the high half from `high`.
   static ATEDM_INLINE Vu halves(Vu low, Vu high) {
 #if ATEDM_ISA >= ATEDM_AVX512
     return (Vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
@@ -51,14 +52,14 @@ struct Kept16 {
   }
 };
 
-// A head's panels follow each other, and so do the rows of a panel.
+// The panels of a head follow one another in memory, and so do the rows of a panel.
 template <class Kept>
 ATEDM_INLINE int64_t kept_panel_bytes(int64_t rows) {
   return (rows + 1) / 2 * Kept::kPairBytes;
 }
 
-// The first step for one block: keeps its part of the map at `kept` and sums its columns, with weights 1. Returns false
-// if an entry does not fit.
+// The first step for one block: stores its part of the map at `kept` and sums its columns with weights 1. Returns false
+// if an entry does not fit into the kept format.
 template <class Dot, class Kept>
 bool keep_block(const Head &head, int64_t first_key, int64_t keys, BlockScratch<Dot> &scratch, char *kept,
                 float *sums) {
@@ -95,7 +96,7 @@ bool keep_block(const Head &head, int64_t first_key, int64_t keys, BlockScratch<
 }
 
 // sums[j] = sum over i of scores_i A_ij from the kept map, for one panel; `scores` is 0 past the last token. With
-// `plain`, also plain[j] = sum over i of A_ij.
+// kPlain, also plain[j] = sum over i of A_ij.
 template <class Kept, bool kPlain>
 void panel_sums(const char *kept, const float *scores, int64_t row_pairs, float *sums, float *plain) {
   Vf even[kVectors] = {}, odd[kVectors] = {}, both[kVectors] = {};

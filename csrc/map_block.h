@@ -69,7 +69,8 @@ ATEDM_INLINE void map_row(const float *logits, Vf scale, Vf shift, Vf (&out)[kVe
   exp2(out);
 }
 
-// visit(panel, first_row, rows, logits) for every panel of the block and every kBlockRows queries; logits [rows, kPanel].
+// Calls visit(panel, first_row, rows, logits) for every panel of the block and every kBlockRows queries; logits are
+// [rows, kPanel].
 template <class Dot, class Visit>
 inline void for_each_panel(const Head &head, int64_t first_key, int64_t keys, BlockScratch<Dot> &scratch,
                            const Visit &visit) {

@@ -1,8 +1,9 @@
-// Logits q_i . k_j of some queries by a panel of keys: the product that every op over the attention map builds on.
+// Logits q_i . k_j of some queries and a panel of keys: the product that every op over the attention map builds on.
 //
-// Keys lie in panels, transposed, so that a vector holds one coordinate of several keys; queries are broadcast. A column
-// of the map then stays in its lane, and sums over rows need no shuffle. Logits pass through a buffer in the first-level
-// cache: exponentials straight from the registers of each tile were slower, as their latency showed after every tile.
+// Keys are stored in panels, transposed, so that a vector holds one coordinate of several keys. Queries are broadcast.
+// A column of the map then stays in its lane, and sums over rows need no shuffle. Logits pass through a buffer in the
+// first-level cache. Exponentials straight from the registers of each tile were slower: their latency showed after
+// every tile.
 #pragma once
 
 #include "rows.h"
@@ -14,7 +15,7 @@ constexpr int kPanel = kVectors * kLanes;             // keys of a panel
 constexpr int64_t kBlockKeys = 256;                   // keys that a work item holds while queries pass by
 constexpr int64_t kBlockPanels = kBlockKeys / kPanel;
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kBlockRows = 48;                    // queries at a time: they and their logits stay in that cache too
+constexpr int64_t kBlockRows = 48;                    // queries at a time: they and their logits fit into L1 too
 
 template <int kRows>
 ATEDM_INLINE void store_tile(const Vf (&sums)[kRows][kVectors], float *out) {
@@ -23,7 +24,7 @@ ATEDM_INLINE void store_tile(const Vf (&sums)[kRows][kVectors], float *out) {
   }
 }
 
-// float32 products; fp16, and bf16 without an instruction for it, are widened when loaded.
+// float32 products. fp16 is widened when loaded, and so is bf16 on an ISA without an instruction for it.
 struct FloatDot {
   using Unit = float;
   static constexpr int kRows = 6;
@@ -47,11 +48,12 @@ struct FloatDot {
 };
 
 #if ATEDM_ISA >= ATEDM_AVX512_BF16
-// Pairs of bfloat16: two products per instruction. Products are exact, sums float32; denormal inputs count as 0.
+// Pairs of bfloat16: two products per lane and instruction. Products are exact, sums float32, denormal inputs 0.
 struct PairDot {
   using Unit = uint32_t;
 #if ATEDM_ISA >= ATEDM_AMX
-  // Tested only on emulated tiles. A tile of 16 queries; panels are laid out as the unit needs its second operand.
+  // Tested only on emulated tiles. A tile holds 16 queries. Panels have the layout that the tile unit needs for its
+  // second operand.
   static constexpr int kRows = 16;
   static int64_t depth(int64_t head_dim) { return round_up(head_dim, 32) / 2; }
   static ATEDM_INLINE void tile(const Unit *q, const Unit *panel, int64_t depth, float *out) {
@@ -102,7 +104,7 @@ struct PairDot {
 };
 #endif
 
-// The tile unit's settings, which are per thread; held while it works.
+// Configures the thread's tile unit for as long as the object lives.
 struct TileUnit {
 #if ATEDM_ISA >= ATEDM_AMX
   TileUnit() {
@@ -116,8 +118,8 @@ struct TileUnit {
 #endif
 };
 
-// The keys key_at(0) … key_at(keys - 1) of a head, as panels. Columns past the last hold copies of it: they must not
-// bring in values that no key has.
+// Loads the keys key_at(0) … key_at(keys - 1) of a head as panels. Columns past the last key hold copies of it, because
+// they must not bring in values that no key has.
 template <class Dot, class KeyAt>
 inline void load_panels(const char *k, const int64_t (&stride)[4], int32_t dtype, int64_t head_dim, int64_t keys,
                         const KeyAt &key_at, typename Dot::Unit *panels) {
@@ -140,7 +142,7 @@ inline void panel_logits(const typename Dot::Unit *queries, int64_t rows, const 
   }
 }
 
-// run(Dot{}) with the fastest product for the dtype on this ISA.
+// Calls run(Dot{}) with the fastest product for the dtype on this ISA.
 template <class Run>
 ATEDM_INLINE int32_t with_dot([[maybe_unused]] int32_t dtype, Run &&run) {
 #if ATEDM_ISA >= ATEDM_AVX512_BF16
@@ -149,7 +151,7 @@ ATEDM_INLINE int32_t with_dot([[maybe_unused]] int32_t dtype, Run &&run) {
   return run(FloatDot{});
 }
 
-// Threads worth starting for `items` items of `products` multiplications each: each needs about 0.1 ms of work.
+// Number of threads worth starting for `items` items of `products` multiplications each: one per 0.1 ms of work or so.
 ATEDM_INLINE int32_t threads_for(int32_t threads, int64_t items, int64_t products) {
   const int64_t worth = items * larger<int64_t>(products, 1) / 4000000 + 1;
   return static_cast<int32_t>(larger<int64_t>(1, smaller<int64_t>(smaller<int64_t>(threads, items), worth)));
@@ -163,7 +165,7 @@ ATEDM_INLINE void parallel(int32_t threads, int64_t items, const Body &body) {
       const_cast<Body *>(&body));
 }
 
-// One block of memory, cut into aligned parts.
+// One block of memory, divided into aligned parts.
 class Scratch {
  public:
   // Add all parts, then allocate: add() returns an offset, at() its address.

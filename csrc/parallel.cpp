@@ -58,7 +58,7 @@ void run_parallel(int32_t threads, int64_t items, void (*body)(void *, int32_t, 
   job.body = body;
   job.context = context;
   const GompParallel shared = gomp_parallel.load();
-  // After a fork the runtime counts on threads that the child does not have, and would wait for them forever.
+  // After a fork, the runtime counts on threads that the child does not have, and would wait for them forever.
   if (shared != nullptr && gomp_process.load() == process_id()) {
     shared(work, &job, static_cast<unsigned>(threads), 0);
     return;

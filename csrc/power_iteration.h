@@ -1,4 +1,4 @@
-// What the two rankings share.
+// Shared by the two rankings.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
-// Where a ranking starts, [batch, heads, tokens]; a null pointer stands for uniform scores.
+// The scores that a ranking starts from, [batch, heads, tokens]; a null pointer stands for uniform scores.
 struct Start {
   const float *values;
   const int64_t *stride;
@@ -18,7 +18,7 @@ struct Start {
   int64_t token_stride() const { return values == nullptr ? 0 : stride[2]; }
 };
 
-// scores <- initial / sum(initial), or 1 / count where there is no initial.
+// scores <- initial / sum(initial), or 1 / count if `initial` is null.
 inline void start_from(const float *initial, int64_t stride, float *scores, int64_t count) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -29,7 +29,7 @@ inline void start_from(const float *initial, int64_t stride, float *scores, int6
   for (int64_t i = 0; i < count; ++i) scores[i] /= total;
 }
 
-// scores <- raw / sum(raw). True if the sum of changes is below `tolerance`; never if one of them is NaN.
+// scores <- raw / sum(raw). Returns whether the sum of changes is below `tolerance`: false if one of them is NaN.
 inline bool normalise(float *scores, const float *raw, int64_t count, double tolerance) {
   constexpr int64_t kParts = 16;  // independent sums, in a fixed order, that a compiler can vectorise
   double parts[kParts] = {}, changes[kParts] = {};

@@ -18,7 +18,7 @@ ATEDM_INLINE uint16_t bfloat16_of_float(float x) {
 
 ATEDM_INLINE float float_of_float16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
-  // The exponent moves from bias 15 to 127 by a product, which also makes denormals normal.
+  // A product moves the exponent from bias 15 to 127, and also makes denormals normal.
   const float value = magnitude >= 0x7c00 ? bits_as<float>(0x7f800000u | magnitude << 13)
                                           : bits_as<float>(magnitude << 13) * 0x1p112f;
   return bits_as<float>(bits_as<uint32_t>(value) | sign);
@@ -85,11 +85,11 @@ ATEDM_INLINE void store_row(char *row, int32_t dtype, int64_t count, const float
   for (; i < count; ++i) store_as(row + 2 * i, float16_of_float(values[i]));
 }
 
-// The same row as pairs of bfloat16, `pairs` of them, with zeros past its end.
+// A row of `count` bfloat16 as `pairs` pairs, with zeros past its end.
 ATEDM_INLINE void load_pairs(const char *row, int64_t stride, int64_t count, int64_t pairs, uint32_t *out) {
   int64_t i = 0;
   if (stride == 1) {
-    constexpr int64_t kStep = 16;  // a fixed size is copied without a call
+    constexpr int64_t kStep = 16;  // a copy of fixed size needs no call
     for (; i + kStep <= count / 2; i += kStep) __builtin_memcpy(out + i, row + 4 * i, 4 * kStep);
     for (; i < count / 2; ++i) out[i] = load_as<uint32_t>(row + 4 * i);
   }

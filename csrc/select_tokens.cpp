@@ -33,7 +33,7 @@ struct Selection {
       total += rms ? value * value : value;
     }
     if (is_nan) return std::numeric_limits<double>::quiet_NaN();
-    // The square of a float32 fits a double from its smallest to its largest value, so nothing has to be scaled.
+    // A double holds the square of every float32, from the smallest to the largest, so nothing has to be scaled.
     if (rms) return std::isinf(largest) ? largest : std::sqrt(total / static_cast<double>(heads));
     return total / static_cast<double>(heads);
   }

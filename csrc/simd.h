@@ -1,6 +1,6 @@
-// Vectors of one ISA. Compiled once for each ISA: everything is in that ISA's namespace, and nothing here or in
-// what includes it may use the standard library's templates. The linker keeps one copy of those for all ISAs, which
-// could be the one with instructions that this CPU lacks.
+// Vectors of one ISA. This header is compiled once for each ISA, and everything in it is in that ISA's namespace.
+// Neither it nor a file that includes it may use the standard library's templates: the linker keeps one copy of those
+// for all ISAs, and that copy could contain instructions that this CPU lacks.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ namespace ATEDM_NAMESPACE {
 
 #if ATEDM_ISA >= ATEDM_AVX512
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // of keys, in a tile of 6 queries: 24 sums, 4 keys and a query fill 32 registers
+constexpr int kVectors = 4;  // of keys, in a tile of 6 queries: 24 sums, 4 keys and a query fit into 32 registers
 #elif ATEDM_ISA >= ATEDM_AVX2
 constexpr int kLanes = 8;
 constexpr int kVectors = 2;
@@ -58,7 +58,7 @@ ATEDM_INLINE To bits_as(From value) {
   return result;
 }
 
-ATEDM_INLINE Vf splat(float x) { return x - Vf{}; }  // not x + 0, which must turn -0 into 0
+ATEDM_INLINE Vf splat(float x) { return x - Vf{}; }  // compilers drop x - 0, but not x + 0: that turns -0 into 0
 ATEDM_INLINE Vu splat(uint32_t x) { return Vu{} + x; }
 
 template <class T>
@@ -71,7 +71,7 @@ ATEDM_INLINE T larger(T a, T b) {
 }
 ATEDM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Larger of the two; `b` where either is NaN.
+// The larger of the two; `b` if either is NaN.
 ATEDM_INLINE Vf max_or_second(Vf a, Vf b) {
 #if ATEDM_ISA >= ATEDM_AVX512
   return (Vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -103,9 +103,9 @@ ATEDM_INLINE void exp2(Vf (&x)[kCount]) {
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = (Vf)_mm512_roundscale_ps((__m512)x[i], kNearest);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = x[i] - whole[i];
 #else
-  // 1.5 * 2^23: adding it rounds to whole numbers, which are then the low bits. 127 is the bias of an exponent.
+  // Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits. 127 is the bias of the exponent.
   constexpr float kShift = 12582912.0f + 127.0f;
-  // Clamped to where both factors of the result are normal numbers; at the ends the second is 0 or infinite.
+  // Clamped to the range where both factors of the result are normal numbers; at its ends the second is 0 or infinite.
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = max_or_second(splat(-127.0f), x[i]);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) x[i] = min_or_second(splat(128.0f), x[i]);
   ATEDM_UNROLL for (int i = 0; i < kCount; ++i) whole[i] = x[i] + splat(kShift);

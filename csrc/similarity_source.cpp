@@ -1,9 +1,9 @@
 // For each dropped token, the kept one that attends to it most, summed over the heads (their mean has the same order).
 //
-// Only rows of kept tokens and columns of dropped ones are computed. Tiles are transposed: the kept tokens' queries lie
-// in panels, the dropped tokens' keys are broadcast. A kept token stays in its lane, so the logsumexps of a panel stay in
-// registers and the search needs no shuffle. Heads are innermost: a tile's sum over them stays in the first-level cache,
-// and no part of the map is ever written out.
+// Only rows of kept tokens and columns of dropped ones are computed. Tiles are transposed: the kept tokens' queries are
+// stored in panels, the dropped tokens' keys are broadcast. A kept token stays in its lane, so the logsumexps of a
+// panel stay in registers and the search needs no shuffle. Heads are innermost: a tile's sum over them stays in the
+// first-level cache, and no part of the map is ever written out.
 #include "map_block.h"
 
 namespace atedm {
@@ -37,7 +37,7 @@ struct SourceSearch {
     return w;
   }
 
-  // Past the last kept token a panel repeats it, as load_panels does. Of equals the first is chosen.
+  // Past the last kept token, a panel repeats it, as load_panels does. The search chooses the first of equals.
   template <class TokenAt>
   void load_queries(int64_t pair, const TokenAt &token_at) const {
     const Head head(map, pair);

@@ -40,7 +40,7 @@ int32_t update_feature_map(const atedm_feature_map &map, void *cache, const int6
     for (int64_t i = 0; i < count; ++i) {
       rows[i] = static_cast<char *>(cache) + (b * cache_stride[0] + (first + i) * cache_stride[1]) * bytes;
     }
-    // A token of another block, or of none, is left out: no two threads write one row, and none writes outside.
+    // A token of another block, or out of range, is skipped: no two threads write one row, and none writes outside.
     for (int64_t slot = first_slot(map, b, first); slot < map.slots; ++slot) {
       const int64_t token = index_at(map, b, slot);
       if (token >= first + count) break;

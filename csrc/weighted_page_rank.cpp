@@ -1,26 +1,26 @@
 // The power iteration s <- A^T s, normalised, of every head.
 //
-// The first step computes the map and keeps it, as many heads at a time as the cache holds; later steps only read it.
-// Up to 512 tokens it is kept in float32. A 4096-token head would take 67 MB, more than the memory bus can deliver in
-// time, and a 1024-token head twice what the second-level cache holds: both are kept in 16 bits. The exact column sums
-// of the first step are known, so each column is corrected for the digits cut off. Scores of five iterations then
-// differ from float64 by 2e-5 (rms) to 2e-4 (largest) where logits spread as in SDXL, and by 6e-4 at most on far more
-// peaked maps, where two or three entries decide a sum; with float32 or without a kept map, by 1e-5. Given scores to
-// start from, the first step reads what it has just kept.
+// The first step computes the map and keeps it, for as many heads at a time as the cache holds. Later steps only read
+// it. Up to 512 tokens, the map is kept in float32. The map of a 4096-token head would take 67 MB, more than the memory
+// bus can deliver in time, and that of a 1024-token head twice what the second-level cache holds: both are kept in 16
+// bits. The exact column sums of the first step are known, so each column is corrected for the digits cut off. After
+// five iterations, scores then differ from float64 by 2e-5 (rms) to 2e-4 (largest) if logits spread as in SDXL, and by
+// 6e-4 at most on far more peaked maps, where two or three entries decide a sum. With float32 or without a kept map,
+// they differ by 1e-5. If there are scores to start from, the first step also reads the map that it has just kept.
 #include "kept_map.h"
 #include "power_iteration.h"
 
 namespace atedm {
 namespace ATEDM_NAMESPACE {
 
-// Maps of several heads that stay in the last-level cache during the iteration.
+// Size of the maps of several heads that stay in the last-level cache during the iteration.
 constexpr int64_t kCacheBytes = 16 << 20;
 
 template <class Dot, class Kept>
 struct Ranking {
   const atedm_map &map;
   const Start start;
-  const bool keeps;  // the map; else every step recomputes it
+  const bool keeps;  // whether the map is kept; else every step recomputes it
   const int32_t first_weighted = start.values == nullptr ? 1 : 0;  // the first step whose weights are not all the same
   const int64_t tokens = map.queries, pairs = map.batch * map.heads;
   const int64_t blocks = (tokens + kBlockKeys - 1) / kBlockKeys, columns = blocks * kBlockKeys;
@@ -59,7 +59,7 @@ struct Ranking {
     float *sums = raw + slot * columns + first_key, *factor = correction + slot * columns + first_key;
     const float *weights = scores + slot * padded;
     const bool fills = iteration == 0 && keeps;
-    uint8_t &fit = fits[slot * blocks + (fills ? block : 0)];  // after the first step the first block's is the head's
+    uint8_t &fit = fits[slot * blocks + (fills ? block : 0)];  // after the first step, block 0's flag is the head's
     if (fills) {
       fit = keep_block<Dot, Kept>(head, first_key, keys, work, kept, sums);
       __builtin_memcpy(factor, sums, static_cast<size_t>(keys) * 4);
@@ -90,7 +90,7 @@ struct Ranking {
     for (int32_t iteration = 0; iteration < max_iterations && heads > 0; ++iteration) {
       const int64_t items = heads * blocks;
       parallel(threads, items, [&](int32_t worker, int64_t item) {
-        if (iteration % 2) item = items - 1 - item;  // in reverse, over what the cache still holds from the last step
+        if (iteration % 2) item = items - 1 - item;  // in reverse: first what the cache still holds from the last step
         step(base, running[item / blocks], item % blocks, iteration, worker);
       });
       int64_t still = 0;
@@ -126,7 +126,7 @@ int32_t weighted_page_rank(const atedm_map &map, int32_t max_iterations, double 
     return ATEDM_OK;
   };
   return with_dot(map.dtype, [&](auto dot) -> int32_t {
-    // A map of more than 2^31 tokens per side overflows nothing here: it is far beyond any limit.
+    // In double, which does not overflow even for more than 2^31 tokens per side.
     const double entries = static_cast<double>(tokens) * static_cast<double>(tokens);
     if (max_iterations > 1 && entries * 4 <= float_map_limit()) return rank_all(dot, KeptFloat{}, true);
     return rank_all(dot, Kept16{}, max_iterations > 1 && entries * 2 <= sixteen_bit_map_limit());

@@ -1,6 +1,6 @@
 // Importance of the queries of a cross-attention map: s_K <- A^T s_Q, s_Q <- (A s_K) / entropy, normalised.
 //
-// Text has few tokens, so a head's map is small: it is computed once, in float32, in chunks of rows, and kept. A map
+// Text has few tokens, so a head's map is small. It is computed once, in float32, in chunks of rows, and kept. A map
 // that is too large is recomputed for each of the two products.
 #include "map_block.h"
 #include "power_iteration.h"
