@@ -77,7 +77,7 @@ $(INSTALLED)%: $(SETTINGS) | $(VENV)/bin/python
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# This environment has no pip: that of $(VENV) installs into it.
+# This environment has no pip: the pip of $(VENV) installs into it.
 $(BASE)/bin/python: | $(VENV)/bin/python
 	$(PYTHON) -m venv --without-pip $(BASE)
 

@@ -257,7 +257,7 @@ def describe() -> str:
         return f"not in use: {reason}"
     best = [name for name, missing in isas().items() if missing is None][-1]
     forced = "" if isa() == best else f" (forced by ATEDM_CPU; the best here is {best})"
-    threads = "torch's OpenMP threads" if _torch_openmp() else "threads of its own"
+    threads = "torch's OpenMP threads" if _torch_openmp() else "its own threads"
     return f"{PATH.name}, ISA {isa()}{forced}, {platform.machine()}, up to {torch.get_num_threads()} of {threads}"
 
 

@@ -81,7 +81,7 @@ def finish_pass(
 def _normalise_kernel(
     parts, lse, scores, bias, iterations, done, tolerance, splits, pairs, tokens, BLOCK: tl.constexpr
 ):
-    """End a pass in a separate launch, where the last kernel of the pass does not end it."""
+    """End a pass in a separate launch, if its last kernel does not end it."""
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done + pair) == 0:
         finish_pass(parts, lse, scores, bias, iterations, done, tolerance, pair, splits, pairs, tokens, BLOCK)

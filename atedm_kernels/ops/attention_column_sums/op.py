@@ -61,8 +61,8 @@ def attention_column_sums(
 ) -> Tensor:
     """Weighted column sums of an attention map that is never stored: ``Σ_i w_i A_ij``.
 
-    ``A_ij = exp(scale · q_i·k_j − lse_i)``. With the default weights this is the mean attention that each
-    key receives, which is one step of AT-EDM's ranking (section 3.2).
+    ``A_ij = exp(scale · q_i·k_j − lse_i)``. With the default weights this is the mean attention that each key receives,
+    which is one step of AT-EDM's ranking (section 3.2).
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.

@@ -67,9 +67,9 @@ _op = define_op(
 def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Fused attention that also returns the logsumexp of its logits.
 
-    The kernel is the one that ``scaled_dot_product_attention`` would run (flash, cuDNN, memory-efficient, or the
-    CPU flash kernel): each computes the logsumexp anyway, so it costs nothing. If torch has no fused kernel for
-    the inputs, a blocked softmax in float32 runs instead.
+    The kernel is the one that ``scaled_dot_product_attention`` would run (flash, cuDNN, memory-efficient, or the CPU
+    flash kernel). Each of them computes the logsumexp anyway, so it costs nothing. If torch has no fused kernel for the
+    inputs, a blocked softmax in float32 runs instead.
 
     Args:
         q: ``[B, H, M, D]``, fp16, bf16 or fp32 (float64 too, for verification), ``D`` from 8 to 256, any strides.
