@@ -51,7 +51,7 @@ def check_ranking(
 
 
 def check_ranking_values(q: Tensor, k: Tensor, lse: Tensor, *others: Any) -> None:
-    """Check that no logit is too large, no initial score is negative or NaN, and each head's sum is positive, finite."""
+    """Check that no logit is too large, no initial score negative or NaN, and each head's sum positive and finite."""
     check_logits(lse)
     initial = others[-1]
     if initial is None or not values_are_checked(initial):

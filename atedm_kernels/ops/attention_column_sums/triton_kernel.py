@@ -33,7 +33,7 @@ def _column_sums_kernel(
     k,
     lse,  # [pairs, queries]
     weights,  # [pairs, queries], or None for 1
-    bias,  # [pairs, queries], or None: log2 of the weights minus the logsumexp in base 2, instead of these
+    bias,  # [pairs, queries], or None: log2(weights) minus the logsumexp in base 2, used instead of lse and weights
     done,  # [pairs] int32, or None: a head whose flag is set is skipped
     scores,  # [pairs, queries], overwritten with the new scores, or None; bias, iterations and done are updated too
     iterations,  # [pairs] int32
