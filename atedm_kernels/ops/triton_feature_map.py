@@ -1,4 +1,4 @@
-"""Tiles of a feature map ``[B, C, h, w]``, tokens by channels, for the kernels that add tokens to a residual."""
+"""Tiles of a feature map ``[B, C, h, w]``, tokens by channels, for the kernels that read one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def program_tile(tokens, channels, BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: t
 
 
 @triton.jit
-def load_residual(
-    residual,
+def load_feature_map(
+    x,
     batch,
     positions,
     columns,
@@ -43,8 +43,8 @@ def load_residual(
     place = positions * stride_n
     if not ROWS_FOLLOW:
         place = (positions // width) * stride_h + (positions % width) * stride_n
-    residual += batch * stride_b
-    return tl.load(residual + place[:, None] + columns * stride_c, mask=inside)
+    x += batch * stride_b
+    return tl.load(x + place[:, None] + columns * stride_c, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -69,20 +69,32 @@ def feature_map_grid(residual: Tensor) -> int:
     return cdiv(channels, _BLOCK_CHANNELS) * cdiv(height * width, _BLOCK_TOKENS) * batch
 
 
-def feature_map_arguments(residual: Tensor, out: Tensor) -> dict[str, object]:
-    """Both tensors, the sizes and the strides; ``out`` must be contiguous or channels-last."""
-    _, channels, height, width = residual.shape
-    token_stride = _token_stride(residual)
+def rows_follow(x: Tensor) -> bool:
+    """Whether one stride leads from each token of ``x`` ``[B, C, h, w]`` to the next, across its rows."""
+    return _token_stride(x) is not None
+
+
+def map_arguments(name: str, x: Tensor) -> dict[str, object]:
+    """``x`` ``[B, C, h, w]``, its sizes and its strides, with ``name`` before those."""
+    _, channels, height, width = x.shape
+    token_stride = _token_stride(x)
     return {
-        "residual": residual,
-        "out": out,
+        name: x,
         "tokens": height * width,
         "channels": channels,
         "width": width,
-        "residual_stride_b": residual.stride(0),
-        "residual_stride_c": residual.stride(1),
-        "residual_stride_h": residual.stride(2),
-        "residual_stride_n": residual.stride(3) if token_stride is None else token_stride,
+        f"{name}_stride_b": x.stride(0),
+        f"{name}_stride_c": x.stride(1),
+        f"{name}_stride_h": x.stride(2),
+        f"{name}_stride_n": x.stride(3) if token_stride is None else token_stride,
+    }
+
+
+def feature_map_arguments(residual: Tensor, out: Tensor) -> dict[str, object]:
+    """Both tensors, the sizes and the strides; ``out`` must be contiguous or channels-last."""
+    return {
+        **map_arguments("residual", residual),
+        "out": out,
         "out_stride_b": out.stride(0),
         "out_stride_c": out.stride(1),
         "out_stride_n": _token_stride(out),
@@ -91,7 +103,7 @@ def feature_map_arguments(residual: Tensor, out: Tensor) -> dict[str, object]:
 
 def feature_map_constants(residual: Tensor) -> dict[str, object]:
     return {
-        "ROWS_FOLLOW": _token_stride(residual) is not None,
+        "ROWS_FOLLOW": rows_follow(residual),
         "BLOCK_TOKENS": _BLOCK_TOKENS,
         "BLOCK_CHANNELS": _BLOCK_CHANNELS,
     }

@@ -31,6 +31,7 @@ from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
 from atedm_kernels.ops.select_tokens import triton_kernel as select
 from atedm_kernels.ops.similarity_source import triton_kernel as similarity
 from atedm_kernels.ops.sum_rows import triton_kernel as sum_rows
+from atedm_kernels.ops.token_drift import triton_kernel as token_drift
 from atedm_kernels.ops.update_feature_map import triton_kernel as update
 from atedm_kernels.ops.weighted_page_rank import triton_kernel as page_rank
 from atedm_kernels.ops.weighted_page_rank_cross import triton_kernel as page_rank_cross
@@ -134,7 +135,9 @@ def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
         dtype=torch.promote_types(DTYPES[x_dtype], DTYPES[dtype]),
     )
     x, cache = (meta(2, n, 640, dtype=DTYPES[x_dtype]) for n in (1536, 4096))
+    projection, seen, drift = (meta(*size, dtype=residual.dtype) for size in ((4, 640), (2, 4, 4096), (2, 4096)))
     return [
+        token_drift.token_drift_launch(residual, projection, seen, seen, drift.float()),
         feature_map.recover_launch(x, meta(2, 4096, dtype=torch.int64), residual, out),
         update.update_launch(x, meta(2, 1536, dtype=torch.int64), cache, residual, out),
     ]
@@ -153,6 +156,7 @@ def smallest_launches() -> list[Launch]:
         select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
         sum_rows.sum_rows_launch(x, index, meta(1, 2, dtype=torch.int64), x),
+        token_drift.token_drift_launch(residual, x[0], x, x, lse),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),
         feature_map.recover_launch(x, index, residual, residual),
         update.update_launch(x, index, x, residual, residual),

@@ -11,6 +11,7 @@ import torch
 
 import atedm_kernels as ops
 from atedm_kernels.ops.sum_rows import sum_rows
+from atedm_kernels.ops.token_drift import token_drift
 
 # B, H, N, D, kept tokens; the last one is more than any kernel takes in a step.
 SHAPES = [
@@ -40,7 +41,9 @@ def call_all(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     compact = ops.gather_tokens(normal(batch, tokens, heads * head_dim), index)
     sum_rows(ops.recover_tokens(compact, source), source, keep)
     residual, cache = normal(batch, heads * head_dim, 1, tokens), normal(batch, tokens, heads * head_dim)
+    projection, seen = normal(4, heads * head_dim), normal(batch, 4, tokens)
     for memory_format in (torch.contiguous_format, torch.channels_last):
+        token_drift(residual.to(memory_format=memory_format), projection, seen)
         ops.recover_feature_map(compact, source, residual.to(memory_format=memory_format))
         ops.update_feature_map(compact, index, cache, residual.to(memory_format=memory_format))
 

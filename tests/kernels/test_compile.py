@@ -61,7 +61,13 @@ def test_resources(target, triton):
     if triton is not None and not triton.is_dir():
         pytest.skip(f"needs Triton 3.6 in {triton}, where make test installs it")
     rows = [row for row in compiled(triton) if row["target"] == target]
-    assert {row["kernel"] for row in rows} >= {*PRODUCT_KERNELS, *MOVING_KERNELS, "_select_kernel", "_sum_rows_kernel"}
+    assert {row["kernel"] for row in rows} >= {
+        *PRODUCT_KERNELS,
+        *MOVING_KERNELS,
+        "_select_kernel",
+        "_sum_rows_kernel",
+        "_token_drift_kernel",
+    }
     problems = []
     for row in rows:
         if row["spill_bytes"]:

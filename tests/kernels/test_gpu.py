@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atedm_kernels
 from atedm_kernels.ops.sum_rows import sum_rows
+from atedm_kernels.ops.token_drift import token_drift
 from tests.helpers import oracle
 
 pytestmark = pytest.mark.gpu
@@ -103,6 +104,7 @@ def prune_and_recover(q, k, lse, x, residual, cache):
         source,
         tokens,
         sum_rows(tokens, source, 384),
+        *token_drift(residual, x[0, :4].contiguous(), x.new_ones(x.shape[0], 4, x.shape[1])),
         atedm_kernels.recover_feature_map(compact, source, residual),
         atedm_kernels.update_feature_map(compact, index, cache, residual),
         cache,
@@ -176,6 +178,11 @@ def test_strides_past_two_to_the_31(dim):
     expected = atedm_kernels.recover_feature_map(compact, source, residual)
     far_residual = far_apart(residual, 0 if dim == 0 else 1)
     assert torch.equal(atedm_kernels.recover_feature_map(compact, source, far_residual), expected)
+    projection, seen = torch.ones(4, 192, device="cuda").bfloat16(), torch.zeros(2, 4, 200, device="cuda").bfloat16()
+    for far_out, out in zip(
+        token_drift(far_residual, projection, seen), token_drift(residual, projection, seen), strict=True
+    ):
+        assert torch.equal(far_out, out)
 
 
 def test_host_never_waits():

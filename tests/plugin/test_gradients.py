@@ -1,5 +1,6 @@
 """Gradients through a pruned UNet, against autograd through the slow implementation; and checkpoints."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import atedm
 from atedm.policy.options import PUBLISHED
+from atedm.unet import attention
 from tests.helpers.slow_pruning import slow_unet
 
 FIXED = {"schedule": None, "tolerance": 0, "max_iterations": 5}
@@ -85,6 +87,25 @@ def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
     assert [name for name, each in trainable.named_parameters() if each.grad is not None] == [
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     ]
+
+
+@pytest.mark.parametrize("ranking", ["self", "keys"])
+def test_no_row_is_saved_beside_the_tensor_that_it_was_gathered_from(trainable, make_inputs, monkeypatch, ranking):
+    """The kept rows of the attention's output are freed in the forward, and gathered again in the backward."""
+    memory, gather = [], attention.gather_tokens
+
+    def gathering(x, index):
+        rows = gather(x, index)
+        memory.append(weakref.ref(rows.untyped_storage()))
+        return rows
+
+    monkeypatch.setattr(attention, "gather_tokens", gathering)
+    atedm.apply(trainable, PUBLISHED, ranking=ranking, **FIXED)
+    out = trainable(**make_inputs(torch.float64)).sample
+    blocks = len(atedm.pruned_blocks(trainable))
+    assert len(memory) == blocks and all(storage() is None for storage in memory)
+    out.sum().backward()
+    assert len(memory) == 2 * blocks
 
 
 def unforeseeable(q, k, lse):

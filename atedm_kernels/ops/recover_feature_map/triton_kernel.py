@@ -13,7 +13,7 @@ from atedm_kernels.ops.triton_feature_map import (
     feature_map_arguments,
     feature_map_constants,
     feature_map_grid,
-    load_residual,
+    load_feature_map,
     program_tile,
     store_sum,
 )
@@ -46,7 +46,7 @@ def _recover_kernel(
     batch, positions, columns, inside = program_tile(tokens, channels, BLOCK_TOKENS, BLOCK_CHANNELS)
     rows = load_index(source + batch * tokens, positions, positions < tokens, slots)
     recovered = tl.load(x + batch * x_stride_b + rows[:, None] * x_stride_n + columns * x_stride_c, mask=inside)
-    before = load_residual(
+    before = load_feature_map(
         residual,
         batch,
         positions,

@@ -16,7 +16,7 @@ from atedm_kernels.ops.triton_feature_map import (
     feature_map_arguments,
     feature_map_constants,
     feature_map_grid,
-    load_residual,
+    load_feature_map,
     program_tile,
     store_sum,
 )
@@ -69,7 +69,7 @@ def _update_kernel(
 ):
     batch, positions, columns, inside = program_tile(tokens, channels, BLOCK_TOKENS, BLOCK_CHANNELS)
     # Loaded before the search, because the loads of the search wait for one another.
-    before = load_residual(
+    before = load_feature_map(
         residual,
         batch,
         positions,

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from atedm.files import whole_file
 
-PACKAGES = ("atedm-kernels", "torch", "triton", "diffusers", "transformers", "tomesd")
+PACKAGES = ("atedm-kernels", "torch", "triton", "diffusers", "transformers", "DeepCache", "tomesd")
 
 
 def versions() -> dict[str, str | None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from atedm_kernels.ops.token_drift import token_drift
 
 # Numbers per token that stand for its input: the fewest that on the embedded model keep pictures as well as all its 48
 # or 96 channels do (docs/quality.md).
@@ -30,13 +31,13 @@ class Staleness(Protocol):
         """A state for ``shape`` = B, N, C: tensors that keep their addresses."""
         ...
 
-    def observe(self, x: Tensor, state: State) -> Tensor | None: ...
+    def observe(self, x: Tensor, state: State) -> Any: ...
 
-    def scores(self, observed: Tensor | None, state: State) -> Tensor:
+    def scores(self, observed: Any, state: State) -> Tensor:
         """float32 ``[B, 1, N]``, not negative: the higher, the more out of date."""
         ...
 
-    def computed(self, observed: Tensor | None, state: State, index: Tensor | None) -> None:
+    def computed(self, observed: Any, state: State, index: Tensor | None) -> None:
         """Note that the tokens ``index`` ``[B, K]`` have been computed now; all of them where it is None."""
         ...
 
@@ -60,29 +61,28 @@ class Drift:
         return {"projection": self._projection(channels, dtype, device), "seen": seen}
 
     def _projection(self, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``[width, C, 1, 1]``. Kept: the same numbers are drawn for every device, and to copy them there waits."""
+        """``[width, C]``. Kept: the same numbers are drawn for every device, and to copy them there waits."""
         key = channels, dtype, device
         if key not in self._projections:
             generator = torch.Generator().manual_seed(0)
-            projection = torch.randn(self.width, channels, 1, 1, generator=generator) / self.width**0.5
+            projection = torch.randn(self.width, channels, generator=generator) / self.width**0.5
             self._projections[key] = projection.to(device, dtype)
         return self._projections[key]
 
-    def observe(self, x: Tensor, state: State) -> Tensor:
-        """``[B, C, h, w]`` → ``[B, width, N]``."""
-        return F.conv2d(x.to(state["projection"].dtype), state["projection"]).flatten(2)
+    def observe(self, x: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """The projected tokens ``[B, width, N]``, and how far they have moved, float32 ``[B, 1, N]``."""
+        return token_drift(x, state["projection"], state["seen"])
 
-    def scores(self, observed: Tensor, state: State) -> Tensor:
-        moved = (observed - state["seen"]).float()
-        return moved.square().sum(1, keepdim=True).sqrt()
+    def scores(self, observed: tuple[Tensor, Tensor], state: State) -> Tensor:
+        return observed[1]
 
-    def computed(self, observed: Tensor, state: State, index: Tensor | None) -> None:
-        seen = state["seen"]
+    def computed(self, observed: tuple[Tensor, Tensor], state: State, index: Tensor | None) -> None:
+        projected, seen = observed[0], state["seen"]
         if index is None:
-            seen.copy_(observed)
+            seen.copy_(projected)
         else:
             index = index[:, None].expand(-1, self.width, -1)
-            seen.scatter_(2, index, observed.gather(2, index))
+            seen.scatter_(2, index, projected.gather(2, index))
 
 
 class StepsSince:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from atedm_kernels import gather_tokens
 
@@ -55,6 +56,23 @@ def project_out(attention: nn.Module, attended: Tensor) -> Tensor:
     for module in attention.to_out:
         attended = module(attended)
     return attended
+
+
+def project_out_kept(attention: nn.Module, attended: Tensor, index: Tensor) -> Tensor:
+    """:func:`project_out` of the tokens ``index`` ``[B, K]`` of ``attended`` ``[B, N, H·D]``.
+
+    A trained projection saves its input for its gradient. These rows would be saved a second time where the attention
+    saves ``attended``; there the backward gathers them again.
+    """
+
+    def project(attended: Tensor) -> Tensor:
+        return project_out(attention, gather_tokens(attended, index))
+
+    # A compiler chooses itself what the backward computes again.
+    is_saved = torch.is_grad_enabled() and attended.requires_grad and not torch.compiler.is_compiling()
+    if is_saved and any(weight.requires_grad for weight in attention.to_out.parameters()):
+        return checkpoint(project, attended, use_reentrant=False)
+    return project(attended)
 
 
 def scale_of(attention: nn.Module) -> float | None:

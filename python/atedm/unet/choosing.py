@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class TokenChoice:
         self.keep = keep
         self.size = tuple(hidden_states.shape[-2:])
         self.index: Tensor | None = None
-        self.observed: Tensor | None = None
+        self.observed: Any = None
         if block.staleness is not None:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
 

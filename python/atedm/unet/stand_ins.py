@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import atedm_kernels as kernels
 from atedm.policy.attention_map import AttentionMap
 from atedm.policy.recovery import Refill
-from atedm.unet.attention import masks_of_kept, project, project_cross, project_out, scale_of
+from atedm.unet.attention import masks_of_kept, project, project_cross, project_out, project_out_kept, scale_of
 from atedm.unet.blocks import PERTURBING_PROCESSORS
 from atedm.unet.choosing import TokenChoice
 from atedm.unet.memory import BlockMemory
@@ -114,9 +114,12 @@ class CompactTransformer:
             if block.placement.is_early:
                 # Cross-attention, feed-forward and output projection treat each token on its own: what they would
                 # compute for a dropped token is never used.
-                kept = attended if block.ranking is None else kernels.gather_tokens(attended, self._choice.index)
+                if block.ranking is None:
+                    projected = project_out(layer.attn1, attended)
+                else:
+                    projected = project_out_kept(layer.attn1, attended, self._choice.index)
                 tokens = kernels.gather_tokens(hidden_states, self._choice.index)
-                return run_rest(project_out(layer.attn1, kept), tokens, self._for_kept(cross_attention_kwargs))
+                return run_rest(projected, tokens, self._for_kept(cross_attention_kwargs))
         attended = project_out(layer.attn1, attended)
         if by_cross_attention:
             if encoder_attention_mask is not None:

@@ -1,0 +1,1 @@
+from atedm_kernels.ops.token_drift.op import token_drift as token_drift
