@@ -224,7 +224,7 @@ def _check_call(attention_mask: Tensor | None, kwargs: dict[str, Any] | None) ->
     unknown = sorted(set(kwargs or ()) - _TOKENWISE_KWARGS)
     if unknown:
         raise ValueError(
-            f"cross_attention_kwargs holds {', '.join(unknown)}; expected none but {', '.join(_TOKENWISE_KWARGS)} "
+            f"cross_attention_kwargs holds {', '.join(unknown)}; expected only {', '.join(_TOKENWISE_KWARGS)} "
             "on a pruned UNet: others may name positions of the full image"
         )
 
