@@ -107,7 +107,7 @@ class CustomRanking:
     function: RankingFunction
     is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
-    keeps: ClassVar[str] = "the tokens that a function of yours scores highest"
+    keeps: ClassVar[str] = "the tokens that your function scores highest"
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scores = self.function(attention.q, attention.k, attention.lse)
