@@ -156,7 +156,7 @@ class Times:
         self.kinds.update(kinds)
 
     def median(self, name: str) -> float | None:
-        """Median seconds per picture of the UNet called ``name``, on this device or, if it made none here, on others."""
+        """Median seconds per picture of the UNet called ``name``, on this device; if it made none here, on others."""
         found = self._seconds.get(self.device, {}).get(name)
         found = found or [each for names in self._seconds.values() for each in names.get(name, [])]
         return statistics.median(found) if found else None
