@@ -146,7 +146,7 @@ def _check(recording: Recording, what: str, row: int) -> None:
     if what not in _TITLES:
         raise ValueError(f"what is {what!r}; expected one of {', '.join(map(repr, _TITLES))}")
     if not recording.calls:
-        raise ValueError("recording is empty; expected one in whose with block the pipeline ran")
+        raise ValueError("recording is empty; expected a run of the pipeline inside its with block")
     rows = min((ranked.index.shape[0] for ranked in recording.ranked), default=1)
     if not -rows <= row < rows:
         raise ValueError(f"row is {row}; expected one of the batch's {rows}")

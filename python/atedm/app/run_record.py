@@ -101,7 +101,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
     return record["model"]
 
 
-_MAX_STEPS = 10**9  # the most steps that a record may count
+_MAX_STEPS = 10**9  # the largest number of steps, or of seconds, in a record
 
 
 def _positive(value: Any) -> float:

@@ -204,8 +204,8 @@ def apply(
     By default some steps reuse deep features. From 30 % of the run on, every other computed step prunes tokens, chosen
     by PageRank and drift; a dropped token keeps its last update. The preset ``"paper"`` is the published method.
 
-    No module is replaced: each attention block gets its own ``forward`` until :func:`remove`. Applying again replaces
-    the earlier settings. If ``apply`` raises, nothing has changed.
+    No module is replaced: until :func:`remove`, attention blocks and stages of the UNet have a ``forward`` of atedm's.
+    Applying again replaces the earlier settings. If ``apply`` raises, nothing has changed.
 
     Gradients flow through a pruned call, but not through the choice of tokens. A call that records gradients is whole
     if the settings need what an earlier call computed, as the default settings do. Train with ``"paper"``, which

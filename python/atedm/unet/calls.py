@@ -68,7 +68,7 @@ class Following:
             self.undo.pop()()
 
     def of_a_copy(self) -> Following:
-        """For a copy of the UNet, which is not compiled."""
+        """What a copy of the UNet, which is not compiled, has of this."""
         return replace(self, target=None, undo=[])
 
 

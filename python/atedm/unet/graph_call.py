@@ -73,7 +73,7 @@ class GraphCall:
         told.kind, told.slot, told.ranks, told.is_warm = call.kind, call.slot, call.ranks, call.is_warm
 
     def end(self, call: Call) -> None:
-        """Note that ``call`` has ended. Free its slot and its kind, which would compute nonsense without the slot."""
+        """Note that ``call`` has ended. Forget its slot, and its kind, which would compute nonsense without it."""
         if self.running is call:
             self._running, self.is_outside = None, False
         if self.call.slot is call.slot is not None:

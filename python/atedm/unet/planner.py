@@ -35,7 +35,7 @@ class Call:
         slot: what is remembered of its picture; None if nothing is, or if the picture is not known.
         picture: the picture that it belongs to; None if not known. step: its denoising step, of ``total``; None if not
             known.
-        recordings: the recordings that note it, each with this call's index there.
+        recordings: the recordings that collect its tokens, each with this call's index there.
         before: the call that was running when this one began, which continues afterwards: a UNet may call another.
     """
 
