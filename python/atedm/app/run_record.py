@@ -74,7 +74,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
         if stray is not None:
             raise OtherRun(
                 f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
-                "expected an empty folder or a run to go on with"
+                "expected an empty folder or a run to resume"
             )
     else:
         before = read_run(root)
@@ -86,7 +86,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
         if differing:
             raise OtherRun(
                 f"{root} holds pictures of another run ({', '.join(differing)} differ); "
-                "expected an empty folder or the same run to go on with"
+                "expected an empty folder or the same run to resume"
             )
         settings = before["settings"] | settings
         asked = max(before["cases"], asked, key=len)

@@ -411,5 +411,5 @@ def record(pipe: object, *, tokens: bool = True) -> Iterator[Recording]:
         with _uncompiled() if tokens else contextlib.nullcontext():
             yield recording
     finally:
-        # In place: applying again inside the block hands on this very list.
+        # In place: applying again inside the block passes on this very list.
         recordings[:] = [other for other in recordings if other is not recording]

@@ -80,7 +80,7 @@ class Planner:
         if options.remembers:
             self._instead = "every step is whole"
         elif options.steps.reads_past:
-            self._instead = "a step's kind is judged by the step alone"
+            self._instead = "a step's kind is judged only by the step"
         elif options.rank_every > 1:
             self._instead = "tokens are chosen in every call"
         else:

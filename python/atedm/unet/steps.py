@@ -1,4 +1,4 @@
-"""Find out from its timestep alone which denoising step a call of the UNet is, and of which picture.
+"""Find out which denoising step a call of the UNet is, and of which picture, only from its timestep.
 
 Pipelines hand the UNet an element of ``scheduler.timesteps``. That element is a view: its place in the storage is the
 step, and the storage identifies the picture, because every run makes its own timesteps. This is exact for
