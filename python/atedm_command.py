@@ -1,6 +1,7 @@
 """The command ``atedm``.
 
-It lies outside of the package, whose import raises without diffusers: a command names the extra in one line.
+It is outside of the package ``atedm``, whose import raises without diffusers: a command names the missing extra in one
+line instead.
 """
 
 from atedm_extras import COMMAND, require

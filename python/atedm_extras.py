@@ -1,7 +1,7 @@
-"""The lines that name the extra if a package is missing, and what hides a package.
+"""The lines that name the extra to install if a package is missing, or what hides a package.
 
-The module lies beside the packages: without diffusers ``import atedm`` raises, and a command must report that without a
-traceback. It imports only the standard library.
+This module is outside of the packages: without diffusers ``import atedm`` raises, and a command must report that as one
+line, without a traceback. It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# The import name of a distribution, where it differs.
+# The import names of distributions, if they differ.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 
-# A file of each package, which a folder that hides it does not have.
+# A file of each package, which a folder that hides the package does not have.
 _OWN = {"atedm": "unet/attach.py", "atedm_kernels": "registry.py"}
 
-# What every command needs: `import atedm`, and the command line itself.
+# The packages that every command needs, for `import atedm` and for the command line itself.
 COMMAND = ("diffusers", "typer", "rich")
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of ``packages`` (names on PyPI) that are not installed."""
+    """The ``packages`` (names on PyPI) that are not installed."""
     return [name for name in packages if not _is_installed(_MODULES.get(name, name))]
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules holds None, which hides it
+    except ValueError:  # sys.modules has None for the module, which hides it
         return False
 
 
 def hidden(module: str) -> str | None:
-    """The line about a folder or file of another's that Python finds in place of this package; None where none does."""
+    """The line about a foreign folder or file that Python finds instead of the package ``module``; None if there is
+    none."""
     spec = importlib.util.find_spec(module)
     places = [] if spec is None else [*(spec.submodule_search_locations or [spec.origin])]
     if spec is None or any((Path(place) / _OWN[module]).is_file() for place in places):
@@ -42,7 +43,7 @@ def hidden(module: str) -> str | None:
 
 
 def hint(extra: str, packages: list[str]) -> str:
-    """The line about missing ``packages`` that ``extra`` installs."""
+    """The line about missing ``packages``, which ``extra`` installs."""
     return f"{', '.join(packages)} not installed; pip install 'atedm-kernels[{extra}]'"
 
 

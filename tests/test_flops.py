@@ -236,7 +236,7 @@ def test_command_counts_what_a_file_of_options_holds(folder, tmp_path):
     assert "reused: 4 of 8" in run.output
     atedm.Options(schedule=atedm.Adaptive()).save(file)
     run = _run(*common)
-    assert run.exit_code == 0 and "a run says what it came to" in run.output and "average" not in run.output
+    assert run.exit_code == 0 and "only a run can tell its FLOPs" in run.output and "average" not in run.output
     run = _run(*common, "--budget", "0.2")
     assert run.exit_code == 2 and "which chooses as it runs" in run.output
 

@@ -21,7 +21,7 @@ if missing("diffusers"):
 if hidden("atedm_kernels"):
     raise ImportError(hidden("atedm_kernels"), name="atedm_kernels")
 
-# Loaded when first asked for: torch and diffusers take seconds, which `atedm --help` need not.
+# Loaded on first use, because torch and diffusers take seconds to load and `atedm --help` does not need them.
 _HOMES = {
     "Adaptive": "atedm.policy.schedule",
     "DSAP": "atedm.policy.schedule",

@@ -1,4 +1,7 @@
-"""``python -m atedm``: the command line. What has this name in the working directory hides it, not the command."""
+"""``python -m atedm``: the command line.
+
+A file or folder called atedm in the working directory hides this module, but not the command ``atedm``.
+"""
 
 from atedm.cli import main
 

@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all."""
+"""Write files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# In a folder of pictures: how they were made, how long they took, and the lab's times of UNets.
+# The records in a folder of pictures: how they were made, how long they took, and the lab's times of UNets.
 RUN, TIMES, UNET_TIMES = RECORDS = ("run.json", "times.json", "unet-seconds.json")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at ``path``: it appears there when the block ends, never as half a file.
+    """Yield a temporary path to write to. When the block ends, the file appears at ``path``, never as half a file.
 
-    A link's target is replaced, not the link. A pipe, a device or the standard output gets what was written when the
-    block ends.
+    A link's target is replaced, not the link. A pipe, a device or the standard output gets the content when the block
+    ends.
 
     Raises:
-        OSError: the file cannot be written, for a full disk say; the message names ``path``, which stays as it was.
+        OSError: the file cannot be written, for example because the disk is full. The message names ``path``, which
+            stays unchanged.
     """
     path = Path(path)
     stream = is_stream(path)
     target = path if stream else path.resolve()
-    # A name of its own: another run may write the same file at the same time.
+    # A unique name, because another run may write the same file at the same time.
     partial = (Path(tempfile.gettempdir()) if stream else target.parent) / f".{secrets.token_hex(8)}.partial"
     try:
         yield partial
@@ -51,10 +52,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Where to write the files that shall be in the folder ``path``: it is replaced by them when the block ends.
+    """Yield a temporary folder to write to. When the block ends, it replaces the folder ``path``.
 
     Raises:
-        OSError: the folder cannot be written; ``path`` stays as it was.
+        OSError: the folder cannot be written; ``path`` stays unchanged.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether ``path`` is to be written to and not replaced: no regular file, or what the process prints to."""
+    """Whether ``path`` must be written to and cannot be replaced: not a regular file, or what the process prints to."""
     try:
         found = path.stat()
     except OSError:
@@ -83,7 +84,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _printed_to(found: os.stat_result) -> int | None:
-    """The standard output, or the errors', if that is where it leads."""
+    """The descriptor of standard output or standard error, if ``found`` is the same file; else None."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), found):
@@ -92,7 +93,7 @@ def _printed_to(found: os.stat_result) -> int | None:
 
 
 def _write_to_stream(partial: Path, path: Path) -> None:
-    # Opened by its name, a file that the output is redirected to would be written from its start.
+    # If a file that the output is redirected to were opened by name, it would be overwritten from its start.
     descriptor = _printed_to(path.stat())
     sys.stdout.flush()
     with partial.open("rb") as source, open(path if descriptor is None else os.dup(descriptor), "wb") as stream:

@@ -153,7 +153,7 @@ def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeyp
     kind, name = type(block_of(unet)), "_get_output_for_continuous_inputs"
     own = getattr(kind, name)
     monkeypatch.setattr(kind, name, lambda *args, **kwargs: own(*args, **kwargs))
-    with pytest.raises(ValueError, match="its class, or the forward of that, is another"):
+    with pytest.raises(ValueError, match="its class, or the forward of its class, has changed"):
         unet(**inputs)
     monkeypatch.undo()
     assert torch.equal(unet(**inputs).sample, expected)

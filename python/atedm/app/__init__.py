@@ -1,1 +1,1 @@
-"""What the commands share: models, pictures, many prompts, comparison, FLOPs, reports."""
+"""Code that the commands share: models, pictures, many prompts, comparison, FLOPs, reports."""

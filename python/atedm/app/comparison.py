@@ -1,4 +1,4 @@
-"""The same image with the full and with the pruned UNet: pictures, times and FLOPs (``atedm demo``, ``generate``)."""
+"""Make the same image with the full and the pruned UNet: pictures, times and FLOPs (``atedm demo``, ``generate``)."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
     from PIL.Image import Image
 
-# At least this many steps; a warm-up meets every kind of step once, so that none is timed cold.
+# Minimum number of warm-up steps. A warm-up runs every kind of step once, so that none is timed cold.
 WARM_UP_STEPS = 2
 
-# A run is disturbed if its mean call takes this many times the fastest call of its kind.
+# A run counts as disturbed if its calls take on average this many times as long as the fastest call of their kind.
 DISTURBED = 2.0
 
-# As many as level 3 of SDXL has at 1024². The published method leaves 14 % of the embedded model's pictures right where
-# it prunes the 256 tokens of level 2, and 59 % where it prunes level 3 alone.
+# Fewest tokens that a level should have to be pruned without a memory: as many as level 3 of SDXL has at 1024². On the
+# embedded model, the published method leaves 14 % of the pictures right if it prunes the 256 tokens of level 2, and
+# 59 % if it prunes only level 3.
 MIN_TOKENS_TO_COPY = 1024
 
 COLUMNS = {
     "name": "UNet",
     "unet_seconds": "seconds, all calls",
-    "seconds_per_call": "seconds a call",
-    "tflops": "TFLOPs a call, 1 image",
+    "seconds_per_call": "seconds per call",
+    "tflops": "TFLOPs per call, 1 image",
     "speedup": "speed-up",
     "psnr_db": "PSNR against full, dB",
 }
@@ -52,10 +53,11 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is to be made. ``guidance`` above 1 doubles the batch of a UNet call.
+    """The images to make. ``guidance`` above 1 doubles the batch of a UNet call.
 
-    ``seed``: of the first image's noise; the n-th has ``seed + n``. ``images``: of the prompt, made at once.
-    ``width``, ``height``: in pixels; None is the pipeline's native side, see :func:`sized`.
+    ``seed``: seed of the first image's noise; image ``n``, from 0, has ``seed + n``. ``images``: number of images of
+    the prompt, made in one batch. ``width``, ``height``: in pixels; None for the pipeline's native side, see
+    :func:`sized`.
     """
 
     prompt: str
@@ -70,7 +72,7 @@ class ImageRequest:
 
 @dataclass
 class Generated:
-    """What one run gave. ``call_seconds``: of each UNet call. ``batch``: rows of a call."""
+    """The result of one run. ``call_seconds``: seconds of each UNet call. ``batch``: number of rows of a call."""
 
     images: list[Image]
     call_seconds: list[float]
@@ -86,10 +88,10 @@ class Generated:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` gave.
+    """The result of :func:`compare`.
 
     Attributes:
-        rows: flat, as in the JSON. files: all that was written. advice: on the picture, where there is some.
+        rows: flat, as in the JSON. files: all files written. advice: a line about the pictures, or None.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Comparison:
 
 
 class UNetTimer:
-    """Measures every call of a UNet while the ``with`` block runs; synchronises around each call on a GPU."""
+    """Times every call of a UNet while the ``with`` block runs. On a GPU it synchronises around each call."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.unet = unet
@@ -107,7 +109,7 @@ class UNetTimer:
         self.batch = 0
 
     def __enter__(self) -> UNetTimer:
-        # First and last of the hooks, so that following the schedule is counted as a part of the call.
+        # The first and the last hook, so that the time to follow the schedule counts as part of the call.
         self._handles = [
             self.unet.register_forward_pre_hook(self._start, prepend=True),
             self.unet.register_forward_hook(self._stop),
@@ -132,7 +134,7 @@ class UNetTimer:
 
 
 def sized(request: ImageRequest, pipe: StableDiffusionXLPipeline) -> ImageRequest:
-    """``request`` with the size that ``pipe`` was trained for wherever it names none."""
+    """``request`` with the size that ``pipe`` was trained for wherever the request has none."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return replace(request, width=request.width or side, height=request.height or side)
 
@@ -166,12 +168,12 @@ def _run(
         "guidance_scale": request.guidance,
         "width": request.width,
         "height": request.height,
-        # Drawn on the CPU, so that a seed means the same noise on every device.
+        # Drawn on the CPU, so that a seed gives the same noise on every device.
         "generator": [torch.Generator().manual_seed(request.seed + n) for n in range(request.images)],
         "num_images_per_prompt": request.images,
         "callback_on_step_end": after_step,
     }
-    pipe.set_progress_bar_config(disable=True)  # ours counts both runs
+    pipe.set_progress_bar_config(disable=True)  # atedm's own progress bars replace it
     return pipe(**{**arguments, **overrides})
 
 
@@ -186,12 +188,12 @@ def compare(
 ) -> Comparison:
     """Make the image with the full UNet (``full.png``) and with the pruned one (``pruned.png``, ``tokens.png``).
 
-    Both runs start warm. Each picture is written as soon as it exists, so that a later failure cannot lose it.
+    Both runs start warm. Each picture is written as soon as it is made, so that a later failure cannot lose it.
 
     Args:
-        options: of :func:`atedm.apply`; ``pipe`` is unpruned again afterwards.
-        folder: exists already.
-        with_full: False leaves the full run out; ``speedup`` and ``psnr_db`` are then None.
+        options: options of :func:`atedm.apply`; ``pipe`` is unpruned again afterwards.
+        folder: an existing folder for the pictures.
+        with_full: False skips the full run; ``speedup`` and ``psnr_db`` are then None.
         console: where the progress bars go; standard error by default.
 
     Raises:
@@ -202,7 +204,7 @@ def compare(
 
     request = sized(request, pipe)
     with atedm.applied(pipe, options):
-        pass  # what it refuses it refuses before anything is computed
+        pass  # refuse the options, if at all, before anything is computed
     result = Comparison()
     full = None
 
@@ -219,7 +221,7 @@ def compare(
         with atedm.applied(pipe, options, schedule=warm_up):
             _warm_up(pipe, request, progress, "pruned", len(warm_up))
         with atedm.applied(pipe, options):
-            # On a CPU the recording keeps tensors that are there anyway. On a GPU it copies them: not while timing.
+            # On a CPU, recording tokens is cheap. On a GPU it copies tensors, so it gets a separate, untimed run.
             free = pipe.unet.device.type == "cpu"
             with atedm.record(pipe, tokens=free) as recording:
                 pruned = _timed(pipe, request, progress, "pruned")
@@ -243,7 +245,7 @@ def compare(
 
 
 def token_counts(pipe: StableDiffusionXLPipeline, width: int, height: int) -> dict[int, int]:
-    """Tokens of each level that has attention, at a size in pixels."""
+    """Number of tokens at each level that has attention, for a size in pixels."""
     latent = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     levels = sorted({block.level for block in attention_blocks(pipe.unet)})
     return {level: math.prod(feature_map_size(level, *latent)) for level in levels}
@@ -255,7 +257,7 @@ def _ratio(options: Options, level: int) -> float:
 
 
 def advice(options: Options, tokens: dict[int, int]) -> str | None:
-    """A line on what ``options`` does to pictures with so many ``tokens`` at each level; None where there is none."""
+    """A line of advice if ``options`` prune a level with too few ``tokens``; else None."""
     pruned = [level for level in tokens if _ratio(options, level) > 0]
     if len(pruned) < 2 or options.remembers or tokens[pruned[0]] >= MIN_TOKENS_TO_COPY:
         return None
@@ -278,7 +280,7 @@ def _progress(console: Console | None) -> Iterator[Progress]:
 
 
 def warm_up_kinds(options: Options) -> list[str]:
-    """A schedule that meets every kind of step of ``options`` once."""
+    """A schedule that has every kind of step of ``options`` once, and at least ``WARM_UP_STEPS`` steps."""
     found = [kind for kind in atedm.KINDS if kind in options.kinds]
     return found + found[-1:] * (WARM_UP_STEPS - len(found))
 
@@ -294,7 +296,7 @@ def _timed(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Pro
 
 
 def _recorded(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: Progress) -> Recording:
-    """The masks of a run of their own, without its picture."""
+    """Record the token masks in a separate run, without making its picture."""
     task = progress.add_task("pruned: token masks", total=request.steps)
     with atedm.record(pipe) as recording:
         _run(pipe, request, lambda: progress.advance(task), output_type="latent")
@@ -304,10 +306,10 @@ def _recorded(pipe: StableDiffusionXLPipeline, request: ImageRequest, progress: 
 def tflops_of(
     pipe: StableDiffusionXLPipeline, width: int, height: int, options: Options, kinds: Sequence[str] | Counter[str]
 ) -> dict[str, float]:
-    """Mean TFLOPs of a UNet call for one image, over steps of these ``kinds``: ``full`` and ``pruned``."""
+    """Mean TFLOPs of a UNet call for one image, over steps of these ``kinds``, as ``full`` and ``pruned``."""
     from atedm.app.flops import UNetFlops
 
-    # The counter takes pixels of an autoencoder with SDXL's scale.
+    # The counter expects pixels of an autoencoder with SDXL's scale.
     width, height = (side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height))
     tokens = pipe.tokenizer_2.model_max_length
     counter = UNetFlops(dict(pipe.unet.config), width=width, height=height, tokens=tokens)
@@ -350,7 +352,7 @@ def describe(request: ImageRequest, options: Options, **more: Any) -> dict[str, 
 
 
 def _undisturbed(seconds: Sequence[float], kinds: Sequence[str]) -> float:
-    """Mean seconds of calls of these ``kinds`` if each took as long as the fastest of its kind."""
+    """The mean seconds per call of these ``kinds``, if each call took as long as the fastest of its kind."""
     fastest: dict[str, float] = {}
     for taken, kind in zip(seconds, kinds, strict=True):
         fastest[kind] = min(taken, fastest.get(kind, taken))
@@ -365,10 +367,10 @@ def is_disturbed(row: dict[str, Any]) -> bool:
 def write_report(
     comparison: Comparison, device: torch.device, settings: dict[str, Any], path: Path, title: str, why_slower: str
 ) -> None:
-    """Print the table, write the JSON to ``path`` and say where everything lies.
+    """Print the table, write the JSON to ``path`` and print the path of every file.
 
     Args:
-        why_slower: the line to print where the pruned run was not faster.
+        why_slower: the line to print if the pruned run was not faster.
     """
     report.write_json(report.report(report.command_line(), device, settings, comparison.rows), path)
     console = Console()

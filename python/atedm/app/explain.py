@@ -1,4 +1,4 @@
-"""An HTML page about one image: full against pruned, what was kept and why, times and FLOPs; needs no other file."""
+"""An HTML page about one image: full against pruned, what was kept and why, times and FLOPs. It needs no other file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ _STEPS = {
 
 
 def _told(kinds: Sequence[str], settings: dict[str, Any]) -> str:
-    """What the calls of a run did, by kind, and how tokens were chosen where any were dropped."""
+    """What the calls of a run did, by kind, and how tokens were chosen, if any were dropped."""
     told = [f"{kinds.count(kind)} {what}" for kind, what in _STEPS.items() if kind in kinds]
     calls = f"Of {len(kinds)} calls of the UNet, {', '.join(told)}."
     return f"{calls} {_method(settings)}" if PRUNING & set(kinds) else calls
@@ -83,23 +83,23 @@ def _told(kinds: Sequence[str], settings: dict[str, Any]) -> str:
 
 def _method(settings: dict[str, Any]) -> str:
     grid = settings["grid"]
-    first = "" if grid is None else f", after one in each square of {grid}×{grid} (wider where fewer are kept)"
+    first = "" if grid is None else f", after one in each square of {grid}×{grid} (larger squares if fewer are kept)"
     ranking = make_ranking(settings["ranking"], settings["max_iterations"], settings["tolerance"])
     keeps = "the tokens that are most out of date" if ranking is None else ranking.keeps
     staleness = settings["staleness"]
-    stale = "" if staleness is None else f", weighed by {STALENESS[staleness].measures}"
+    stale = "" if staleness is None else f", weighted by {STALENESS[staleness].measures}"
     gives = RECOVERIES[settings["recovery"]].gives
     return f"Each attention block keeps {keeps}{stale}{first}. A dropped token gets {gives}."
 
 
 def write_page(comparison: Comparison, settings: dict[str, Any], device: torch.device, title: str, path: Path) -> Path:
-    """Write the page about what :func:`atedm.app.comparison.compare` gave to ``path``, whole or not at all.
+    """Write a page about the result of :func:`atedm.app.comparison.compare` to ``path``, whole or not at all.
 
     Args:
         settings: from :func:`atedm.app.comparison.describe`.
 
     Raises:
-        OSError: a picture cannot be read, or the page not be written.
+        OSError: a picture cannot be read, or the page cannot be written.
     """
     folder = path.parent
     recording = comparison.recording
@@ -127,7 +127,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _figure(row: dict[str, Any], folder: Path, is_trusted: bool = True) -> str:
-    """A picture with its time. Only a speed-up that its two decimals show is marked as a gain.
+    """A picture with its time. A speed-up is marked as a gain only if its two decimals show one.
 
     Args:
         is_trusted: whether nothing else was using the machine.

@@ -1,4 +1,4 @@
-"""What a pipeline's pictures depend on, by content: its weights, configurations and vocabularies, as one short text."""
+"""One short text for what a pipeline's pictures depend on: its weights, configurations and vocabularies, by content."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a configuration says of where it came from, not of what it does.
+# Entries of a configuration that say where it came from, not what it does.
 _ORIGINS = {"transformers_version", "name_or_path", "dtype", "torch_dtype"}
 
 
 def fingerprint(pipe: Any) -> str:
-    """64 hexadecimal digits, a SHA-256, the same for the same content, whatever the names and places of its files.
+    """A SHA-256 in 64 hexadecimal digits, equal for equal content, whatever the names and places of its files.
 
-    Weights count as they were loaded, so in their dtype. A pipeline of SDXL takes seconds: all its weights are read.
+    Weights count as loaded, in their dtype. SDXL takes seconds, because all its weights are read.
     """
     parts = sorted((name, part) for name, part in pipe.components.items() if part is not None)
     parts.append(("pipeline", pipe))
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = pool.map(lambda item: _digest(*item), _contents(parts))
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
@@ -40,13 +40,13 @@ def _contents(parts: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor | str]
 
 
 def _rules(tokenizer: Any) -> str:
-    """All by which a tokenizer makes numbers of text."""
+    """Everything that decides how a tokenizer turns text into numbers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         text = json.dumps([tokenizer.get_vocab(), repr(getattr(tokenizer, "bpe_ranks", None))], sort_keys=True)
     else:
         rules = json.loads(backend.to_str())
-        rules["truncation"] = rules["padding"] = None  # as its last call left them
+        rules["truncation"] = rules["padding"] = None  # these depend on the tokenizer's last call
         text = json.dumps(rules, sort_keys=True)
     ways = tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side
     return f"{text}\n{ways}"

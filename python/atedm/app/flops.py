@@ -1,7 +1,8 @@
-"""FLOPs of a call of a diffusers UNet, counted on the meta device: no weights, no memory, exact.
+"""FLOPs of a call of a diffusers UNet, counted exactly on the meta device, without weights or memory.
 
-Two FLOPs a multiply-add, as in AT-EDM's tables. What pruning spends on choosing and refilling tokens ("scoring": the
-ranking and the source map) is counted apart from the UNet's own work. Each op of atedm_kernels states its own FLOPs.
+A multiply-add is two FLOPs, as in AT-EDM's tables. What pruning spends on choosing and refilling tokens ("scoring": the
+ranking and the source map) is counted separately from the UNet's own work. Each op of atedm_kernels states its own
+FLOPs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from atedm.unet.blocks import AttentionBlock, attention_blocks
 from atedm.unet.reuse import stages_of
 from atedm_kernels.registry import OPS
 
-# What a budget may ask for. Above it so few tokens are left that the FLOPs no longer change.
+# The largest ratio that a budget may lead to. Above it, so few tokens are left that the FLOPs no longer change.
 MAX_RATIO = 0.999
 
-# A ratio is solved for until the FLOPs are as near as this part of the target: below the second decimal of a TFLOP.
+# A ratio is refined until the FLOPs are within this fraction of the target: below the second decimal of a TFLOP.
 SOLVE_TOLERANCE = 1e-3
 
 # The stage of pruning that each op belongs to, as in AT-EDM's latency table.
@@ -43,7 +44,7 @@ STAGES = {
     "recovery": ("recover_feature_map", "recover_tokens", "update_feature_map"),
 }
 
-# Choosing tokens, and finding what refills them.
+# The ops that choose tokens and find what refills the dropped ones.
 _SCORING_OPS = tuple(OPS[name].overload.overloadpacket for stage in ("ranking", "source_map") for name in STAGES[stage])
 
 
@@ -52,9 +53,9 @@ class Flops:
     """FLOPs of one call.
 
     Attributes:
-        unet: of the network itself.
-        scoring: of choosing tokens and finding what refills them; an upper bound for an iterated ranking. A peer's
-            matching of tokens counts as scoring too.
+        unet: FLOPs of the network itself.
+        scoring: FLOPs of choosing tokens and finding what refills them; an upper bound for an iterated ranking. The
+            token matching of other methods counts as scoring too.
     """
 
     unet: int
@@ -86,18 +87,18 @@ def count_flops(call: Callable[[], object]) -> Flops:
 
 
 class UNetFlops:
-    """Counts calls of one UNet for images of one size, pruned in any way; each distinct question once.
+    """Counts calls of one UNet for images of one size, pruned in any way. Each distinct count is made once.
 
-    Pruning changes attention blocks alone, and FLOPs depend on shapes alone. So the UNet is called once, whole. Then
-    one block of each kind, pruned and whole, tells by what a pruned call differs.
+    Pruning changes only attention blocks, and FLOPs depend only on shapes. So the UNet is called once, whole. Then one
+    block of each kind, pruned and whole, gives the difference of a pruned call.
 
     Args:
         config: keyword arguments of ``UNet2DConditionModel``, see :func:`atedm.app.models.unet_config`.
-        width, height: of the image in pixels. batch: images in a call (classifier-free guidance doubles it).
-        tokens: of the text.
+        width, height: size of the image in pixels. batch: images per call (classifier-free guidance doubles it).
+        tokens: number of text tokens.
 
     Raises:
-        ValueError: a size that does not fit the latent.
+        ValueError: the size does not fit the latent.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class UNetFlops:
         self.unet = meta_unet(config)
         self._inputs = unet_inputs(self.unet, width=width, height=height, batch=batch, tokens=tokens)
         self._counted: dict[tuple, Flops] = {}
-        # Arguments of each attention block in a call, filled by `full`.
+        # The arguments of each attention block in a call; `full` fills this.
         self._block_inputs: dict[str, tuple[tuple, dict[str, Any]]] = {}
 
     def call(self, unet: nn.Module, timestep: Tensor | None = None) -> None:
-        """Call ``unet``, one on the meta device, on images of this counter's size."""
+        """Call ``unet``, which is on the meta device, on images of this counter's size."""
         (sample, default, text), kwargs = self._inputs
         unet(sample, default if timestep is None else timestep, text, **kwargs)
 
@@ -121,7 +122,7 @@ class UNetFlops:
         return self._counted[key]
 
     def full(self) -> Flops:
-        """FLOPs of the UNet as it is."""
+        """FLOPs of the unpruned UNet."""
         return self._count_once(("full",), self._count_full)
 
     def _count_full(self) -> Flops:
@@ -141,22 +142,22 @@ class UNetFlops:
                 handle.remove()
 
     def pruned(self, ratio: float | Mapping[int, float], *, light: bool = False, **settings: Any) -> Flops:
-        """FLOPs of a call pruned by the published method, early, with ``ratio`` and ``settings`` in place of its own.
+        """FLOPs of a call pruned by the published method with early placement, changed by ``ratio`` and ``settings``.
 
         Args:
-            light: count the light phase of DSAP instead of the one that prunes every block.
+            light: count the light phase of DSAP instead of the phase that prunes every block.
 
         Raises:
-            ValueError, TypeError: settings that do not fit, as :func:`atedm.apply` raises them.
+            ValueError, TypeError: the settings are invalid, as for :func:`atedm.apply`.
         """
         return self.of_kind(replace(PUBLISHED, ratio=ratio, **settings), "light" if light else "pruned")
 
     def of_kind(self, options: Options, kind: str) -> Flops:
         """FLOPs of a call with ``options`` in a step of ``kind``, see :mod:`atedm.policy.schedule`.
 
-        What another ranking or recovery than the paper's adds to the call, or saves, is counted as scoring.
+        If the ranking or the recovery is not the paper's, what it adds to the call, or saves, is counted as scoring.
         """
-        if kind == "whole" or (options.ratio == 0 and kind != "reused"):  # nothing is pruned, which apply warns of
+        if kind == "whole" or (options.ratio == 0 and kind != "reused"):  # nothing is pruned, and apply would warn
             return self.full()
         if kind == "reused":
             return self._count_once(("reused",), self._count_reused)
@@ -182,7 +183,7 @@ class UNetFlops:
         return Flops(unet, found.unet + found.scoring - unet)
 
     def _count_reused(self) -> Flops:
-        """Of a whole call, what no stage computes, and the last layer of the last one."""
+        """The part of a whole call outside of the stages, and the last layer of the last stage."""
         with torch.no_grad(), FlopCounterMode(display=False) as mode:
             self.call(self.unet)
         by_module = {name: sum(counts.values()) for name, counts in mode.get_flop_counts().items()}
@@ -196,7 +197,7 @@ class UNetFlops:
         return Flops(by_module["Global"] - skipped + sum(by_module[f"{name}.{part}"] for part in layer))
 
     def blocks(self) -> list[tuple[AttentionBlock, tuple, tuple, dict[str, Any], Flops]]:
-        """Every attention block of ``unet``: its kind, its arguments in a call, and its FLOPs there, whole."""
+        """Every attention block of ``unet``, with its kind, its arguments in a call, and its FLOPs unpruned."""
         self.full()
         return [
             (block, self._kind(block), *self._block_inputs[block.name], self._block(block))
@@ -205,12 +206,12 @@ class UNetFlops:
         ]
 
     def _kind(self, block: AttentionBlock) -> tuple:
-        """Blocks of one kind cost the same."""
+        """The kind of ``block``: blocks of one kind have the same FLOPs."""
         args, _ = self._block_inputs[block.name]
         return tuple(args[0].shape), str(block.module.config)
 
     def _block(self, block: AttentionBlock, options: Options | None = None) -> Flops:
-        """FLOPs of ``block`` in a call: pruned by ``options``, which are in force, or whole."""
+        """FLOPs of ``block`` in a call: pruned with ``options``, which are active, or whole."""
         args, kwargs = self._block_inputs[block.name]
         kept, how = None, ()
         if options is not None:
@@ -222,21 +223,21 @@ class UNetFlops:
         return self._count_once(key, lambda: count_flops(lambda: block.module(*args, **kwargs)))
 
     def average(self, ratio: float | Mapping[int, float], *, steps: int, **settings: Any) -> Flops:
-        """Mean FLOPs of a call over a run of ``steps`` steps, pruned as :meth:`pruned` is.
+        """Mean FLOPs of a call over a run of ``steps`` steps, pruned as in :meth:`pruned`.
 
         Raises:
-            ValueError: the schedule chooses as it runs; see :meth:`mean`.
+            ValueError: the schedule chooses the kinds as it runs; use :meth:`mean`.
         """
         options = replace(PUBLISHED, ratio=ratio, **settings)
         return self.mean(options, options.kinds_of(steps))
 
     def mean(self, options: Options, kinds: Sequence[str] | Counter[str]) -> Flops:
-        """Mean FLOPs of the calls of a run with ``options`` whose steps are of these ``kinds``, or so many of each."""
+        """Mean FLOPs of a call over a run with ``options``. ``kinds``: the kind of each step, or the count of each."""
         return mean_flops(lambda kind: self.of_kind(options, kind), kinds)
 
 
 def mean_flops(of_kind: Callable[[str], Flops], kinds: Sequence[str] | Counter[str]) -> Flops:
-    """Mean FLOPs of calls of these ``kinds``; ``of_kind`` is asked once for each."""
+    """Mean FLOPs of calls of these ``kinds``; ``of_kind`` is called once for each kind."""
     counts = Counter(kinds)
     each = [(of_kind(kind), count) for kind, count in counts.items()]
     unet, scoring = (sum(getattr(f, part) * n for f, n in each) / counts.total() for part in ("unet", "scoring"))
@@ -246,13 +247,14 @@ def mean_flops(of_kind: Callable[[str], Flops], kinds: Sequence[str] | Counter[s
 def solve_decreasing(
     function: Callable[[float], float], target: float, low: float, high: float, tolerance: float = SOLVE_TOLERANCE
 ) -> float:
-    """The argument between ``low`` and ``high`` at which a decreasing step ``function`` comes nearest to ``target``.
+    """The argument between ``low`` and ``high`` at which a decreasing step ``function`` is nearest to ``target``.
 
-    False position (Illinois variant): FLOPs are nearly linear in the ratio, so it needs a third of the counts of a
-    bisection. Ends within the relative ``tolerance`` of the target, or where the bracket is too small to hold a step.
+    It uses false position (Illinois variant): FLOPs are nearly linear in the ratio, so this needs a third of the counts
+    of a bisection. It stops within the relative ``tolerance`` of the target, or when the bracket is too small to
+    contain a step.
 
     Raises:
-        ValueError: ``target`` is out of reach; the message names the range.
+        ValueError: ``target`` cannot be reached; the message names the range.
     """
     left, right = function(low) - target, function(high) - target
     for argument, gap in ((low, left), (high, right)):
@@ -264,7 +266,7 @@ def solve_decreasing(
             f"(ratio {high:g}) to {(left + target) / 1e12:.3f} (ratio {low:g})"
         )
     best, smallest = (low, left) if left < -right else (high, right)
-    kept = 0  # which end stayed in the last step, to halve its weight when it stays again
+    kept = 0  # the end that stayed in the last step: if it stays again, its weight is halved
     while high - low > 1e-5:
         middle = high - right * (high - low) / (right - left)
         gap = function(middle) - target

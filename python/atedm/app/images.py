@@ -1,4 +1,4 @@
-"""Images: of the pixels that a pipeline makes, in files, and how close two are."""
+"""Images: convert them from a pipeline's pixels, write and read files, and compare two."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from atedm.files import whole_file
 
 
 def images_of(pipe: Any, pixels: Tensor) -> list[Image | None]:
-    """What ``output_type="pil"`` gives; None for a picture with NaN or infinite pixels, which it would turn black.
+    """The images of ``output_type="pil"``; None for a picture with NaN or infinite pixels, which would be black.
 
     Args:
-        pipe: the pipeline. pixels: ``[B, 3, H, W]`` in 0 to 1, as its ``output_type="pt"`` gives them.
+        pipe: the pipeline. pixels: ``[B, 3, H, W]`` from 0 to 1, the pipeline's output with ``output_type="pt"``.
     """
     is_finite = pixels.flatten(1).isfinite().all(dim=1).cpu()
     processor = pipe.image_processor
@@ -38,22 +38,22 @@ def save_image(image: Image, path: Path) -> None:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError) as error:  # pillow raises either where a file is damaged
+    except (OSError, SyntaxError) as error:  # pillow raises either one for a damaged file
         raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
 
 
 def open_image(path: Path) -> Image:
-    """The whole picture, in RGB.
+    """Read a whole picture, in RGB.
 
     Raises:
-        OSError: the file is absent, truncated or no picture; the message names it.
+        OSError: the file is missing, truncated or not a picture; the message names it.
     """
     with _naming(path), PIL.Image.open(path) as image:
         return image.convert("RGB")
 
 
 def check_image(path: Path) -> None:
-    """Make sure by its checksums that a picture is whole, which takes far less time than to read its pixels.
+    """Check by its checksums that a picture is whole, which takes far less time than reading its pixels.
 
     Raises:
         OSError: as :func:`open_image`.
@@ -63,7 +63,7 @@ def check_image(path: Path) -> None:
 
 
 def psnr_db(image: Image, reference: Image) -> float | None:
-    """Peak signal-to-noise ratio of 8-bit images in dB; None where they are equal (it would be infinite)."""
+    """Peak signal-to-noise ratio of 8-bit images in dB; None if they are equal (it would be infinite)."""
     error = np.asarray(image, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     mean_square = float(np.mean(error**2))
     return None if mean_square == 0 else 10 * math.log10(255**2 / mean_square)

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-# The keyword arguments of UNet2DConditionModel of stabilityai/stable-diffusion-xl-base-1.0 (unet/config.json), as
-# far as they differ from diffusers' defaults. attention_head_dim is the number of heads, a misnomer of diffusers.
+# The keyword arguments of the UNet2DConditionModel of stabilityai/stable-diffusion-xl-base-1.0 (unet/config.json) that
+# differ from diffusers' defaults. attention_head_dim is the number of heads, a misnomer in diffusers.
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
     "in_channels": 4,
@@ -29,10 +29,10 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-# Pixels of an image for one element of its latent, along each side.
+# Pixels of an image per element of its latent, along each side.
 LATENT_SCALE = 8
 
-# Numbers in SDXL's micro-conditioning: original size, crop, target size.
+# Count of numbers in SDXL's micro-conditioning: original size, crop, target size.
 TIME_IDS = 6
 
 
@@ -40,10 +40,10 @@ def unet_config(model: str) -> dict[str, Any]:
     """The UNet configuration that ``model`` names.
 
     Args:
-        model: ``"sdxl"``, or a local folder: a diffusers pipeline's, or its UNet's.
+        model: ``"sdxl"``, or a local folder of a diffusers pipeline or of its UNet.
 
     Raises:
-        ValueError: neither of these.
+        ValueError: ``model`` is neither.
     """
     if model == "sdxl":
         return dict(SDXL_UNET)
@@ -66,23 +66,23 @@ def unet_config(model: str) -> dict[str, Any]:
 
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A UNet in evaluation mode on the meta device: shapes without weights, no memory."""
+    """A UNet in evaluation mode on the meta device: it has shapes but no weights, and uses no memory."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
-    # Not unet.to(): diffusers' own warns about parts to keep in float32 even where there are none.
+    # Not unet.to(): diffusers' version warns about parts to keep in float32 even if there are none.
     return torch.nn.Module.to(unet, dtype).eval().requires_grad_(False)
 
 
-# Pixels. SDXL draws 1024; at this its attention would take hours, and its map 2^48 entries.
+# In pixels. SDXL draws 1024; at this size its attention at level 2 would take hours: its map has 2^44 entries per head.
 MAX_SIDE = 2**15
-_MAX_DIGITS = 20  # Python refuses to read thousands
+_MAX_DIGITS = 20  # Python refuses to parse thousands of digits
 
 
 def image_size(text: str) -> tuple[int, int]:
     """``(width, height)`` in pixels from ``"1024"`` or ``"1216x832"``.
 
     Raises:
-        ValueError: another form, or a size that does not fit the latent, or no memory.
+        ValueError: the text has another form, or the size does not fit the latent or is above ``MAX_SIDE``.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() and len(side) <= _MAX_DIGITS for side in sides):
@@ -98,7 +98,7 @@ def latent_size(width: int, height: int) -> tuple[int, int]:
     """``(h, w)`` of the latent of an image of ``width`` × ``height`` pixels.
 
     Raises:
-        ValueError: a side that is no positive multiple of ``LATENT_SCALE``.
+        ValueError: a side is not a positive multiple of ``LATENT_SCALE``.
     """
     for name, pixels in (("width", width), ("height", height)):
         if pixels <= 0 or pixels % LATENT_SCALE:
@@ -119,20 +119,21 @@ def unet_inputs(
     """Arguments of one call of ``unet``, in its dtype and on its device.
 
     Args:
-        width, height: of the image in pixels. tokens: of the text. timestep: the same for the whole batch.
-        seed: of the standard normal values, drawn on the CPU so that every device gets the same ones; a meta UNet
-            gets none.
+        width, height: size of the image in pixels. tokens: number of text tokens. timestep: the same for the whole
+            batch.
+        seed: seed of the standard normal values, which are drawn on the CPU so that every device gets the same ones. A
+            UNet on the meta device gets no values.
 
     Returns:
         ``(sample [B, C, h, w], timestep [], encoder_hidden_states [B, tokens, E])``, and ``added_cond_kwargs`` and
         ``return_dict=False`` as keyword arguments.
 
     Raises:
-        ValueError: a size that does not fit the latent.
+        ValueError: the size does not fit the latent.
     """
     h, w = latent_size(width, height)
     config, device, dtype = unet.config, unet.device, unet.dtype
-    # A UNet that projects its text (Kolors) takes it in the text encoder's width.
+    # A UNet that projects its text (Kolors) takes the text in the text encoder's width.
     text = config.encoder_hid_dim if config.encoder_hid_dim_type == "text_proj" else config.cross_attention_dim
     text = text if isinstance(text, int) else text[0]
     generator = None if device.type == "meta" else torch.Generator().manual_seed(seed)

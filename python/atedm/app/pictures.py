@@ -1,4 +1,4 @@
-"""A picture of what pruning did: kept tokens or scores of each attention block at some of the denoising steps."""
+"""A picture of what pruning did: the kept tokens or the scores of each attention block at some denoising steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from PIL.Image import Image
 
-# Name in the UNet, resolution level, whether it is pruned at all.
+# Name in the UNet, resolution level, and whether it is pruned at all.
 Block = tuple[str, int, bool]
 
 _CELL = 168  # pixels of the longer side of a cell's image
@@ -26,7 +26,8 @@ _DROPPED = np.array([20, 22, 38], dtype=np.float64)
 _LEVEL_TINTS = {2: (255, 214, 102), 3: (110, 231, 205)}
 _OTHER_TINT = (190, 180, 255)
 _INK, _FAINT = "#1f2233", "#8a8fa3"
-# Colours tell scores apart up to a factor from their mean that so many of them stay below, but in these bounds.
+# The colour scale of the scores spans a factor above and below their mean: the factor that this fraction of the scores
+# stays within, limited to these bounds.
 _SCORES_WITHIN, _SCORE_FACTORS = 0.98, (1.2, 10.0)
 _TITLES = {
     "kept": "Which tokens each attention block computes",
@@ -39,13 +40,13 @@ _KEYS = {
 
 
 def steps_to_show(total: int, light: int, count: int = 9) -> list[int]:
-    """Up to ``count`` of ``total`` steps, ascending, with the first, the last and both sides of the end of the
-    light phase (which has ``light`` steps) among them."""
+    """Up to ``count`` of ``total`` steps, ascending. They include the first step, the last one, and the steps on both
+    sides of the end of the light phase, which has ``light`` steps."""
     if total <= count:
         return list(range(total))
     boundaries = {0, total - 1, *({light - 1, light} if 0 < light < total else ())}
     evenly = {round(i * (total - 1) / (count - 1)) for i in range(count)}
-    # The step nearest to one that must be shown is the one that adds least.
+    # Drop the step nearest to one that must be shown, because it adds least.
     while len(evenly | boundaries) > count:
         evenly.remove(min(evenly - boundaries, key=lambda step: (min(abs(step - b) for b in boundaries), step)))
     return sorted(evenly | boundaries)
@@ -59,21 +60,21 @@ def plot(
     row: int = -1,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw every block (rows, as they run) at some steps (columns), and how often it kept each token.
+    """Draw every block (rows, in running order) at some steps (columns), and how often it kept each token.
 
     Args:
-        recording: of one whole run, see :func:`atedm.record`.
-        image: the finished picture, under the tokens; plain gray without one.
-        what: ``"kept"``: kept tokens bright, dropped ones dark. ``"scores"``: what tokens were chosen by, on a
-            logarithmic scale about that of a map that treats all alike, as wide as the scores are.
-        row: of the batch; with guidance the last one is the prompt's, the first one the negative prompt's.
-        path: of a PNG to write as well, whole or not at all.
+        recording: the recording of one whole run, see :func:`atedm.record`.
+        image: the finished picture, drawn under the tokens; plain gray without one.
+        what: ``"kept"`` shows kept tokens bright and dropped ones dark. ``"scores"`` shows the scores that tokens were
+            chosen by, on a logarithmic scale around their mean that is as wide as the scores.
+        row: row of the batch. With guidance the last row is the prompt's, the first the negative prompt's.
+        path: also write the figure as a PNG to this file, whole or not at all.
 
     Returns:
-        The figure, which a notebook shows.
+        The figure; a notebook displays it.
 
     Raises:
-        ValueError: ``what`` is neither, the recording is empty, or its batch has no such ``row``.
+        ValueError: ``what`` is neither of the two, the recording is empty, or its batch has no such ``row``.
     """
     _check(recording, what, row)
     masks, kinds, blocks = _masks(recording, row), _kinds(recording), recording.blocks
@@ -119,8 +120,8 @@ def plot(
 
 
 def _empty_figure(rows: int, steps: int, small: np.ndarray) -> tuple[Figure, GridSpec, tuple[float, float, float]]:
-    """A figure, cells for a block a row and a step a column, with a last column set apart; and its layout in inches:
-    width, height, and the height above the cells."""
+    """A figure, a grid with one row per block, one column per step and a separate last column, and the layout in
+    inches: width, height, and the height above the cells."""
     from matplotlib.figure import Figure
 
     top, bottom, left = 1.3, 0.55, 1.5
@@ -145,24 +146,24 @@ def _check(recording: Recording, what: str, row: int) -> None:
     if what not in _TITLES:
         raise ValueError(f"what is {what!r}; expected one of {', '.join(map(repr, _TITLES))}")
     if not recording.calls:
-        raise ValueError("recording is empty; expected one in whose with block the pipeline ran")
+        raise ValueError("recording is empty; expected a run of the pipeline inside its with block")
     rows = min((ranked.index.shape[0] for ranked in recording.ranked), default=1)
     if not -rows <= row < rows:
         raise ValueError(f"row is {row}; expected one of the batch's {rows}")
 
 
 def _kinds(recording: Recording) -> dict[int, str]:
-    """The kind of each step that was run; of a step with two UNet calls that of the last."""
+    """The kind of each step that was run. If a step has two UNet calls, the last one counts."""
     return {recording.step_of(call): kind for call, kind in enumerate(recording.kinds)}
 
 
 def _masks(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
-    """bool ``[height, width]`` by block and step; of a step with two UNet calls the last."""
+    """bool ``[height, width]`` by block and step. If a step has two UNet calls, the last one counts."""
     return {(ranked.block, recording.step_of(ranked.call)): ranked.mask()[row].numpy() for ranked in recording.ranked}
 
 
 def _scores(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]:
-    """float ``[height, width]`` by block and step: how many times the mean score."""
+    """float ``[height, width]`` by block and step: each score as a multiple of the mean score."""
     found = {}
     for ranked in recording.ranked:
         scores = ranked.scores[row].double().numpy().reshape(ranked.height, ranked.width)
@@ -171,7 +172,7 @@ def _scores(recording: Recording, row: int) -> dict[tuple[str, int], np.ndarray]
 
 
 def _score_factor(scores: list[np.ndarray]) -> float:
-    """From where on colours no longer tell ``scores``, in times their mean, apart."""
+    """The factor from the mean beyond which colours no longer distinguish ``scores``, which are multiples of it."""
     if not scores:
         return _SCORE_FACTORS[1]
     sizes = np.abs(np.log(np.concatenate([np.maximum(values, 1e-6).ravel() for values in scores])))
@@ -185,7 +186,7 @@ def _thumbnail(image: Image) -> np.ndarray:
 
 
 def _background(recording: Recording) -> np.ndarray:
-    """Gray, with the sides of the largest feature map."""
+    """A gray picture with the aspect ratio of the largest feature map."""
     sizes = [(ranked.height, ranked.width) for ranked in recording.ranked] or [(1, 1)]
     height, width = max(sizes)
     scale = _CELL / max(height, width)
@@ -193,15 +194,15 @@ def _background(recording: Recording) -> np.ndarray:
 
 
 def _enlarged(field: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """``field [h, w]`` at the size of ``like [H, W, …]``, each value a rectangle."""
+    """``field [h, w]`` enlarged to the size of ``like [H, W, …]``; each value fills a rectangle."""
     rows, columns = (np.arange(n) * m // n for n, m in zip(like.shape, field.shape, strict=False))
     return field[np.ix_(rows, columns)]
 
 
 def _cell(small: np.ndarray, mask: np.ndarray | None, level: int) -> np.ndarray:
-    """The image, tinted by level; dropped tokens almost black."""
+    """The image, tinted by level, with dropped tokens almost black."""
     tint = np.array(_LEVEL_TINTS.get(level, _OTHER_TINT), dtype=np.float64)
-    # Mostly tint: a dark picture must not make a kept token look dropped.
+    # Half tint, so that a dark picture does not make a kept token look dropped.
     bright = 0.5 * small + 0.5 * tint
     if mask is None:
         return bright.astype(np.uint8)
@@ -215,7 +216,7 @@ def _show_scores(axes: Axes, scores: np.ndarray, small: np.ndarray, factor: floa
 
 
 def _frequency(masks: dict[tuple[str, int], np.ndarray], name: str, steps: list[int], small: np.ndarray) -> np.ndarray:
-    """In which part of ``steps`` each token was kept; a block left whole keeps all."""
+    """The fraction of ``steps`` in which each token was kept. A block that is left whole keeps all."""
     found = [masks[name, step] for step in steps if (name, step) in masks]
     if not found:
         return np.ones(small.shape[:2])
@@ -244,7 +245,7 @@ def _label(axes: Axes, block: Block) -> None:
 
 
 def _write_around(figure: Figure, title: str, key: str, columns: str, layout: tuple[float, float, float]) -> None:
-    """Title, what the columns are and the key, all placed in inches from the top left."""
+    """Write the title, the meaning of the columns, and the key, placed in inches from the top left."""
     width, height, _ = layout
 
     def write(x: float, y: float, text: str, size: float, color: str, **style: object) -> None:
@@ -260,7 +261,7 @@ def _write_around(figure: Figure, title: str, key: str, columns: str, layout: tu
 
 
 def _write_phases(figure: Figure, shown: list[int], light: int, layout: tuple[float, float, float]) -> None:
-    """DSAP's phases above the columns of ``shown`` steps, of which the first ``light`` of the run are light."""
+    """Write DSAP's phases above the columns of the ``shown`` steps; the first ``light`` steps of the run are light."""
     _, height, top = layout
     before = sum(step < light for step in shown)
     phases = [(0, before - 1, "light phase: some blocks whole", "light")] if before else []
@@ -275,7 +276,7 @@ def _write_phases(figure: Figure, shown: list[int], light: int, layout: tuple[fl
 
 
 def _column_edges(figure: Figure, column: int) -> tuple[float, float]:
-    """Left and right of a column of cells, in parts of the figure's width (the first row's axes come first)."""
+    """Left and right edge of a column of cells, as fractions of the figure's width. The first row's axes come first."""
     position = figure.axes[column].get_position()
     return position.x0, position.x1
 

@@ -1,4 +1,4 @@
-"""Pictures of many prompts, one PNG each: an interrupted run resumes, and processes share the work."""
+"""Make pictures of many prompts, one PNG each. An interrupted run resumes, and processes share the work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PromptCase:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. ``width``, ``height``: in pixels. ``batch``: pictures at a time."""
+    """How pictures are made. ``width``, ``height``: in pixels. ``batch``: number of pictures at a time."""
 
     steps: int
     guidance: float
@@ -49,7 +49,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be made: its place in the cases, and why."""
+    """A picture that could not be made: its number among the cases, and the reason."""
 
     number: int
     prompt: str
@@ -57,12 +57,12 @@ class Failure:
 
 
 def described_cases(cases: Sequence[PromptCase]) -> Cases:
-    """As the record of a run has them."""
+    """The cases in the form of a run's record."""
     return [(case.prompt, case.seed) for case in cases]
 
 
 def own_device(device: torch.device) -> torch.device:
-    """``device``, or this process's own GPU where several processes share the work."""
+    """``device``, or this process's own GPU if several processes share the work."""
     state = PartialState(cpu=device.type == "cpu")
     return state.device if state.num_processes > 1 else device
 
@@ -70,10 +70,10 @@ def own_device(device: torch.device) -> torch.device:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
-    A line ends at a line feed, or at a carriage return and a line feed. Other separators belong to a prompt.
+    A line ends at a line feed, or at a carriage return and a line feed. Other separators belong to the prompt.
 
     Raises:
-        ValueError: the file holds no prompt, or is not text. OSError: it cannot be read.
+        ValueError: the file holds no prompt, or is not text. OSError: the file cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -86,12 +86,12 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def picture_path(folder: Path, n: int) -> Path:
-    """Where the picture of the ``n``-th case lies."""
+    """The path of the picture of case ``n``, from 0."""
     return folder / f"{n:05d}.png"
 
 
 def _is_made(path: Path) -> bool:
-    """Whether a picture lies there; OSError where it is damaged, as an interrupted run never leaves one."""
+    """Whether the picture exists. Raises OSError if it is damaged, as an interrupted run leaves no damaged file."""
     if not path.exists():
         return False
     check_image(path)
@@ -115,15 +115,16 @@ def make_pictures(
     Batches are the same however often a run was interrupted and whatever the number of processes.
 
     Args:
-        before_batch: called with a number of its own for each batch, and again before one is made without the pictures
-            that failed. on_picture: with how many more there are.
-        on_failure: called for each picture that ranks NaN, or comes to it; the others of its batch are made without it.
-            Without it, the error is raised.
+        before_batch: called before each batch with a number that only this batch has, and again before the batch is
+            repeated without the pictures that failed. on_picture: called with the number of additional pictures.
+        on_failure: called for each picture whose scores or pixels are NaN; the others of its batch are made without it.
+            If None, the error is raised.
 
     Raises:
-        OSError: a picture cannot be written, or one that lies there is damaged; the others stay.
-        RankedNaN: a picture ranks NaN, and there is no ``on_failure``. FloatingPointError: or it comes to NaN.
-        RuntimeError: it cannot be told which one.
+        OSError: a picture cannot be written, or an existing one is damaged; the others stay.
+        RankedNaN: the scores of a picture are NaN, and ``on_failure`` is None.
+        FloatingPointError: the pixels of a picture are not finite, and ``on_failure`` is None.
+        RuntimeError: scores are NaN, but it is unknown of which picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [range(start, min(start + sampling.batch, len(cases))) for start in range(0, len(cases), sampling.batch)]
@@ -159,11 +160,11 @@ def make_pictures(
 
 
 def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> list[Image | None]:
-    """One batch; None for a picture that is not finite."""
+    """Make one batch; None for a picture whose pixels are not finite."""
     made = pipe(
         prompt=[case.prompt for case in cases],
         negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(cases),
-        # Drawn on the CPU, one seed a picture: the same noise on every device and in every batch.
+        # Drawn on the CPU, with one seed per picture: the same noise on every device and in every batch.
         generator=[torch.Generator().manual_seed(case.seed) for case in cases],
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
@@ -175,7 +176,10 @@ def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> list[
 
 
 def _places_of(error: RankedNaN, pictures: int) -> list[int]:
-    """Which of so many pictures rank NaN, where the UNet's batch holds all of them once, or twice with guidance."""
+    """The places in the batch of the pictures whose scores are NaN.
+
+    The UNet's batch must hold every picture once, or twice with guidance.
+    """
     if error.batch not in (pictures, 2 * pictures):
         raise RuntimeError(
             f"the UNet's batch has {error.batch} rows for {pictures} pictures, so it cannot be told which one fails; "
@@ -189,9 +193,9 @@ class PromptRun:
     """Pictures of many prompts, pruned in ``root/pruned`` and, ``with_full``, by the full UNet in ``root/full``.
 
     Attributes:
-        times: of the pictures, those of earlier starts of this run included; the main process's own.
-        failed: pictures that could not be made, each with the name of its UNet. Those of all processes are known to
-            the main one, which reports them, and to no other.
+        times: times of the pictures, including those of earlier starts of this run; only the main process's are stored.
+        failed: pictures that could not be made, each with the name of its UNet. The main process, which reports them,
+            gets those of all processes; the others get none.
     """
 
     pipe: Any
@@ -210,7 +214,9 @@ class PromptRun:
         return ["full", "pruned"] if self.with_full else ["pruned"]
 
     def make(self) -> None:
-        """Make what is missing, but for pictures that rank NaN; each process its part, and all wait for the last one.
+        """Make the missing pictures, except those whose scores or pixels are NaN.
+
+        Each process makes its part, and all wait for the last one.
 
         Raises:
             OtherRun: ``root`` holds pictures of another run. OSError: a picture cannot be written; the others stay.
@@ -248,7 +254,7 @@ class PromptRun:
             timer = stack.enter_context(UNetTimer(self.pipe.unet))
 
             def begin(seed: int) -> None:
-                # Also what a batch left that failed: it is no part of the time of a picture.
+                # Also discards what a failed batch left, which is not part of the time of a picture.
                 timer.seconds.clear()
                 kinds.clear()
 
@@ -256,7 +262,7 @@ class PromptRun:
                 if timer.seconds:
                     self.times.note(name, sum(timer.seconds) / count, kinds)
                     if state.is_main_process:
-                        self.times.write()  # now: whatever ends this run, the next one knows them
+                        self.times.write()  # now, so that the next start knows them, however this one ends
                 on_picture(count)
 
             make_pictures(
@@ -272,16 +278,16 @@ class PromptRun:
             )
 
     def _kinds_run(self) -> Counter[str] | None:
-        """Of the steps; None where only a run could tell, and none has."""
+        """How many steps of each kind were run; None if only a run can tell and no run has."""
         steps = self.sampling.steps
         if self.times.kinds or self.options.steps.planned(steps) is None:
             return self.times.kinds or None
         return Counter(self.options.kinds_of(steps))
 
     def write_report(self, device: torch.device, path: Path) -> None:
-        """Print a table and write the JSON: UNet seconds are the median over the batches made on this device.
+        """Print a table and write the JSON. UNet seconds are the median over the batches made on this device.
 
-        The JSON has one entry more than other reports: ``failed``, the pictures that could not be made.
+        The JSON has one more entry than other reports: ``failed``, the pictures that could not be made.
         """
         if not PartialState().is_main_process:
             return
@@ -305,10 +311,10 @@ class PromptRun:
         failed = [{"name": name, **dataclasses.asdict(failure)} for name, failure in self.failed]
         document = report.report(report.command_line(), device, described, rows)
         report.write_json({**document, "failed": failed}, path, keep_same=True)
-        columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds an image"}
+        columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds per image"}
         hint = advice(self.options, token_counts(self.pipe, *size))
         if hint is not None:
             Console().print(hint)
         report.print_table(
-            rows, {**columns, "tflops": "TFLOPs a call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"
+            rows, {**columns, "tflops": "TFLOPs per call, 1 image"}, f"{self.model}: {len(self.cases)} prompts"
         )

@@ -1,4 +1,4 @@
-"""The one shape of every figure the package prints: a report object, its JSON file and its table."""
+"""The one form of all figures that the package prints: a report object, its JSON file and its table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("atedm-kernels", "torch", "triton", "diffusers", "transformers", "De
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of each package that a figure may depend on; None where it is missing."""
+    """Installed version of each package that a figure may depend on; None if it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The name of a device as its maker calls it; for a CPU with its cores and widest matrix instructions."""
+    """The maker's name of a device; for a CPU also the number of threads and the instruction set that torch uses."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -53,7 +53,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-_FILE_WIDTH = 160  # of a table, in characters
+_FILE_WIDTH = 160  # width of a table in a file, in characters
 
 
 def report(command: str, device: torch.device | str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict:
@@ -69,11 +69,11 @@ def report(command: str, device: torch.device | str, settings: dict[str, Any], r
 
 
 def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
-    """Write atomically: a reader or an interrupted run never sees half a file. What is no finite number is null.
+    """Write atomically, so that a reader never sees half a file. NaN and infinity are written as null.
 
     Args:
-        keep_same: leave a file that only says otherwise who wrote it and when: a finished run that is started again
-            changes nothing.
+        keep_same: keep an existing file that differs only in command, date, device and versions, so that starting a
+            finished run again changes nothing.
     """
     text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
     if keep_same and _is_same(path, text):
@@ -92,12 +92,12 @@ def _is_same(path: Path, text: str) -> bool:
     try:
         before, after = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         return {**before, **_WRITTEN} == {**after, **_WRITTEN}
-    except (ValueError, TypeError, RecursionError):  # no report: replaced
+    except (ValueError, TypeError, RecursionError):  # not a report, so it is replaced
         return False
 
 
 def _finite(value: Any) -> Any:
-    """``value``, where JSON, which has no NaN and no infinity, can hold it."""
+    """``value`` with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -106,7 +106,7 @@ def _finite(value: Any) -> Any:
 
 
 def command_line(program: str = "atedm") -> str:
-    """The command as typed, for the report."""
+    """The command line as typed, for the report."""
     return " ".join([program, *sys.argv[1:]])
 
 
@@ -122,14 +122,14 @@ def cell(value: Any) -> str:
 def print_table(
     rows: list[dict[str, Any]], columns: dict[str, str], title: str, console: Console | None = None
 ) -> None:
-    """Print ``rows`` as a table; ``columns`` maps keys to headings, of which ``name`` is a row's.
+    """Print ``rows`` as a table. ``columns`` maps keys to headings; the key ``name`` is the name of a row.
 
-    A file, which has no width, gets longer lines than a terminal may have.
+    A file has no width, so it gets long lines.
     """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_FILE_WIDTH)
-    # Names of files may hold square brackets, which are rich's markup.
+    # File names may contain square brackets, which are rich's markup.
     table = Table(title=Text(title), title_justify="left")
     for key, heading in columns.items():
         table.add_column(heading, justify="left" if key == "name" else "right", overflow="fold")

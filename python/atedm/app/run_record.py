@@ -1,4 +1,4 @@
-"""What a folder of pictures says of the run that made them: how they were made, and how long that took."""
+"""The record that a run keeps in its folder of pictures: how they were made, and how long that took."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Cases = Sequence[tuple[str, int]]
 
 
 class OtherRun(ValueError):
-    """A folder holds pictures of another run, or its record cannot be read."""
+    """The folder holds pictures of another run, or its record cannot be read."""
 
 
 @contextlib.contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """For what reading the content of ``path`` raises, where that is not what a run writes."""
+    """Raise ``OtherRun``, which names ``path``, if reading its content fails because it is not what a run writes."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -33,10 +33,10 @@ def naming_damage(path: Path) -> Iterator[None]:
 
 
 def read_run(root: Path) -> dict[str, Any]:
-    """What the folder ``root`` says of its pictures.
+    """Read the record of the pictures in the folder ``root``.
 
     Raises:
-        OtherRun: its record is damaged. OSError: it has none.
+        OtherRun: the record is damaged. OSError: the folder has no record.
     """
     path = root / RUN
     with naming_damage(path):
@@ -51,17 +51,17 @@ def read_run(root: Path) -> dict[str, Any]:
 
 
 def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, settings: Mapping[str, Any]) -> str:
-    """Make ``root`` the folder of a run, or make sure that it is already: pictures of two runs must not mix.
+    """Make ``root`` the folder of a run, or check that it already is, because pictures of two runs must not mix.
 
-    A later run may have more cases, or fewer, and more settings.
+    A later start of the run may have more cases, or fewer, and more settings.
 
     Args:
-        model: what the weights are called, for a reader: another name of the same content is the same run.
-        described: what all pictures have in common. cases: prompts and seeds. settings: what some pictures have, by
-            name. All as JSON has it.
+        model: a name of the weights for the reader. Another name of the same content is the same run.
+        described: what all pictures have in common. cases: prompts and seeds. settings: what only some pictures have,
+            by name. All are values that JSON can hold.
 
     Returns:
-        What the weights were called when the run began.
+        The name of the weights when the run began.
 
     Raises:
         OtherRun: ``root`` holds pictures made in another way; the message says what differs.
@@ -74,7 +74,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
         if stray is not None:
             raise OtherRun(
                 f"{root} holds pictures ({stray.relative_to(root)}) but no {RUN}, which says how they were made; "
-                "expected an empty folder or a run to go on with"
+                "expected an empty folder or a run to resume"
             )
     else:
         before = read_run(root)
@@ -86,7 +86,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
         if differing:
             raise OtherRun(
                 f"{root} holds pictures of another run ({', '.join(differing)} differ); "
-                "expected an empty folder or the same run to go on with"
+                "expected an empty folder or the same run to resume"
             )
         settings = before["settings"] | settings
         asked = max(before["cases"], asked, key=len)
@@ -101,7 +101,7 @@ def claim(root: Path, model: str, described: Mapping[str, Any], cases: Cases, se
     return record["model"]
 
 
-_MAX_STEPS = 10**9  # of a run
+_MAX_STEPS = 10**9  # the largest number of steps, or of seconds, in a record
 
 
 def _positive(value: Any) -> float:
@@ -118,11 +118,12 @@ def _kind(name: str) -> str:
 
 @dataclass
 class Times:
-    """How long the pictures took, and which kinds of steps they ran: kept in the folder, so that a run that goes on, or
-    is started again when it has ended, knows of all.
+    """How long the pictures took, and which kinds of steps they ran.
+
+    This is kept in the folder, so that a run that resumes, or is started again when it has finished, knows all times.
 
     Attributes:
-        device: where this run computes; times of other devices are kept apart. kinds: how many steps of each.
+        device: the device of this run; times of other devices are kept separately. kinds: number of steps of each kind.
     """
 
     root: Path
@@ -132,7 +133,8 @@ class Times:
 
     @classmethod
     def read(cls, root: Path, device: str) -> Times:
-        """
+        """Read the times from the folder ``root``, if it has any.
+
         Raises:
             OtherRun: the file is damaged.
         """
@@ -149,12 +151,12 @@ class Times:
             return cls(root, device, Counter(counts), seconds)
 
     def note(self, name: str, seconds_per_picture: float, kinds: Iterable[str]) -> None:
-        """One batch of the UNet called ``name``."""
+        """Add one batch of the UNet called ``name``."""
         self._seconds.setdefault(self.device, {}).setdefault(name, []).append(seconds_per_picture)
         self.kinds.update(kinds)
 
     def median(self, name: str) -> float | None:
-        """Seconds of a picture by the UNet called ``name``: on this device, or if none was made here, on all others."""
+        """Median seconds per picture of the UNet called ``name``, on this device; if it made none here, on others."""
         found = self._seconds.get(self.device, {}).get(name)
         found = found or [each for names in self._seconds.values() for each in names.get(name, [])]
         return statistics.median(found) if found else None

@@ -1,4 +1,4 @@
-"""A numerical test of every op on the machine at hand, against dense float64 on the CPU."""
+"""A numerical test of every op on this machine, against dense float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 import atedm_kernels as kernels
 from atedm_kernels import native
 
-# Contract: 2e-4 for sums and scores; attention itself is torch's, held to the rounding of its output.
+# The contract is 2e-4 for sums and scores. Attention itself is torch's; its limit is the rounding of its output.
 _LIMITS = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _SCORE_LIMIT = 2e-4
 
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome for one op: ``error`` is relative (the share of wrong entries for indices), ``limit`` what is allowed."""
+    """The outcome for one op. ``error``: relative error, or the fraction of wrong entries. ``limit``: allowed error."""
 
     op: str
     error: float
@@ -33,7 +33,7 @@ class Check:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A small self- and cross-attention, with an odd number of tokens, and its maps in float64."""
+    """A small self-attention and cross-attention with an odd number of tokens, and their maps in float64."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +64,7 @@ def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
 
     def normal(length: int) -> Tensor:
         x = torch.randn(batch, length, heads, head_dim, generator=generator)
-        return (1.5 * x).to(device, dtype).transpose(1, 2)  # strided, as diffusers hands it over
+        return (1.5 * x).to(device, dtype).transpose(1, 2)  # strided, as diffusers passes it
 
     return _Problem(normal(tokens), normal(tokens), normal(tokens), normal(words))
 
@@ -85,7 +85,7 @@ def _iterate(step: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -
 
 
 def native_library() -> dict[str, Any]:
-    """The native CPU library: in use or why not, and each instruction set with why it cannot run here."""
+    """Whether the native CPU library is in use, or why not; and for each instruction set why it cannot run here."""
     try:
         return {"library": native.describe(), "isas": native.isas()}
     except ValueError as error:  # ATEDM_CPU
@@ -93,14 +93,14 @@ def native_library() -> dict[str, Any]:
 
 
 def check_ops(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """Run every op once on ``device`` with inputs of ``dtype`` (fp16, bf16 or fp32) and yield how far off it was."""
+    """Run every op once on ``device`` with inputs of ``dtype`` (fp16, bf16 or fp32) and yield its error."""
     p = _problem(device, dtype)
     yield from _check_maps(p, device, _LIMITS[dtype])
     yield from _check_choices(p, device, dtype)
 
 
 def _check_maps(p: _Problem, device: torch.device, limit: float) -> Iterator[Check]:
-    """Attention, column sums and both rankings."""
+    """Check attention, column sums and both rankings."""
     full, cross = p.map, p.cross_map
     tokens = full.shape[-1]
     settings = {"max_iterations": 4, "tolerance": 0.0}
@@ -128,11 +128,11 @@ def _check_maps(p: _Problem, device: torch.device, limit: float) -> Iterator[Che
 
 
 def _check_choices(p: _Problem, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """Selection, gathering, the source map and both recoveries, each with what the one before gave."""
+    """Check selection, gathering, the source map and the recoveries, each on the results of the one before."""
     full, exact_lse = p.map, p.lse(p.k).float().to(device)
     tokens = full.shape[-1]
 
-    # Whole numbers: their joined scores are exact, so ties are ties on every device.
+    # With whole numbers the joined scores are exact, so ties are ties on every device.
     marks = torch.arange(tokens).remainder(7).expand(*full.shape[:2], -1)
     index = kernels.select_tokens(marks.float().to(device), 40)
     best = sorted(sorted(range(tokens), key=lambda i: (-(i % 7), i))[:40])
@@ -145,8 +145,8 @@ def _check_choices(p: _Problem, device: torch.device, dtype: torch.dtype) -> Ite
     yield Check("gather_tokens", _differing(compact, x.cpu()[:, best]), 0.0)
 
     source = kernels.similarity_source(p.q, p.k, exact_lse, index).cpu()
-    similarity = full.mean(dim=1)[:, best].mT  # [B, N, 40]: of each kept token's attention, what each token gets
-    # Judged by the similarity picked: rounding may turn a choice between equals.
+    similarity = full.mean(dim=1)[:, best].mT  # [B, N, 40]: how much each kept token attends to each token
+    # Judged by the similarity of the chosen token, because rounding may change a choice between equals.
     lost = 1 - similarity.gather(2, source[..., None])[..., 0] / similarity.amax(dim=-1)
     slot = torch.full((tokens,), -1)
     slot[best] = torch.arange(40)

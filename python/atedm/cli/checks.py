@@ -1,4 +1,4 @@
-"""What several commands ask of their options, before anything is computed."""
+"""Checks that several commands make on their options before anything is computed."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# What a text-to-image pipeline reads its prompt with.
+# The parts of a text-to-image pipeline that read its prompt.
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-# The n-th picture has the seed of the first and n more, and all must fit in 64 bits.
+# Picture n has the seed of the first picture plus n, and all seeds must fit in 64 bits.
 MAX_SEED = 2**63 - 1
 
 _MAX_PROMPT_TOKENS = 1 << 20  # SDXL takes 77
 
-_TRIAL_SIDE = 512  # pixels, which every UNet divides
+_TRIAL_SIDE = 512  # pixels: a size that suits every UNet
 
-# Bytes that a folder for results must have room for: a picture takes more, its figures less.
+# Bytes that a folder for results must have room for. A picture needs more, its figures less.
 _MIN_ROOM = 1 << 16
 
 
 def bad(option: str, message: str) -> typer.BadParameter:
-    """A usage error that names ``option``; ends the command with exit status 2."""
+    """A usage error that names ``option``. It ends the command with exit status 2."""
     return typer.BadParameter(message, param_hint=option if option.isupper() else "--" + option.replace("_", "-"))
 
 
 def finite(value: float | None) -> float | None:
-    """Callback of an option: usage error for NaN and infinity, which every comparison lets through."""
+    """Callback of an option: a usage error for NaN and infinity, which range checks may let through."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value}; expected a finite number")
     return value
@@ -61,25 +61,28 @@ def check_prompt(prompt: str, option: str) -> None:
 
 
 def check_no_run(folder: Path) -> None:
-    """Usage error for the folder of a run of prompts, whose figures one picture's would replace."""
+    """Raise a usage error if ``folder`` holds a run of prompts, whose figures one picture's figures would replace."""
     if (folder / RUN).exists():
         raise bad("output", f"{folder} holds the pictures of a run of prompts; expected another folder")
 
 
-# Far above all that can be computed, and far below what overflows.
+# The most digits of a count: far above what can be computed, and far below what overflows.
 _MAX_DIGITS = 9
 
 
 def parse_count(text: str) -> int | None:
-    """The positive whole number that ``text`` is; None where it is none."""
+    """The positive whole number in ``text``; None if it is not one."""
     return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS and int(text) > 0 else None
 
 
 def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
-    """Make sure that results can be written, before anything is computed; returns the file for the figures.
+    """Check that results can be written, before anything is computed.
 
     Args:
         inputs: files and folders that the run reads.
+
+    Returns:
+        The file for the figures.
     """
     file = json or folder / "comparison.json"
     check_folder("output", folder)
@@ -91,13 +94,13 @@ def check_output(folder: Path, json: Path | None, *inputs: Path | None) -> Path:
     return file
 
 
-# What names end in that a run makes in its folder, beside its records.
+# The endings of the files that a run makes in its folder besides its records.
 _MADE = (".png", ".html", ".kinds.json")
 
 
 @contextlib.contextmanager
 def _naming_path(option: str, path: Path) -> Iterator[None]:
-    """A usage error for what a try to write to ``path`` raises: no rights, links in a loop, names that are too long."""
+    """Turn what writing to ``path`` raises into a usage error: no rights, links in a loop, names that are too long."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -105,13 +108,13 @@ def _naming_path(option: str, path: Path) -> Iterator[None]:
 
 
 def local_model(model: str) -> Path | None:
-    """The folder or file that ``model`` names; None where there is none, as of a hub id."""
+    """The folder or file that ``model`` names; None if there is none, as for a hub id."""
     path = Path(model).expanduser()
     return path if path.exists() else None
 
 
 def check_json(file: Path | None, *inputs: Path | None) -> None:
-    """Make sure that figures can be written to ``file``, and over nothing that the run reads or goes on with."""
+    """Check that figures can be written to ``file`` without replacing what the run reads or resumes from."""
     if file is None:
         return
     with _naming_path("json", file):
@@ -131,14 +134,14 @@ def check_json(file: Path | None, *inputs: Path | None) -> None:
 def check_folder(option: str, folder: Path) -> None:
     with _naming_path(option, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # The mode bits do not tell for a read-only or full file system, so try.
+        # Mode bits do not show a read-only or full file system, so try to write.
         with tempfile.NamedTemporaryFile(dir=folder) as trial:
             trial.write(bytes(_MIN_ROOM))
 
 
 def _check_links(folder: Path) -> None:
-    """Usage error for a link out of ``folder``, or out of a folder in it, where pictures lie: a stranger's may lead
-    anywhere."""
+    """Raise a usage error for a link that leads out of ``folder``, in it or in a folder of pictures inside it: a folder
+    from somebody else may have links to anywhere."""
     root = folder.resolve()
     for path in [*root.glob("*"), *root.glob("*/*")]:
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -147,16 +150,16 @@ def _check_links(folder: Path) -> None:
 
 
 def check_installed() -> None:
-    """Everything that pictures need beyond the plug-in itself; keeps transformers quiet."""
+    """Exit if a package that pictures need is missing, and silence transformers' warnings."""
     require("generate", "transformers", "matplotlib", "pillow")
     from transformers.utils import logging
 
-    # Its advice on image processors that are not used here would hide our own lines.
+    # Its advice on image processors, which are not used here, would hide atedm's own output.
     logging.set_verbosity_error()
 
 
 def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
-    """Options from ``base`` with those of ``changes`` that are not None; usage error where one does not fit."""
+    """Options from ``base``, changed by those of ``changes`` that are not None; a usage error if one is invalid."""
     from atedm.policy.options import resolve
 
     try:
@@ -168,7 +171,7 @@ def check_options(base: Options | str | None, changes: Mapping[str, Any]) -> Opt
 
 
 def check_applicable(options: Options, pipe: StableDiffusionXLPipeline | UNet2DConditionModel) -> None:
-    """Usage error where :func:`atedm.apply` would refuse ``options`` for ``pipe``."""
+    """Raise a usage error if :func:`atedm.apply` would refuse ``options`` for ``pipe``."""
     import atedm
 
     try:
@@ -180,7 +183,7 @@ def check_applicable(options: Options, pipe: StableDiffusionXLPipeline | UNet2DC
 
 
 def chosen_settings(preset: str | None, file: Path | None) -> Options | str | None:
-    """What the options ``--preset`` and ``--options`` name, of which at most one is given."""
+    """The settings that ``--preset`` or ``--options`` names; at most one of the two may be given."""
     from atedm.policy.options import Options
 
     if file is None:
@@ -194,7 +197,10 @@ def chosen_settings(preset: str | None, file: Path | None) -> Options | str | No
 
 
 def parse_device(text: str | None) -> torch.device:
-    """The device named, or the best there is; usage error for one that is unknown or absent."""
+    """The device that ``text`` names, or for None the GPU if there is one, else the CPU.
+
+    Raises a usage error if the device is unknown or missing.
+    """
     import torch
 
     _check_environment()
@@ -214,7 +220,7 @@ def parse_device(text: str | None) -> torch.device:
 
 
 def _check_environment() -> None:
-    """Usage error for a variable of atedm's that no call could obey."""
+    """Raise a usage error if an environment variable of atedm has a value that no call could follow."""
     from atedm_kernels.backends import forced_backend
     from atedm_kernels.native import isa
 
@@ -238,7 +244,7 @@ def check_dtype(text: str) -> str:
     return text
 
 
-# What torch says where it cannot allocate on a CPU, and where a tensor's size fits in no number.
+# What torch says if it cannot allocate on a CPU, or if a tensor's size overflows.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -250,7 +256,7 @@ def _end_without_memory(error: BaseException) -> NoReturn:
 
 @contextlib.contextmanager
 def failing_clearly() -> Iterator[None]:
-    """A message instead of a traceback for what the user can mend: too little memory, a full disk, NaN."""
+    """Print a message instead of a traceback for what the user can fix: too little memory, a full disk, NaN."""
     import torch
 
     import atedm
@@ -269,7 +275,7 @@ def failing_clearly() -> Iterator[None]:
 
 
 def load_config(model: str) -> dict[str, Any]:
-    """The UNet configuration that ``model`` names; usage error where it names none."""
+    """The UNet configuration that ``model`` names; a usage error if it names none."""
     from atedm.app.models import meta_unet, unet_config, unet_inputs
 
     with _naming(model):
@@ -277,8 +283,8 @@ def load_config(model: str) -> dict[str, Any]:
             config = unet_config(model)
         except ValueError as error:
             raise bad("model", str(error)) from None
-        if model != "sdxl":  # which is known to be right: for it the trial takes 1.4 seconds
-            # What makes no UNet, or one that needs other inputs, is told here, by a call on the meta device.
+        if model != "sdxl":  # that one is known to be right, and the trial would take 1.4 seconds
+            # A call on the meta device finds a configuration that makes no UNet, or one that needs other inputs.
             unet = meta_unet(config)
             positional, named = unet_inputs(unet, width=_TRIAL_SIDE, height=_TRIAL_SIDE)
             unet(*positional, **named)
@@ -296,7 +302,7 @@ def parse_levels(text: str | None) -> tuple[int, ...] | None:
 
 
 def use_any_terminal() -> None:
-    """What a terminal cannot show becomes a question mark: figures were computed, and an error would lose them."""
+    """Replace characters that a terminal cannot show by question marks, as an error would lose computed figures."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -314,9 +320,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def load_pipeline(
     model: str, dtype: str, variant: str | None, device: torch.device, allow_pickled: bool = False
 ) -> StableDiffusionXLPipeline:
-    """The pipeline on ``device``; usage error where ``model`` is not a pipeline of SDXL.
+    """The pipeline on ``device``; a usage error if ``model`` is not an SDXL pipeline.
 
-    ``allow_pickled``: take weights that are no safetensors too. Reading them can run code that they hold.
+    ``allow_pickled``: also read weights that are not safetensors. Reading them can run code that they contain.
     """
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -331,7 +337,7 @@ def load_pipeline(
         raise bad("model", f"{model} holds no model_index.json; expected the folder of a diffusers pipeline")
     source = str(folder) if folder.exists() else model
     with _naming(model), warnings.catch_warnings():
-        # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
+        # New releases of diffusers prefer another name for torch_dtype; older ones know only this one.
         warnings.simplefilter("ignore", FutureWarning)
         name = StableDiffusionXLPipeline.load_config(source).get("_class_name")
         if not str(name).startswith("StableDiffusionXL"):
@@ -346,7 +352,7 @@ def load_pipeline(
     if missing:
         raise bad("model", f"{model} has no {missing[0]}; expected a text-to-image model (SDXL's refiner is not one)")
     for part in _TEXT[2:]:
-        # Where its files are missing, transformers makes a tokenizer that knows no words and no length.
+        # If its files are missing, transformers makes a tokenizer without words and without a length.
         if getattr(pipe, part).model_max_length > _MAX_PROMPT_TOKENS:
             raise bad("model", f"{model} has an empty {part}; expected its files in a folder of that name")
     channels, of_latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
@@ -362,7 +368,7 @@ def load_pipeline(
 
 @contextlib.contextmanager
 def _naming(model: str) -> Iterator[None]:
-    """A usage error that names ``model`` for what reading it raises: a damaged file can be anything, to any library."""
+    """Turn what reading ``model`` raises into a usage error: a damaged file can raise anything, in any library."""
     import torch
 
     default = torch.get_default_dtype()
@@ -373,16 +379,16 @@ def _naming(model: str) -> Iterator[None]:
     except Exception as error:
         if any(words in str(error) for words in _NO_MEMORY):
             raise
-        # The first line says what is wrong; what follows are pages of advice on the hub.
+        # The first line says what is wrong; pages of advice on the hub follow.
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         advice = ""
         if "no file named" in first.lower() and "safetensors" in first:
             advice = "; --allow-pickled reads other weights than safetensors"
         elif isinstance(error, OSError) and not Path(model).expanduser().exists():
             advice = (
-                "; it is not in the cache here, or not complete: give a folder, or download it with a network "
-                "(HF_HUB_OFFLINE=1 then keeps to the cache)"
+                "; it is missing or incomplete in the local cache: give a folder, or download it while online "
+                "(with HF_HUB_OFFLINE=1 only the cache is used)"
             )
         raise bad("model", f"{model} cannot be loaded: {first}{advice}") from None
     finally:
-        torch.set_default_dtype(default)  # diffusers changes it while it builds a model, and not back where that fails
+        torch.set_default_dtype(default)  # diffusers changes it to build a model, and leaves it so if that fails

@@ -1,4 +1,4 @@
-"""``atedm demo``: full against pruned on a small embedded model, offline."""
+"""``atedm demo``: compare full and pruned on the small embedded model, offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from atedm.cli.parameters import Comparison, Guidance, Levels, OptionsFile, Pict
 
 PROMPT = "a small red circle left of a large blue square on a green background"
 
-WHY_SLOWER = "Not faster here: the embedded model is tiny, so what is added to a call outweighs what it saves."
+WHY_SLOWER = "Not faster here: the embedded model is tiny, so atedm adds more time to a call than it saves."
 
 
 def demo(

@@ -1,4 +1,4 @@
-"""``atedm doctor``: is everything here, which code serves what, and does it compute the right thing?"""
+"""``atedm doctor``: is everything installed, which code runs each op, and does it compute the right result?"""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def doctor(
 
 
 def _rows(device: torch.device, dtype: torch.dtype, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """What the self-test found of each op; where it stopped is added to ``problems``."""
+    """The result of the self-test for each op. If the test stops early, the reason is added to ``problems``."""
     from atedm.app import report
     from atedm.app.selftest import check_ops
     from atedm_kernels.registry import OPS
@@ -77,7 +77,7 @@ def _rows(device: torch.device, dtype: torch.dtype, problems: list[str]) -> Iter
     try:
         for check in check_ops(device, dtype):
             outcomes[check.op] = check
-    except Exception as error:  # a crash is a finding, to be reported with what was found before it
+    except Exception as error:  # a crash is a finding: report it with what was found before
         problems.append(f"The self-test on {device} in {dtype} stopped: {type(error).__name__}: {error}")
     for op in OPS:
         backend, reason = _serving(op, device, dtype)

@@ -1,4 +1,4 @@
-"""``atedm flops``: what pruning saves, counted without weights and without a GPU."""
+"""``atedm flops``: count what pruning saves, without weights and without a GPU."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 PLACEMENTS = ("early", "paper", "both")
 
-# AT-EDM and ToMe on SDXL at guidance 7, COCO 2017, one call at 1024² (AT-EDM, table 2): TFLOPs, FID, CLIP score.
+# AT-EDM and ToMe on SDXL at guidance 7, COCO 2017, one call at 1024² (AT-EDM, table 2): TFLOPs, FID and CLIP score.
 PAPER_ROWS = (
     {"row": "a", "levels": (2, 3), "at_edm": (2.9, 52.00, 0.2784), "tome": (2.9, 58.76, 0.2954)},
     {"row": "b", "levels": (2, 3), "at_edm": (3.6, 29.80, 0.3095), "tome": (3.6, 40.94, 0.3154)},
     {"row": "c", "levels": (2, 3), "at_edm": (4.1, 28.04, 0.3209), "tome": (4.1, 35.27, 0.3198)},
     {"row": "d†", "levels": (3,), "at_edm": (4.5, 27.23, 0.3245), "tome": (4.6, 32.46, 0.3235)},
 )
-PHASES = {"pruned": "all pruned"}  # what a kind of step is called in the table, if not by its name
+PHASES = {"pruned": "all pruned"}  # the name of a kind of step in the table, if it differs
 PAPER_SETTINGS = {"model": "sdxl", "size": "1024x1024", "batch": 1, "tokens": 77}
 
 
@@ -141,7 +141,7 @@ def _row(name: str, flops: Flops, counter: UNetFlops, **fields: Any) -> dict[str
 
 
 def _rows(counter: UNetFlops, options: Options, steps: int, status: Any) -> Iterator[dict[str, Any]]:
-    """One for each kind of step, and the mean of a run whose kinds are known beforehand."""
+    """One row for each kind of step, and one for the mean of a run, if its kinds are known in advance."""
     from atedm.policy.schedule import KINDS
 
     status.update(f"counting: {options.placement} placement")
@@ -184,7 +184,7 @@ def _budget_rows(
 
 
 def _paper_rows(counter: UNetFlops, settings: dict[str, Any], status: Any) -> Iterator[dict[str, Any]]:
-    """For each row of the paper: the ratio that has its TFLOPs with the paper's placement, and what we need there."""
+    """For each row of the paper: the ratio with the same TFLOPs under the paper's placement, and our FLOPs there."""
     from atedm.app.flops import MAX_RATIO, solve_decreasing
 
     for entry in PAPER_ROWS:
@@ -248,12 +248,12 @@ def _print(rows: list[dict[str, Any]], settings: dict[str, Any], options: Option
     }
     print_table(shown, columns, _title(settings), console)
     if planned is None:
-        console.print(f"{options.steps!r} chooses the kinds as it runs: a run says what it came to.")
+        console.print(f"{options.steps!r} chooses the kinds as it runs: only a run can tell its FLOPs.")
     if budget is not None:
         for row in rows:
             if row["phase"] == "average":
                 console.print(
-                    f"{row['placement']} placement: ratio {row['ratio']:.4f} needs {row['tflops']:.3f} TFLOPs a call "
+                    f"{row['placement']} placement: ratio {row['ratio']:.4f} needs {row['tflops']:.3f} TFLOPs per call "
                     f"on average (asked: {budget:g})"
                 )
     if not options.prunes:
@@ -290,8 +290,8 @@ def _print_paper(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     }
     print_table(shown, columns, _title(settings), console)
     console.print(
-        "TFLOPs: paper, as published; ours, with the paper's placement and every block pruned, at the ratio that comes "
-        "nearest to it; early, with early placement at that ratio; avg, the same over the run "
+        "TFLOPs: paper, as published; ours, with the paper's placement and every block pruned, at the ratio whose "
+        "TFLOPs are nearest; early, with early placement at that ratio; avg, the mean of early over the run "
         f"({settings['light_steps']} of {settings['steps']} steps light). Scoring is not included. AT-EDM and ToMe: "
         "published FID / CLIP score at guidance 7 (ToMe-d needs 4.6 TFLOPs). † leaves level 2 whole.",
         style="dim",

@@ -1,4 +1,4 @@
-"""``atedm generate``: images from a Stable Diffusion XL checkpoint, full against pruned, or from a file of prompts."""
+"""``atedm generate``: draw with a Stable Diffusion XL checkpoint, full against pruned, or from a file of prompts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from atedm.app.prompts import PromptCase
     from atedm.policy.options import Options
 
-WHY_SLOWER = "Not faster here: at this size, on this device, what is added to a call costs more than it saves."
+WHY_SLOWER = "Not faster here: at this size, on this device, atedm adds more time to a call than it saves."
 
 
 def generate(
@@ -96,7 +96,7 @@ def generate(
     """Draw one image with any SDXL checkpoint, full and pruned, or one image per prompt of a file.
 
     With --prompts, start it with `accelerate launch --no_python atedm generate …` to share the prompts between several
-    GPUs. If a picture comes to NaN, the others are still made; the command names it at the end and exits with status 1.
+    GPUs. If a picture becomes NaN, the others are still made; the command names it at the end and exits with status 1.
     """
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
@@ -170,7 +170,7 @@ def _generate_many(
     settings: dict[str, Any],
     report_file: Path,
 ) -> None:
-    """``settings``: the other fields of :class:`atedm.app.prompts.PromptRun`."""
+    """Make the pictures of many prompts. ``settings``: the other fields of :class:`atedm.app.prompts.PromptRun`."""
     from atedm.app import prompts as many
     from atedm.app.run_record import OtherRun
 
@@ -187,7 +187,7 @@ def _generate_many(
             raise typer.Exit(130) from None
         run.write_report(device, report_file)
         if run.failed:
-            typer.echo("Error: some pictures came to NaN and were not made; all others were:", err=True)
+            typer.echo("Error: some pictures became NaN and were not made; all others were made:", err=True)
             for name, failure in run.failed:
                 typer.echo(f"  {name}, {failure.message}: {failure.prompt!r}", err=True)
             typer.echo("Look at these prompts, and at the dtype. The same command tries them again.", err=True)

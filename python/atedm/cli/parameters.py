@@ -1,4 +1,4 @@
-"""The options that several commands share, each in one wording."""
+"""The options that several commands share, so that each has only one wording."""
 
 from __future__ import annotations
 

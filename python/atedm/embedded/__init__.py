@@ -1,7 +1,7 @@
-"""A Stable Diffusion XL pipeline small enough to ship inside the package: ``atedm demo`` needs no download.
+"""A Stable Diffusion XL pipeline that is small enough to ship inside the package, so ``atedm demo`` needs no download.
 
-The classes are diffusers' and transformers' own and the UNet has SDXL's level structure (none, shallow, deep), so
-whatever works here works on the real checkpoint. README.md beside this file is its model card.
+The classes are diffusers' and transformers' own, and the UNet's attention has SDXL's level structure (none, shallow,
+deep), so whatever works here works on the real checkpoint. README.md beside this file is the model card.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).with_name("weights")
 
-# What the demo says about the model.
+# What the demo prints about the model.
 ABOUT = (
-    "The embedded model was trained on drawn scenes alone: up to three circles, squares, triangles, stars, crosses or "
+    "The embedded model was trained only on drawn scenes: up to three circles, squares, triangles, stars, crosses or "
     "rings, small to large, in nine colours, left of, right of, above or below each other, on a background."
 )
 
 
 def embedded_pipeline() -> StableDiffusionXLPipeline:
-    """The small pipeline, from the package's own files: float32 on the CPU, for inference.
+    """Load the small pipeline from the package's own files: float32 on the CPU, for inference.
 
-    Its images have ``unet.config.sample_size * vae_scale_factor`` pixels a side unless asked for otherwise. Torch's
-    global random generator is left as it was.
+    By default its images have ``unet.config.sample_size * vae_scale_factor`` pixels per side. Torch's global random
+    generator stays unchanged.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -49,7 +49,7 @@ def embedded_pipeline() -> StableDiffusionXLPipeline:
     import torch
 
     with _quiet(), torch.random.fork_rng(devices=[]):
-        # Here, since its import gives advice too: on packages that images as input would take.
+        # Imported here, because this import also gives advice, on packages that only image inputs need.
         from diffusers import StableDiffusionXLPipeline
 
         pipe = StableDiffusionXLPipeline.from_pretrained(
@@ -65,20 +65,20 @@ def embedded_pipeline() -> StableDiffusionXLPipeline:
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """The words of ``prompt`` that no caption in training had, lower case, each once, in their order."""
+    """The words of ``prompt`` that no training caption had, in lower case, each once, in their order."""
     words = re.findall(r"\w+", prompt.lower())
     return [word for word in dict.fromkeys(words) if word not in _known_words()]
 
 
 @functools.cache
 def _known_words() -> frozenset[str]:
-    # A file, since the tokenizer does not tell: it also has the ends of words.
+    # Read from a file, because the tokenizer's vocabulary also has parts of words.
     return frozenset(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice while files of our own are loaded; both libraries are then as they were."""
+    """Turn off the libraries' progress bars and advice while the package's own files load, and restore both after."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -89,7 +89,7 @@ def _quiet() -> Iterator[None]:
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # New releases of diffusers prefer another name for torch_dtype, older ones know this one only.
+            # New releases of diffusers prefer another name for torch_dtype; older ones know only this one.
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,1 +1,1 @@
-"""What can be chosen, one idea per file: tensors in, tensors out, no diffusers."""
+"""The policies that the options choose, one per file: tensors in, tensors out, no diffusers."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class AttentionMap:
-    """``A_ij = exp(scale · q_i·k_j − lse_i)``. What is read from it are choices, so no gradient goes through it.
+    """``A_ij = exp(scale · q_i·k_j − lse_i)``. It is only read to make choices, so no gradient flows through it.
 
     Attributes:
         q: ``[B, H, M, D]``. k: ``[B, H, N, D]``. lse: float32 ``[B, H, M]``. scale: None for ``1/sqrt(D)``.
@@ -19,10 +19,10 @@ class AttentionMap:
         self._of_unit_keys: AttentionMap | None = None
 
     def of_unit_keys(self) -> AttentionMap:
-        """The map of the keys with themselves, each of length 1 and without the softmax: ``exp(cos(k_i, k_j))``.
+        """The map of the keys with themselves, scaled to length 1 and without the softmax: ``exp(cos(k_i, k_j))``.
 
-        How alike two tokens are shows best in their keys (ToMe, section 3). A logsumexp of 0 leaves the exponential as
-        it is, so the kernels for attention maps serve.
+        The keys show best how similar two tokens are (ToMe, section 3). A logsumexp of 0 leaves the exponential
+        unchanged, so the kernels for attention maps can read this map too.
         """
         if self._of_unit_keys is None:
             unit = unit_keys(self.k)
@@ -33,5 +33,5 @@ class AttentionMap:
 
 
 def unit_keys(k: Tensor) -> Tensor:
-    """Keys ``[B, H, N, D]`` scaled to length 1; shorter ones than 1e-4 stay short."""
+    """Keys ``[B, H, N, D]`` scaled to length 1; keys shorter than 1e-4 stay shorter than 1."""
     return F.normalize(k, dim=-1, eps=1e-4)  # in fp16 the usual 1e-12 is 0

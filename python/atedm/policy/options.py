@@ -28,10 +28,10 @@ from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, MAX_COUNT, REDUCTIONS
 from atedm_kernels.registry import plain_number
 
-# Ranking, recovery and a cover by keys: ours beside the paper's, see :mod:`atedm.policy.ranking`.
+# Ranking and recovery by keys, with a grid: our alternative to the paper's, see :mod:`atedm.policy.ranking`.
 BY_KEYS: Mapping[str, Any] = MappingProxyType({"ranking": "keys", "recovery": "keys", "grid": 2})
 
-# The ratio of the paper's main configuration: 4.1 TFLOPs a call of SDXL's UNet with its placement.
+# The ratio of the paper's main configuration: 4.1 TFLOPs per call of SDXL's UNet with the paper's placement.
 DEFAULT_RATIO = 0.63
 
 # From 30 % of the run on, every other computed step is pruned.
@@ -52,10 +52,10 @@ def _check_ratio(name: str, ratio: object) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a pruned UNet; the arguments of :func:`atedm.apply`, which documents them.
+    """The settings of a pruned UNet: the arguments of :func:`atedm.apply`, which documents them.
 
     Raises:
-        TypeError, ValueError: a value that does not fit; the message begins with its name.
+        TypeError, ValueError: a value is invalid; the message begins with its name.
     """
 
     ratio: float | Mapping[int, float] = DEFAULT_RATIO
@@ -88,7 +88,7 @@ class Options:
     def steps(self) -> Schedule:
         """The schedule; without one, every step is pruned.
 
-        A ratio of 0 is there to compare with: under the default schedule it reuses nothing either.
+        A ratio of 0 is for comparison, so under the default schedule it reuses nothing either.
         """
         is_to_compare = self.ratio == 0 and self.schedule == DEFAULT_SCHEDULE
         return Listed(("pruned",)) if self.schedule is None or is_to_compare else self.schedule
@@ -100,7 +100,7 @@ class Options:
 
     @property
     def starts_warm(self) -> bool:
-        """Whether a ranking begins at the scores that an earlier step of the picture came to."""
+        """Whether a ranking starts from the scores of an earlier step of the picture."""
         ranking = make_ranking(self.ranking, self.max_iterations, self.tolerance)
         return self.warm_start and self.prunes and ranking is not None and ranking.iterates
 
@@ -111,20 +111,20 @@ class Options:
 
     @property
     def remembers(self) -> bool:
-        """Whether a step needs what an earlier one computed, so that the first step of a picture has to be whole."""
+        """Whether a step needs what an earlier one computed, so that the first step of a picture must be whole."""
         by_blocks = self.prunes and (RECOVERIES[self.recovery].remembers or self.staleness is not None)
         return by_blocks or "reused" in self.steps.kinds
 
     @property
     def kinds(self) -> frozenset[str]:
-        """All kinds that the steps of a run may be."""
+        """All kinds that the steps of a run may have."""
         return self.steps.kinds | ({"whole"} if self.remembers else set())
 
     def kinds_of(self, steps: int) -> list[str]:
         """The kinds of a run of ``steps`` steps.
 
         Raises:
-            ValueError: the schedule chooses them as it runs.
+            ValueError: the schedule chooses the kinds during the run.
         """
         kinds = self.steps.planned(steps)
         if kinds is None:
@@ -133,7 +133,7 @@ class Options:
 
     @property
     def constant_kind(self) -> str | None:
-        """The kind of every step, where each call of a UNet is alike, whatever its step and pipeline; else None."""
+        """The kind of every step, if all calls of a UNet are alike, whatever their step and pipeline; else None."""
         return None if self.follows_pictures else self.steps.constant
 
     @property
@@ -141,7 +141,7 @@ class Options:
         return self.constant_kind is not None
 
     def why_not_constant(self) -> str:
-        """The options by which calls differ."""
+        """The options that make calls differ, as text."""
         differ = {
             "schedule": self.steps.constant is None,
             "recovery": self.prunes and RECOVERIES[self.recovery].remembers,
@@ -152,14 +152,14 @@ class Options:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name, does in differ.items() if does)
 
     def ratio_at(self, level: int) -> float:
-        """The part of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
+        """The fraction of the tokens dropped at ``level``; a mapping drops none at a level that it does not name."""
         return self.ratio.get(level, 0.0) if isinstance(self.ratio, Mapping) else self.ratio
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: what :meth:`from_dict` takes.
+        """The options as values that JSON can hold, for :meth:`from_dict`.
 
         Raises:
-            TypeError: ``ranking`` is a function, or ``schedule`` the user's own: they have no text.
+            TypeError: ``ranking`` is a function, or ``schedule`` is user-defined: JSON cannot hold them.
         """
         if callable(self.ranking):
             raise TypeError(
@@ -174,10 +174,10 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
-        """Options from what :meth:`to_dict` gave, or a part of it: the others are the defaults.
+        """Options from what :meth:`to_dict` gave, or from a part of it; missing options get their defaults.
 
         Raises:
-            TypeError, ValueError: an unknown name, or a value that does not fit.
+            TypeError, ValueError: a name is unknown, or a value is invalid.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"options are a {type(values).__name__}; expected a mapping from name to value")
@@ -213,7 +213,7 @@ class Options:
 
 
 def _check(options: Options) -> None:
-    """TypeError or ValueError for a value that does not fit; the message begins with its name."""
+    """Raise TypeError or ValueError if a value is invalid; the message begins with its name."""
     if isinstance(options.ratio, Mapping):
         for level, ratio in options.ratio.items():
             if isinstance(level, bool) or not isinstance(level, int):
@@ -273,14 +273,15 @@ def _level(name: object) -> int:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """TypeError where ``options`` names one that :class:`Options` lacks."""
+    """Raise TypeError if ``options`` has a name that :class:`Options` lacks."""
     known = [f.name for f in fields(Options)]
     unknown = sorted(set(options) - set(known), key=str)
     if unknown:
         raise TypeError(f"{unknown[0]!r} is not an option; expected some of {', '.join(known)}")
 
 
-# The published method (sections 3 and 4), whatever the defaults are; placed early, which changes FLOPs and no choice.
+# The published method (sections 3 and 4), independent of the defaults. It is placed early, which lowers FLOPs and
+# changes no choice of tokens.
 PUBLISHED = Options(
     schedule=DSAP(), placement="early", ranking="self", recovery="similarity", staleness=None, warm_start=False
 )
@@ -299,10 +300,10 @@ PRESETS: Mapping[str, Options] = MappingProxyType(
 
 
 def resolve(base: Options | str | None, changes: Mapping[str, Any]) -> Options:
-    """``base``, by its name in :data:`PRESETS` or itself, or else the defaults, with ``changes``.
+    """Apply ``changes`` to ``base``: options, the name of a preset in :data:`PRESETS`, or None for the defaults.
 
     Raises:
-        TypeError, ValueError: an unknown preset or option, or a value that does not fit.
+        TypeError, ValueError: a preset or an option is unknown, or a value is invalid.
     """
     check_names(changes)
     if base is None:

@@ -11,16 +11,16 @@ from torch import Tensor
 import atedm_kernels as kernels
 from atedm.policy.attention_map import AttentionMap
 
-# A ranking of the user's: from q, k [B, H, N, D] and lse [B, H, N] of the self-attention to scores [B, H', N].
+# A user-defined ranking: from q, k [B, H, N, D] and lse [B, H, N] of the self-attention to scores [B, H', N].
 RankingFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Ranking(Protocol):
-    """Scores for the tokens of a block: the best are kept.
+    """Scores the tokens of a block; those with the highest scores are kept.
 
     Attributes:
-        is_cross: whether the map that ``scores`` reads is that of the cross-attention, after the self-attention.
-        iterates: whether it can go on from the scores of an earlier step.
+        is_cross: whether ``scores`` reads the map of the cross-attention, which follows the self-attention.
+        iterates: whether the ranking can continue from the scores of an earlier step.
         keeps: which tokens it ranks high, in words.
     """
 
@@ -29,24 +29,26 @@ class Ranking(Protocol):
     keeps: ClassVar[str]
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Scores ``[B, H, N]``, and int32 iterations ``[B, H]`` where the ranking iterates.
+        """Scores ``[B, H, N]``, and int32 iterations ``[B, H]``; the latter None if the ranking does not iterate.
 
         Args:
-            initial: scores of an earlier step, ``[B, H, N]``; None for those of a ranking that does not iterate.
+            initial: scores of an earlier step, ``[B, H, N]``; None to start from uniform scores, or if the ranking does
+                not iterate.
         """
         ...
 
 
-# Iterations from the scores of an earlier step; from uniform ones there are 5. Overlap (Jaccard index) of the kept
-# set with the converged one on the embedded model (quality-fp32-convergence.json in bench/results): where every step
-# ranks, 0.976 after 2 and 0.985 after 3, against 0.977 after 5 from uniform ones; where whole and reused steps lie
-# between, 0.963 and 0.975 against 0.968. Under DPM++ 2M Karras 2 are too few there: 0.889 at level 2, against 0.939.
+# Iterations from the scores of an earlier step; from uniform scores there are 5. Overlap (Jaccard index) of the kept
+# set with the converged one on the embedded model (quality-fp32-convergence.json in bench/results): if every step
+# ranks, 0.976 after 2 iterations and 0.985 after 3, against 0.977 after 5 from uniform scores; with whole and reused
+# steps in between, 0.963 and 0.975 against 0.968. In the latter case 2 are too few under DPM++ 2M Karras: 0.889 at
+# level 2, against 0.939.
 WARM_ITERATIONS = 3
 
 
 @dataclass(frozen=True)
 class _Iterated:
-    """A weighted PageRank, by the op of ``kernels`` that ``_op`` names."""
+    """A weighted PageRank, computed by the op of ``kernels`` that ``_op`` names."""
 
     max_iterations: int
     tolerance: float
@@ -84,9 +86,9 @@ class CrossPageRank(_Iterated):
 
 @dataclass(frozen=True)
 class KeyRanking:
-    """How little of a token the others have: ``1 / mean_j exp(cos(k_hi, k_hj))``, from 1/e to e (ours).
+    """How unlike all others a token is, by its keys: ``1 / mean_j exp(cos(k_hi, k_hj))``, from 1/e to e (ours).
 
-    One pass over the map, where PageRank takes several.
+    It takes one pass over the map, while PageRank takes several.
     """
 
     is_cross: ClassVar[bool] = False
@@ -100,12 +102,12 @@ class KeyRanking:
 
 @dataclass(frozen=True)
 class CustomRanking:
-    """Scores by a function of the user's."""
+    """Scores by a user-defined function."""
 
     function: RankingFunction
     is_cross: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
-    keeps: ClassVar[str] = "the tokens that a function of yours scores highest"
+    keeps: ClassVar[str] = "the tokens that your function scores highest"
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scores = self.function(attention.q, attention.k, attention.lse)
@@ -125,7 +127,7 @@ RANKINGS: dict[str, Callable[[int, float], Ranking]] = {
 
 
 def make_ranking(ranking: str | RankingFunction | None, max_iterations: int, tolerance: float) -> Ranking | None:
-    """The policy that ``ranking`` names, or one around a function; None for None."""
+    """The policy that ``ranking`` names, or one that calls the function ``ranking``; None for None."""
     if ranking is None:
         return None
     if isinstance(ranking, str):

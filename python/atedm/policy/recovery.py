@@ -15,12 +15,12 @@ from atedm.policy.attention_map import AttentionMap
 
 @dataclass(frozen=True)
 class Refill:
-    """Where the tokens of a feature map of ``height`` × ``width`` come from.
+    """The source of each token of a feature map of ``height`` × ``width``.
 
     Attributes:
-        index: int64 ``[B, K]``, the kept tokens. source: int64 ``[B, N]``, a slot for each position, or None where
-            a recovery copies no token. update: ``[B, N, C]``, what the block last added to each token; None where that
-            is not remembered.
+        index: int64 ``[B, K]``, the kept tokens. source: int64 ``[B, N]``, a slot of the compact tensor for each
+            position; None if the recovery copies no token. update: ``[B, N, C]``, what the block last added to each
+            token; None if that is not remembered.
     """
 
     index: Tensor
@@ -31,11 +31,11 @@ class Refill:
 
 
 class Recovery(Protocol):
-    """From the kept tokens back to all of them.
+    """Makes all tokens from the kept ones.
 
     Attributes:
-        reads_attention: whether ``source`` reads the attention of tokens, not their keys alone.
-        remembers: whether it needs what the block added to the tokens when they were computed.
+        reads_attention: whether ``source`` reads the attention of the tokens, and not only their keys.
+        remembers: whether it needs what the block added to the tokens when they were last computed.
         gives: what a dropped token gets, in words.
     """
 
@@ -44,11 +44,11 @@ class Recovery(Protocol):
     gives: ClassVar[str]
 
     def source(self, attention: AttentionMap, index: Tensor) -> Tensor | None:
-        """Slots ``[B, N]`` of the compact tensor, one for each position; None where no token is copied."""
+        """Slots ``[B, N]`` of the compact tensor, one for each position; None if no token is copied."""
         ...
 
     def before_projection(self, x: Tensor) -> Tensor:
-        """The compact tensor ``[B, K, C]`` with what the block's output projection has to see as well."""
+        """The compact tensor ``[B, K, C]``, with anything else that must go through the block's output projection."""
         ...
 
     def tokens(self, x: Tensor, refill: Refill) -> Tensor:
@@ -61,7 +61,7 @@ class Recovery(Protocol):
 
 
 class _Copy:
-    """Recovers by copying kept tokens, in one pass with the residual."""
+    """Recovers dropped tokens by copying kept ones, in one pass that also adds the residual."""
 
     reads_attention: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class _Copy:
 
 
 class SimilarityCopy(_Copy):
-    """The kept token that attends to the dropped one most, averaged over the heads (AT-EDM, section 3.3)."""
+    """Copies the kept token that attends to the dropped one most, averaged over the heads (AT-EDM, section 3.3)."""
 
     reads_attention: ClassVar[bool] = True
     gives: ClassVar[str] = "a copy of the kept token that attends to it most"
@@ -87,7 +87,7 @@ class SimilarityCopy(_Copy):
 
 
 class KeyCopy(_Copy):
-    """The kept token whose keys are most like those of the dropped one (ours); ties go to the lowest slot."""
+    """Copies the kept token whose keys are most like those of the dropped one (ours); ties go to the lowest slot."""
 
     gives: ClassVar[str] = "a copy of the kept token with the most similar keys"
 
@@ -97,7 +97,7 @@ class KeyCopy(_Copy):
 
 
 class Zeros(_Copy):
-    """Zeros: a copy of one more token, slot ``K``, that holds nothing else (AT-EDM, ablation)."""
+    """Fills with zeros, by copying an additional token of zeros in slot ``K`` (AT-EDM, ablation)."""
 
     gives: ClassVar[str] = "nothing"
 
@@ -109,11 +109,11 @@ class Zeros(_Copy):
 
 
 class Bicubic:
-    """Interpolation between the kept tokens around a dropped one (AT-EDM, ablation)."""
+    """Interpolates between the kept tokens around a dropped one (AT-EDM, ablation)."""
 
     reads_attention: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
-    gives: ClassVar[str] = "what the kept tokens around it give when interpolated"
+    gives: ClassVar[str] = "an interpolation of the kept tokens around it"
 
     def source(self, attention: AttentionMap, index: Tensor) -> None:
         return None
@@ -130,9 +130,9 @@ class Bicubic:
 
 
 class Cached:
-    """A token's own last update (ours): what the block added to it in the call that last computed it.
+    """Gives a dropped token its own last update (ours): what the block added to it in the call that last computed it.
 
-    Kept tokens replace theirs. Nothing is copied between tokens.
+    Kept tokens replace their updates. Nothing is copied between tokens.
     """
 
     reads_attention: ClassVar[bool] = False
@@ -146,7 +146,7 @@ class Cached:
         return x
 
     def tokens(self, x: Tensor, refill: Refill) -> Tensor:
-        raise NotImplementedError("an update is known after the output projection only")
+        raise NotImplementedError("an update is known only after the output projection")
 
     def feature_map(self, x: Tensor, refill: Refill, residual: Tensor) -> Tensor:
         return kernels.update_feature_map(x.to(refill.update.dtype), refill.index, refill.update, residual)
@@ -163,7 +163,7 @@ RECOVERIES: dict[str, Recovery] = {
 
 
 def sources_or_zero(index: Tensor, tokens: int) -> Tensor:
-    """A source map for padding with zeros: a kept token's own slot, and slot ``K``, a token of zeros, for the rest.
+    """A source map for padding with zeros: each kept token has its own slot, all others slot ``K``, a token of zeros.
 
     Args:
         index: int64 ``[B, K]``, the kept tokens.
@@ -179,11 +179,11 @@ def sources_or_zero(index: Tensor, tokens: int) -> Tensor:
 def interpolate_bicubic(x: Tensor, index: Tensor, height: int, width: int) -> Tensor:
     """Fill dropped tokens bicubically from the kept ones around them: ``[B, K, C]`` → ``[B, height · width, C]``.
 
-    Kept tokens lie anywhere, so they are first averaged into a grid of half the size, and where a cell of that holds
-    none, into a quarter, and so on; each coarser grid, resized bicubically, fills the holes of the finer one.
+    Kept tokens can be anywhere. They are averaged into a grid of half the size, then of a quarter, and so on. Each
+    coarser grid, resized bicubically, fills the empty cells of the finer one.
     """
     batch, _, channels = x.shape
-    # Computed in float32: repeated averaging would pile up the rounding of 16 bits.
+    # Computed in float32, because repeated averaging would accumulate the rounding errors of 16 bits.
     dtype = torch.promote_types(x.dtype, torch.float32)
     marked = torch.cat([x.to(dtype), x.new_ones(*x.shape[:2], 1, dtype=dtype)], dim=-1)
     full = marked.new_zeros(batch, height * width, channels + 1)
@@ -198,7 +198,7 @@ def _fill(values: Tensor, weight: Tensor) -> Tensor:
     height, width = values.shape[-2:]
     if height == 1 and width == 1:
         return values
-    # Zeros where nothing was kept, so the sums of a cell are those of its kept tokens.
+    # Dropped tokens are zeros, so the sum of a cell is the sum of its kept tokens.
     window = (min(2, height), min(2, width))
     count = F.avg_pool2d(weight, window, ceil_mode=True)
     mean = F.avg_pool2d(values * weight, window, ceil_mode=True) / count.clamp(min=torch.finfo(count.dtype).tiny)

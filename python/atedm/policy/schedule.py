@@ -1,12 +1,12 @@
-"""Which kind each denoising step is: DSAP (AT-EDM, section 3.4), and schedules that reuse deep features (ours).
+"""The kind of each denoising step: DSAP (AT-EDM, section 3.4), and schedules that reuse deep features (ours).
 
-Features change fast in the first steps and slowly later, so a step may cost less when little changes:
+Features change fast in the first steps and slowly later, so a step can cost less when little changes:
 
 - ``whole``: every block computes every token.
 - ``light``: DSAP's first phase. The first attention block of each down stage and the last of each up stage are whole.
-- ``pruned``: every block that was chosen drops tokens.
-- ``reused``: no block below the highest resolution runs. What enters the last layer of the last up block is that of
-  the last step that was computed, whatever its kind.
+- ``pruned``: every chosen block drops tokens.
+- ``reused``: no block below the highest resolution runs. The last layer of the last up block gets the same input as in
+  the last computed step, whatever the kind of that step.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ from atedm_kernels.registry import plain_number
 
 KINDS = ("whole", "light", "pruned", "reused")
 
-# Those that drop tokens.
+# The kinds that drop tokens.
 PRUNING = frozenset({"light", "pruned"})
 
-# Fraction of a run. With Karras' steps features change most late, and there computed and reused steps by turns ruin
-# pictures.
+# Fraction of a run that counts as early. With Karras' steps features change most late in the run; alternating computed
+# and reused steps there ruins pictures.
 EARLY = 0.3
 
-# Steps. In shorter runs features change a lot from one step to the next.
+# Number of steps of a long run. In shorter runs features change a lot from one step to the next.
 LONG_RUN = 12
 
-# The last two computed steps of an adaptive schedule may be a quarter farther apart than others: a step in so many.
+# The last two computed steps of an adaptive schedule may be farther apart than others, by ``1 / STRETCH`` of a gap.
 STRETCH = 4
 
-# Steps of the runs that tolerances are chosen on. Twice as many halve the change from step to step: with the same
-# tolerance, reuse would take all of that, and the picture would come no closer. Power by the lab, at 50 steps.
+# Number of steps of the runs that tolerances are chosen on. Twice as many steps halve the change per step: with the
+# same tolerance all additional steps would be reused, and the picture would come no closer to the full one. The lab
+# chose the power at 50 steps.
 TUNED_STEPS, TUNED_POWER = 25, 0.75
 
-# Timesteps that a diffusion model is trained with; used where no scheduler is at hand to count steps.
+# Number of timesteps that a diffusion model is trained with; used if no scheduler is available to count steps.
 TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a picture stands when the kind of its next step is chosen.
+    """The progress of a picture when the kind of its next step is chosen.
 
     Attributes:
         step: the denoising step, from 0, of ``total``.
-        kinds: those of the steps that this picture has run, by step.
-        rate: how much the feature that ``reused`` steps take changed per step between the last two steps that were
-            computed, as a part of its norm; None before there were two, NaN or infinite where the feature is not
-            finite. Reading it may synchronise with a GPU.
+        kinds: the kind of each step that this picture has run, by step.
+        rate: change per step, between the last two computed steps, of the feature that ``reused`` steps take, relative
+            to its norm; None until two steps have been computed, NaN or infinite if the feature is not finite. Reading
+            it may synchronise with a GPU.
     """
 
     step: int
@@ -60,38 +61,38 @@ class Progress:
 
 
 class Schedule:
-    """Names the kind of each step. Override :meth:`kind`; the properties say what is known beforehand."""
+    """Chooses the kind of each step. Override :meth:`kind`; the properties say what is known in advance."""
 
     @property
     def kinds(self) -> frozenset[str]:
-        """All kinds that it may name."""
+        """All kinds that the schedule may choose."""
         return frozenset(KINDS)
 
     @property
     def constant(self) -> str | None:
-        """The kind of every step, where that depends on nothing; else None."""
+        """The kind of every step, if all steps have the same kind; else None."""
         return None
 
     @property
     def reads_past(self) -> bool:
-        """Whether a kind may depend on what the picture has run, not on the step alone."""
+        """Whether a kind may depend on what the picture has run, and not only on the step."""
         return self.constant is None
 
     def kind(self, progress: Progress) -> str:
-        """The kind of the step that ``progress`` has come to, one of :attr:`kinds`."""
+        """The kind of the step ``progress.step``, one of :attr:`kinds`."""
         raise NotImplementedError
 
     def kind_at(self, timestep: float) -> str:
-        """The kind judged by the timestep's value alone, from ``TRAIN_TIMESTEPS`` (noise) down to 0.
+        """The kind judged only by the timestep's value, from ``TRAIN_TIMESTEPS`` (noise) down to 0.
 
-        It is exact for evenly spaced timesteps, up to a step. Schedulers that space them by noise level (Karras,
-        exponential) can be several steps off.
+        For evenly spaced timesteps it is exact up to one step. With schedulers that space them by noise level (Karras,
+        exponential) it can be several steps off.
         """
         step = min(max(math.floor(TRAIN_TIMESTEPS - timestep), 0), TRAIN_TIMESTEPS - 1)
         return self.kind(Progress(step, TRAIN_TIMESTEPS, {}, lambda: None))
 
     def planned(self, total: int) -> list[str] | None:
-        """The kinds of a run of ``total`` steps; None where they depend on what the run computes."""
+        """The kinds of a run of ``total`` steps; None if they depend on what the run computes."""
         kinds: dict[int, str] = {}
 
         def rate() -> None:
@@ -106,7 +107,7 @@ class Schedule:
 
 
 class _ByStep(Schedule):
-    """The kinds depend on the step alone."""
+    """A schedule whose kinds depend only on the step."""
 
     @property
     def reads_past(self) -> bool:
@@ -114,7 +115,7 @@ class _ByStep(Schedule):
 
 
 class _DependsOnRun(Exception):
-    """A schedule has asked for a rate of change."""
+    """Raised when a schedule asks for the rate of change."""
 
 
 def _with_plain_numbers(schedule: Any) -> None:
@@ -141,7 +142,7 @@ def _check_kind(name: str, kind: object, allowed: Sequence[str] = KINDS) -> None
 
 @dataclass(frozen=True)
 class DSAP(_ByStep):
-    """Prune lightly during the first ``fraction`` of the denoising steps, everywhere after that.
+    """Prune lightly during the first ``fraction`` of the denoising steps, and everywhere after that.
 
     Of ``n`` steps the first ``ceil(fraction · n)`` are light: 15 of 50 at the paper's 0.3.
 
@@ -167,7 +168,7 @@ class DSAP(_ByStep):
         return {0: "pruned", 1: "light"}.get(self.fraction)
 
     def light_steps(self, total: int) -> int:
-        """How many of ``total`` steps are light. The small term absorbs the rounding of, say, 0.1 · 30."""
+        """Number of light steps among ``total``. The small term absorbs the rounding of, for example, 0.1 · 30."""
         return math.ceil(self.fraction * total - 1e-9)
 
     def kind(self, progress: Progress) -> str:
@@ -176,15 +177,15 @@ class DSAP(_ByStep):
 
 @dataclass(frozen=True)
 class Every(_ByStep):
-    """Compute every ``n``-th step, from the first on; the steps between reuse its features.
+    """Compute every ``n``-th step, starting with the first; the steps in between reuse its features.
 
-    With ``computed="whole"`` that is what DeepCache (Ma et al., CVPR 2024) does at its interval ``n``.
+    With ``computed="whole"`` this is what DeepCache (Ma et al., CVPR 2024) does at interval ``n``.
 
     Args:
         n: at least 1. computed: the kind of the steps that are not reused, ``"whole"``, ``"light"`` or ``"pruned"``.
 
     Raises:
-        ValueError: an argument that does not fit.
+        ValueError: an argument is invalid.
     """
 
     n: int = 2
@@ -209,7 +210,7 @@ class Every(_ByStep):
 
 @dataclass(frozen=True)
 class Listed(_ByStep):
-    """One kind for each step; a run of another number of steps takes them at the same fractions of the run.
+    """One kind for each step. A run with another number of steps uses them at the same fractions of the run.
 
     Args:
         steps: names from ``KINDS``, at least one.
@@ -242,28 +243,29 @@ class Listed(_ByStep):
 
 @dataclass(frozen=True)
 class Adaptive(Schedule):
-    """Compute a step when the features have changed by ``tolerance`` since the last one; reuse them until then (ours).
+    """Reuse features until they have changed by ``tolerance`` since the last computed step; then compute one (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
-    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. This follows any
-    scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed
-    too, because multistep solvers end on what the UNet says there. To make room for it, the rest of the run is divided
-    into equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end``
-    stops before the last one, which no call can know. If features are not finite, the next step is computed: there is
-    nothing to reuse, and a pruned step names the NaN.
+    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. This adapts to any
+    scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed too,
+    because multistep solvers end on the UNet's output there. To make room for it, the rest of the run is divided into
+    equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end`` stops
+    before the last one, which no call can know. If features are not finite, the next step is computed: there is nothing
+    to reuse, and a pruned step reports the NaN.
 
     Args:
-        tolerance: the relative change of the feature, above 0. More reuses more. A run of more than ``TUNED_STEPS``
-            (25) steps takes ``(25 / steps) ** 0.75`` of it, so that more steps also come closer to the full picture.
-        max_gap: the largest distance between two computed steps; the last two may be a quarter further apart.
-        min_gap: the smallest distance in the first 30 % of the run, and between the first two computed steps, before
-            which no rate is known. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
+        tolerance: the relative change of the feature, above 0. A higher tolerance reuses more. A run of more than
+            ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
+            the full picture.
+        max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart.
+        min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
+            because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
             12 steps is not pruned.
-        whole_every: from there on, every ``whole_every``-th computed step is whole, and those between are pruned.
+        whole_every: from there on, every ``whole_every``-th computed step is whole, and those in between are pruned.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit.
+        ValueError, TypeError: an argument is invalid.
     """
 
     tolerance: float = 0.3
@@ -309,7 +311,7 @@ class Adaptive(Schedule):
         return "whole" if since_whole >= self.whole_every else "pruned"
 
     def _distance(self, progress: Progress, left: int) -> int:
-        """How many steps after the last computed one the next is, where ``left`` are left."""
+        """Number of steps from the last computed step to the next one, if ``left`` steps are left."""
         gap = self._gap(progress)
         parts = -(-(left - gap // STRETCH) // gap)
         return left if parts <= 1 else min(gap, -(-left // parts))
@@ -319,7 +321,7 @@ class Adaptive(Schedule):
         return self.min_gap if is_early else 1
 
     def _gap(self, progress: Progress) -> int:
-        """How many steps it takes to change by ``tolerance``, within the bounds of a gap."""
+        """Number of steps in which the feature changes by ``tolerance``, within the bounds of a gap."""
         if self.max_gap == 1:
             return 1
         rate = progress.rate()
@@ -336,10 +338,10 @@ SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive"
 
 
 def as_schedule(value: object) -> Schedule | None:
-    """What :func:`atedm.apply` takes: a schedule, None to prune at every step, or a list of kinds.
+    """Convert what :func:`atedm.apply` takes: a schedule, None to prune at every step, or a list of kinds.
 
     Raises:
-        TypeError, ValueError: something else.
+        TypeError, ValueError: ``value`` is something else.
     """
     if isinstance(value, (list, tuple)):
         return Listed(tuple(value))
@@ -352,10 +354,10 @@ def as_schedule(value: object) -> Schedule | None:
 
 
 def schedule_to_json(schedule: Schedule | None) -> Any:
-    """None, a list of kinds, or the arguments of a schedule beside its name.
+    """A schedule as JSON: None, a list of kinds, or a mapping with the schedule's name and arguments.
 
     Raises:
-        TypeError: a schedule of the user's own, which has no text.
+        TypeError: a user-defined schedule, which cannot be written as JSON.
     """
     if schedule is None or isinstance(schedule, Listed):
         return None if schedule is None else list(schedule.steps)
@@ -365,7 +367,7 @@ def schedule_to_json(schedule: Schedule | None) -> Any:
 
 
 def schedule_from_json(value: Any) -> Any:
-    """What :func:`schedule_to_json` wrote; a mapping without a name is that of a :class:`DSAP`."""
+    """Read what :func:`schedule_to_json` wrote. A mapping without a name is read as a :class:`DSAP`."""
     if not isinstance(value, Mapping):
         return value
     arguments = dict(value)

@@ -1,4 +1,4 @@
-"""How many tokens are kept, and which come before all others."""
+"""How many tokens are kept, and which of them are kept before all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def kept_tokens(tokens: int, ratio: float, keep_multiple: int = 1) -> int:
     """``(1 − ratio) · tokens`` rounded to a multiple of ``keep_multiple``, between that multiple and ``tokens``.
 
-    At ratio 0, or where the rounding reaches ``tokens``, every token is kept. Half a multiple rounds up.
+    At ratio 0, or if rounding reaches ``tokens``, every token is kept. Half a multiple rounds up.
     """
     if ratio == 0:
         return tokens
@@ -20,12 +20,16 @@ def kept_tokens(tokens: int, ratio: float, keep_multiple: int = 1) -> int:
 
 
 def grid_first(scores: Tensor, height: int, width: int, stride: int, keep: int) -> Tensor:
-    """``scores`` ``[B, H, N]`` by which the tokens at the crossings of a grid are chosen before all others.
+    """Change ``scores`` ``[B, H, N]`` so that the tokens at the crossings of a grid are chosen before all others.
 
-    Where fewer tokens are kept than the grid has crossings, the grid becomes coarser until all of them fit.
+    If fewer tokens are kept than the grid has crossings, the grid becomes coarser until all crossings fit.
 
     Args:
-        height, width: of the map of ``N`` tokens. stride: between two lines. keep: how many tokens will be chosen.
+        height, width: size of the map of ``N`` tokens. stride: distance between two lines of the grid. keep: number of
+            tokens that will be chosen.
+
+    Returns:
+        A new tensor.
     """
     while -(-height // stride) * -(-width // stride) > keep:
         stride += 1

@@ -1,4 +1,4 @@
-"""How out of date a token's cached update is (ours): what it is multiplied with raises the tokens that need it most."""
+"""How out of date a token's cached update is (ours): a factor on the scores, which raises the most outdated tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from atedm_kernels.ops.token_drift import token_drift
 
-# Numbers per token that stand for its input: the fewest that on the embedded model keep pictures as well as all its 48
-# or 96 channels do (docs/quality.md).
+# Numbers per token that represent its input: the smallest width that keeps pictures as well as all 48 or 96 channels do
+# on the embedded model (docs/quality.md).
 DRIFT_WIDTH = 4
 
 # What is remembered of a block's tokens, by name.
@@ -19,16 +19,16 @@ State = dict[str, Tensor]
 
 
 class Staleness(Protocol):
-    """What it reads from a block's input ``[B, C, h, w]`` is ``observed``; what it remembers is its ``state``.
+    """``observed`` is what it reads from a block's input ``[B, C, h, w]``; ``state`` is what it remembers.
 
     Attributes:
-        measures: what it tells of a token, in words.
+        measures: what it measures of a token, in words.
     """
 
     measures: ClassVar[str]
 
     def start(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> State:
-        """A state for ``shape`` = B, N, C: tensors that keep their addresses."""
+        """A state for ``shape`` = (B, N, C): tensors that keep their addresses."""
         ...
 
     def observe(self, x: Tensor, state: State) -> Any: ...
@@ -38,14 +38,14 @@ class Staleness(Protocol):
         ...
 
     def computed(self, observed: Any, state: State, index: Tensor | None) -> None:
-        """Note that the tokens ``index`` ``[B, K]`` have been computed now; all of them where it is None."""
+        """Note that the tokens ``index`` ``[B, K]`` have been computed now; None means all tokens."""
         ...
 
 
 class Drift:
     """How far a token's input has moved since the token was computed: ``‖(x_i − x̂_i) R‖₂``.
 
-    ``R`` is a fixed random projection to ``DRIFT_WIDTH`` numbers, which keeps distances well enough to rank by
+    ``R`` is a fixed random projection to ``DRIFT_WIDTH`` numbers. It preserves distances well enough for ranking
     (Johnson and Lindenstrauss, 1984).
     """
 
@@ -61,7 +61,8 @@ class Drift:
         return {"projection": self._projection(channels, dtype, device), "seen": seen}
 
     def _projection(self, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``[width, C]``. Kept: the same numbers are drawn for every device, and to copy them there waits."""
+        """``[width, C]``. Cached, because the numbers, equal on all devices, are drawn on the CPU, and copying
+        them to the device waits."""
         key = channels, dtype, device
         if key not in self._projections:
             generator = torch.Generator().manual_seed(0)
@@ -86,7 +87,7 @@ class Drift:
 
 
 class StepsSince:
-    """In how many calls of the block, with this one, a token has not been computed."""
+    """How many calls of the block ago a token was last computed."""
 
     measures: ClassVar[str] = "how long they have not been computed"
 

@@ -1,1 +1,1 @@
-"""Pruning put into a diffusers UNet: ``attach`` changes its modules, ``block`` is what a pruned block computes."""
+"""Pruning of a diffusers UNet: ``attach`` changes its modules, ``block`` computes a pruned block."""

@@ -1,4 +1,4 @@
-"""Putting pruning into a diffusers pipeline and taking it out again."""
+"""Apply pruning to a diffusers pipeline and remove it again."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ logger = logging.getLogger("atedm")
 
 Pipeline = TypeVar("Pipeline")
 
-# What was removed from each UNet last. A compiled graph is guarded by the very objects that it was made with: applying
-# the same again takes no new graph if they come back.
+# The settings last removed from each UNet. The guards of a compiled graph check for the very objects that it was made
+# with, so applying equal settings reuses those objects and needs no new graph.
 _EARLIER: weakref.WeakKeyDictionary[nn.Module, list[UNetCalls]] = weakref.WeakKeyDictionary()
 _MAX_EARLIER = 8
 
-# Where a module's forward lies, and where accelerate keeps the one that its hook wraps.
+# The attribute that holds a module's forward, and the one where accelerate keeps the forward that its hook wraps.
 _FORWARDS = ("forward", "_old_forward")
 
 
 def _denoiser_of(target: object) -> Any:
-    """What a pipeline calls as its UNet; itself where ``target`` is no pipeline."""
+    """The object that a pipeline calls as its UNet; ``target`` itself if it is not a pipeline."""
     return getattr(target, "unet", target)
 
 
@@ -59,11 +59,11 @@ def _unet_of(target: object) -> UNet2DConditionModel:
 
 
 def calls_of(unet: nn.Module) -> UNetCalls | None:
-    """The hook that holds all there is to know about what is applied; None where nothing is."""
+    """The hook that holds the state of what is applied to ``unet``; None if nothing is applied."""
     for hook in unet._forward_pre_hooks.values():
         if isinstance(hook, UNetCalls):
             return hook
-    for module in unet.modules():  # its hooks may have been cleared
+    for module in unet.modules():  # another tool may have cleared the hooks
         for part in _parts_on(module).values():
             if not part.calls.following.is_in_place:
                 return part.calls
@@ -71,7 +71,7 @@ def calls_of(unet: nn.Module) -> UNetCalls | None:
 
 
 def _parts_on(module: nn.Module) -> dict[str, PrunedBlock | UNetStage]:
-    """Those of its forwards that are atedm's, by the name of the attribute."""
+    """The forwards that atedm has put on ``module``, by attribute name."""
     found = {name: module.__dict__.get(name) for name in _FORWARDS}
     return {name: part for name, part in found.items() if isinstance(part, (PrunedBlock, UNetStage))}
 
@@ -81,11 +81,11 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 def _uninstall(unet: nn.Module) -> UNetCalls | None:
-    """Take out what is applied, and return it. Raises before anything is changed, where a forward is not atedm's."""
+    """Remove what is applied and return it. If a forward is no longer atedm's, raise before changing anything."""
     calls = calls_of(unet)
     if calls is None:
         return None
-    # Where another tool has put back the forward of the class, there is nothing to take out.
+    # If another tool has restored the class's own forward, there is nothing to remove.
     installed = [part for part in calls.parts if not runs_its_own_forward(part.module)]
     for part in installed:
         if part not in _parts_on(part.module).values():
@@ -95,14 +95,14 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
     for part in installed:
         module = part.module
         if module.__dict__.get("forward") is not part:
-            # An accelerate hook came after us and keeps what it wraps under this name.
+            # An accelerate hook was added after atedm's forward and keeps the forward that it wraps under this name.
             module._old_forward = part.previous or _own_forward(module)
         elif part.previous is None:
             del module.forward
         else:
             module.forward = part.previous
-    put_back = [part.previous for part in installed]  # by atedm too, where UNets share a part
-    for module in unet.modules():  # a copy of a pruned block may have taken its place
+    put_back = [part.previous for part in installed]  # may be atedm's own, if UNets share a part
+    for module in unet.modules():  # a copy of a pruned block may have replaced it
         strays = {name: part for name, part in _parts_on(module).items() if part not in put_back}
         if "forward" in strays:
             del module.forward
@@ -115,7 +115,7 @@ def _uninstall(unet: nn.Module) -> UNetCalls | None:
 
 
 def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
-    """``target``: the UNet, or what ``torch.compile`` has wrapped around it."""
+    """Put ``calls`` on ``unet``. ``target`` is the UNet, or what ``torch.compile`` has wrapped around it."""
     if calls in _EARLIER.get(unet, []):
         _EARLIER[unet].remove(calls)
     for part in calls.parts:
@@ -138,12 +138,15 @@ def _around_graph(
     before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
     after: Callable[[bool], None],
 ) -> list[Callable[[], None]]:
-    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``; returns what undoes that.
+    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``.
 
-    ``after`` is told whether the run has come to its end, or was broken off.
+    ``after`` gets True if the run has finished, False if it was interrupted or raised.
 
     Args:
-        target: what is called: ``unet``, or what ``torch.compile(unet)`` returned.
+        target: the object that is called: ``unet``, or the result of ``torch.compile(unet)``.
+
+    Returns:
+        Functions that undo this.
     """
     undo: list[Callable[[], None]] = []
 
@@ -156,7 +159,7 @@ def _around_graph(
             try:
                 output = compiled(*args, **kwargs)
                 return output
-            finally:  # a forward hook is not called after an interrupt
+            finally:  # torch does not call forward hooks after an interrupt
                 after(output is not None)
 
         def restore() -> None:
@@ -168,13 +171,14 @@ def _around_graph(
 
     if target is not unet:
         follow(target, "forward")
-    if unet._compiled_call_impl is not None:  # by unet.compile(), with the hooks in the graph
+    if unet._compiled_call_impl is not None:  # set by unet.compile(); its graph includes the hooks
         follow(unet, "_compiled_call_impl")
     return undo
 
 
 def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
-    """Those that were removed, where the same was applied before, so that compiled graphs stay valid; else new ones."""
+    """Return the removed calls that applied the same options, if any, so that compiled graphs stay valid; else new
+    ones."""
     modules = [block.module for block in blocks]
     if "reused" in options.steps.kinds:
         modules += [stage for _, stage in stages_of(unet)]
@@ -195,61 +199,66 @@ def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) 
 def apply(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Pipeline:
-    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, and beyond it).
+    """Make a Stable Diffusion XL pipeline's UNet compute less from now on (AT-EDM, with extensions).
 
-    By default some steps reuse deep features, and from 30 % of the run on every other computed step prunes tokens, by
-    PageRank and drift; a dropped token keeps its last update. The published method is the preset ``"paper"``.
+    By default some steps reuse deep features. From 30 % of the run on, every other computed step prunes tokens, chosen
+    by PageRank and drift; a dropped token keeps its last update. The preset ``"paper"`` is the published method.
 
-    No module is replaced: each attention block gets a ``forward`` of its own until
-    :func:`remove`. Applying again replaces the earlier settings. If anything is wrong, nothing is changed.
+    No module is replaced: until :func:`remove`, attention blocks and stages of the UNet have a ``forward`` of atedm's.
+    Applying again replaces the earlier settings. If ``apply`` raises, nothing has changed.
 
-    Gradients go through a pruned call; the choice of tokens has none. A call that records gradients is whole where it
-    would need what an earlier one computed, as by default: train with ``"paper"``, which remembers nothing.
+    Gradients flow through a pruned call, but not through the choice of tokens. A call that records gradients is whole
+    if the settings need what an earlier call computed, as the default settings do. Train with ``"paper"``, which
+    remembers nothing.
 
     Args:
-        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or such a UNet; compiled ones too.
-        options: all of what follows but ``scheduler``, as an :class:`atedm.Options`, or the name of a preset in
-            ``atedm.PRESETS``. Keywords change single options.
-        ratio: the part of the tokens to drop, from 0 up to 1, or a mapping from level to that part (levels that it
-            does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, to compare with:
-            under the default schedule the pictures are the same bit for bit, on UNets that cannot be pruned too.
-        levels: resolution levels to prune, from 1 at the latent's own resolution; SDXL has attention at 2 and 3.
-            Default: all. ``(3,)`` as in the paper's AT-EDM†, the preset ``"paper-dagger"``.
+        pipe: a diffusers pipeline with a ``UNet2DConditionModel``, or that UNet itself; either may be compiled.
+        options: all of the settings below except ``scheduler``, as an :class:`atedm.Options`, or the name of a preset
+            in ``atedm.PRESETS``. Keywords change single options.
+        ratio: the fraction of the tokens to drop, from 0 up to, not including, 1, or a mapping from level to fraction
+            (levels that it does not name stay whole). Default 0.63, the paper's main setting. 0 drops none, for
+            comparison: under the default schedule the pictures then equal the full UNet's bit for bit, even on UNets
+            that cannot be pruned.
+        levels: resolution levels to prune, counted from 1 at the latent's own resolution; SDXL has attention at 2 and
+            3. Default: all. ``(3,)`` is the paper's AT-EDM†, the preset ``"paper-dagger"``.
         schedule: the kind of each denoising step, see :mod:`atedm.policy.schedule`: an :class:`atedm.Adaptive`
-            (default: tolerance 0.27, from 0.3 of the run on every other computed step pruned), :class:`atedm.Every`,
-            the paper's :class:`atedm.DSAP`, another :class:`atedm.Schedule`, a list of kinds, one for each step, or
-            None to prune everywhere at every step. Where a step needs what an earlier one computed, the first step of
-            a picture is whole.
+            (default: tolerance 0.27, and from 0.3 of the run on every other computed step is pruned),
+            :class:`atedm.Every`, the paper's :class:`atedm.DSAP`, another :class:`atedm.Schedule`, a list with one kind
+            for each step, or None to prune everywhere at every step. If a step needs what an earlier one computed, the
+            first step of a picture is whole.
         placement: ``"early"`` prunes right after the first layer's self-attention and recovers after the output
-            projection; ``"paper"`` prunes after that layer and recovers before the projection. The result is the same
+            projection; ``"paper"`` prunes after that layer and recovers before the projection. The results are equal
             up to rounding; early does less work.
-        ranking: what the kept tokens are chosen by. ``"self"``: PageRank on self-attention (the paper's, default),
-            ``"cross"``: on cross-attention; ``"keys"``: those first whose keys are least like all the others' (ours); a
-            function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention to scores
-            ``[B, H', N]`` (float32, not negative); or None, to choose by ``staleness`` alone, before self-attention.
-        staleness: what the ranking's scores are multiplied with (ours). ``"drift"``: how far the input of a token has
-            moved since it was last computed (default); ``"steps"``: in how many calls it was not; None for nothing.
+        ranking: how the kept tokens are chosen. ``"self"``: by PageRank on self-attention (the paper's, default);
+            ``"cross"``: by PageRank on cross-attention; ``"keys"``: first the tokens whose keys are least like all
+            others' (ours); a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` of the first self-attention
+            to scores ``[B, H', N]`` (float32, not negative); or None, to choose by ``staleness`` only, before
+            self-attention.
+        staleness: the factor that multiplies the ranking's scores (ours). ``"drift"``: how far the input of a token
+            has moved since the token was last computed (default); ``"steps"``: how many calls ago that was; None for
+            no factor.
         recovery: what a dropped token gets. ``"cached"``: what the block added to it when it was last computed (ours,
             default); ``"similarity"``: a copy of the kept token that attends to it most (the paper's); ``"keys"``: a
-            copy of the one with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
+            copy of the kept token with the most similar keys (ours); ``"zeros"`` or ``"bicubic"``.
         grid: keep the tokens at the crossings of every ``grid``-th row and column before all others, so that some are
-            kept everywhere; a coarser grid where not so many are kept. None, the default, for none.
-        rank_every: choose tokens at every such denoising step, and keep the choice for the steps between. Default 1.
+            kept everywhere. If fewer tokens are kept than the grid has crossings, the grid gets coarser. Default None:
+            no grid.
+        rank_every: choose tokens at every ``rank_every``-th denoising step and keep the choice in between. Default 1.
         reduction: how heads are joined, ``"rms"`` or ``"mean"``.
         keep_multiple: round the number of kept tokens to a multiple of this.
         max_iterations, tolerance: of the power iteration, see :func:`atedm_kernels.weighted_page_rank`.
-        warm_start: begin it at the scores that the block's ranking came to in an earlier step of the picture, with at
-            most 3 iterations then (ours, default). False for uniform scores, as published.
-        scheduler: where ``pipe`` is a UNet that is called with values: its ``timesteps`` tell the step. Pipelines need
-            none: they hand the UNet elements of their scheduler's timesteps, whose place is the step. Without either,
-            the timestep's size judges.
+        warm_start: start the power iteration from the block's scores of an earlier step of the picture, and then do at
+            most 3 iterations (ours, default). False starts from uniform scores, as published.
+        scheduler: needed only if ``pipe`` is a UNet that you call with plain timestep values: its ``timesteps`` tell
+            the step. Pipelines need none: they hand the UNet elements of their scheduler's timesteps, and the position
+            of an element is the step. Without either, the schedule judges by the timestep's value.
 
     Returns:
         ``pipe``.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a UNet with nothing to prune, or one with a module that
-            cannot be pruned; the message says which.
+        TypeError, ValueError: an argument is invalid, or the UNet has nothing to prune or a module that cannot be
+            pruned; the message says which.
     """
     unet = _unet_of(pipe)
     settings = resolve(options, changes)
@@ -276,11 +285,11 @@ def apply(
 
 
 def remove(pipe: Pipeline) -> Pipeline:
-    """Take pruning out again; the UNet is exactly what it was. Does nothing where nothing was applied.
+    """Remove pruning and restore the UNet exactly. Does nothing if nothing was applied.
 
     Raises:
-        TypeError: ``pipe`` is neither a pipeline with a ``UNet2DConditionModel`` nor such a UNet.
-        RuntimeError: another tool has wrapped a pruned block since; nothing is changed.
+        TypeError: ``pipe`` is neither a pipeline with a ``UNet2DConditionModel`` nor that UNet itself.
+        RuntimeError: another tool has wrapped a pruned block since ``apply``; nothing is changed.
     """
     unet = _unet_of(pipe)
     calls = calls_of(unet)
@@ -294,13 +303,13 @@ def remove(pipe: Pipeline) -> Pipeline:
 def applied(
     pipe: Pipeline, options: Options | str | None = None, *, scheduler: object | None = None, **changes: Any
 ) -> Iterator[Pipeline]:
-    """:func:`apply` for the length of a ``with`` block; afterwards what was in force before it is again.
+    """:func:`apply` for the length of a ``with`` block; afterwards the earlier settings are active again.
 
-    Blocks may end in another order than they began; what is in force then is that of the innermost block still open.
+    Blocks may end in any order; the settings of the innermost block still open are active.
 
     Raises:
-        RuntimeError: another task or thread is inside such a block for the same UNet, so that one of the two would run
-            with the other's settings.
+        RuntimeError: another task or thread is inside ``applied`` for the same UNet, so one of the two would run with
+            the other's settings.
     """
     unet = _unet_of(pipe)
     scopes = _SCOPES.setdefault(unet, [])
@@ -323,12 +332,12 @@ def applied(
             _uninstall(unet)
             scope.restore(unet)
         else:
-            scopes[position].before = scope.before  # the next one restores what this one would have
+            scopes[position].before = scope.before  # the next scope restores what this one would have restored
 
 
 @dataclass(eq=False)
 class _Scope:
-    """An open block of :func:`applied`: what was in force before it, and the state of that."""
+    """An open block of :func:`applied`. ``before``: what was active before it, with its state."""
 
     before: tuple[UNetCalls, dict[str, Any]] | None
 
@@ -340,25 +349,25 @@ class _Scope:
             _install(unet if target is None else target, unet, calls)
 
 
-# The open scopes of each UNet, innermost last; and those that this task or thread is inside of.
+# The open scopes of each UNet, innermost last, and the scopes that this task or thread is inside.
 _SCOPES: weakref.WeakKeyDictionary[nn.Module, list[_Scope]] = weakref.WeakKeyDictionary()
 _entered: ContextVar[tuple[_Scope, ...]] = ContextVar("atedm_scopes", default=())
 
 
 def _set_aside(unet: nn.Module) -> tuple[UNetCalls, dict[str, Any]] | None:
-    """What is in force, with the state that taking it out clears."""
+    """What is active, with the state that uninstalling it clears."""
     calls = calls_of(unet)
     return None if calls is None else (calls, {**vars(calls), "following": Following(calls.following.target)})
 
 
 def pruned_blocks(pipe: object) -> list[str]:
-    """Module paths of the attention blocks that :func:`apply` prunes, in the order in which they run."""
+    """Module paths of the attention blocks that :func:`apply` has pruned, in the order in which they run."""
     calls = calls_of(_unet_of(pipe))
     return [] if calls is None else [block.name for block in calls.parts.blocks]
 
 
-# How many recordings are open, and what makes compiled UNets run uncompiled meanwhile. One for all recordings: they may
-# end in another order than they began.
+# The number of open recordings, and the stance that makes compiled UNets run uncompiled meanwhile. All recordings share
+# one stance, because they may end in any order.
 _open_recordings = 0
 _stance = contextlib.ExitStack()
 
@@ -379,11 +388,11 @@ def _uncompiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def record(pipe: object, *, tokens: bool = True) -> Iterator[Recording]:
-    """Collect the kind of each step, and scores, kept tokens and iterations of every block, in a ``with`` block.
+    """In a ``with`` block, collect the kind of each step and the scores, kept tokens and iterations of every block.
 
     Args:
-        tokens: copy each kept set to the CPU, which slows a GPU down, and run a compiled UNet uncompiled: for looking,
-            not for timing. False notes steps, kinds and memory alone, at no cost.
+        tokens: copy each kept set to the CPU, which slows a GPU down, and run a compiled UNet uncompiled. Use this to
+            inspect, not to time. False notes only steps, kinds and memory, at no cost.
 
     Raises:
         ValueError: nothing is applied to ``pipe``.
@@ -398,9 +407,9 @@ def record(pipe: object, *, tokens: bool = True) -> Iterator[Recording]:
     recordings = calls.recordings
     recordings.append(recording)
     try:
-        # In a graph, what happens once is all that would be noted.
+        # A graph would record only once, while torch traces it.
         with _uncompiled() if tokens else contextlib.nullcontext():
             yield recording
     finally:
-        # In place: applying again inside the block has handed the list on.
+        # In place: applying again inside the block passes on this very list.
         recordings[:] = [other for other in recordings if other is not recording]

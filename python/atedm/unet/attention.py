@@ -1,4 +1,4 @@
-"""The linear parts of a plain attention, one by one, and its masks for some of the tokens."""
+"""The linear parts of a plain attention, one by one, and IP-Adapter masks for the kept tokens."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def _normed(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _is_fused(attention: nn.Module) -> bool:
-    """Whether the processor reads the fused projections: diffusers leaves those behind when it takes it away."""
+    """Whether the processor reads the fused projections. diffusers leaves them on the module when it unfuses."""
     return type(attention.processor).__name__ == "FusedAttnProcessor2_0"
 
 
 def project(attention: nn.Module, hidden_states: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, H, N, D]`` of a self-attention; queries of ``index`` ``[B, K]`` alone."""
+    """Queries, keys and values ``[B, H, N, D]`` of a self-attention; with ``index`` ``[B, K]``, queries only of these
+    tokens."""
     if _is_fused(attention):
         q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
         q = q if index is None else gather_tokens(q, index)
@@ -76,28 +77,29 @@ def project_out_kept(attention: nn.Module, attended: Tensor, index: Tensor) -> T
 
 
 def scale_of(attention: nn.Module) -> float | None:
-    """None, for ``1/sqrt(D)``, unless the module says otherwise, and its processor reads that."""
+    """The scale of the logits; None for ``1/sqrt(D)``, the usual one."""
     head_dim = attention.inner_dim // attention.heads
-    is_read = not type(attention.processor).__name__.endswith("2_0")  # those leave the scale to torch
+    is_read = not type(attention.processor).__name__.endswith("2_0")  # those ignore attention.scale: torch's default
     return attention.scale if is_read and attention.scale != head_dim**-0.5 else None
 
 
 def masks_of_kept(masks: Any, index: Tensor, tokens: int) -> list[Any]:
-    """Masks of IP-Adapters, which say where an image prompt counts, for the kept tokens alone.
+    """Masks of IP-Adapters, which say where an image prompt counts, reduced to the kept tokens.
 
-    diffusers' processors read them at the kept tokens as they would read ``masks`` at all of them.
+    diffusers' processors read them at the kept tokens as they would read ``masks`` at all tokens.
 
-    A processor resizes each mask to as many pixels as there are queries, in the mask's own aspect ratio. A mask one
-    pixel high, and as wide as there are kept tokens, stays what it is.
+    A processor resizes each mask to as many pixels as there are queries, in the mask's own aspect ratio. A mask that is
+    one pixel high and one pixel per kept token wide therefore stays unchanged.
 
     Args:
-        masks: for each adapter ``[1, images, height, width]``, of any size, or None; or all in one ``[adapters, 1,
-            height, width]``, diffusers' older form.
+        masks: for each adapter ``[1, images, height, width]``, of any size, or None; or all in one tensor ``[adapters,
+            1, height, width]``, diffusers' older form.
         index: int64 ``[B, K]``, the kept tokens.
-        tokens: of the whole feature map.
+        tokens: number of tokens of the whole feature map.
 
     Returns:
-        For each adapter ``[B, images, 1, K]``, or the entry itself where it is no such mask: the processor raises.
+        For each adapter ``[B, images, 1, K]``, or None if it has no mask. Any other entry is passed on: the processor
+        raises.
     """
     if isinstance(masks, Tensor):
         masks = list(masks.unsqueeze(1))

@@ -1,7 +1,7 @@
 """A pruned attention block: what its ``forward`` runs in a call, and what it remembers of a picture.
 
-Nothing of diffusers' forwards is copied. A block's own forward runs with a stand-in for ``self``, see
-:mod:`atedm.unet.stand_ins`. All state of a call lives there, so an exception leaves nothing behind.
+No code of diffusers' forwards is copied. A block's own forward runs with a stand-in for ``self``, see
+:mod:`atedm.unet.stand_ins`. The stand-in holds all state of the call, so an exception leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class PrunedBlock:
     """The ``forward`` of a pruned ``Transformer2DModel`` instance.
 
     Attributes:
-        placement, ranking, recovery, staleness: the policies that the options name; None without one.
-        remembers: whether they need what an earlier call computed.
+        placement, ranking, recovery, staleness: the policies that the options name; ``ranking`` or ``staleness`` may be
+            None.
+        remembers: whether the policies need what an earlier call computed.
     """
 
     runs_when_reused = False
@@ -59,7 +60,7 @@ class PrunedBlock:
         self.forward = type(module).forward
         self.output = type(module)._get_output_for_continuous_inputs
         self.layer_forward = type(module.transformer_blocks[0]).forward
-        # What another tool left on the instance; it goes back when pruning is removed.
+        # The forward that another tool left on the instance; it is restored when pruning is removed.
         self.previous: Any = None
 
     @property
@@ -70,7 +71,7 @@ class PrunedBlock:
         return looked_up == (kind.forward, kind._get_output_for_continuous_inputs, layer.forward)
 
     def count_kept(self, height: int, width: int) -> int:
-        """How many tokens of a feature map are kept; a warning, once, where all are."""
+        """Number of tokens of a feature map that are kept. If all are, log a warning once."""
         options = self.calls.options
         keep = kept_tokens(height * width, options.ratio_at(self.level), options.keep_multiple)
         if keep == height * width:
@@ -105,7 +106,7 @@ class PrunedBlock:
             memory.staleness = self.staleness.start((batch, tokens, self.module.in_channels), dtype, device)
 
     def memory_of(self, call: Call, hidden_states: Tensor) -> BlockMemory | None:
-        """What is remembered of the picture of ``call``; None where nothing of this shape is."""
+        """What is remembered of the picture of ``call``; None if nothing of this shape is."""
         memory = None if call.slot is None else call.slot.blocks.get(self.name)
         batch, _, height, width = hidden_states.shape
         return memory if memory is not None and memory.size == (batch, height, width) else None
@@ -118,8 +119,8 @@ class PrunedBlock:
         is_whole = call.kind in ("whole", "reused") or (call.kind == "light" and self.whole_when_light)
         has_no_memory = self.remembers and memory is None
         if not is_whole and self.remembers and memory is not None:
-            # What wraps the block may have left it out of the picture's first call. Only asked here: a graph of a whole
-            # call would else be guarded by it.
+            # A wrapper may have skipped the block in the picture's first call. Asked only here, so that torch does not
+            # guard the graph of a whole call by it.
             is_whole = not memory.is_filled
         choice = None
         if keep == height * width or is_whole or has_no_memory:
@@ -128,7 +129,7 @@ class PrunedBlock:
             stand_in = RememberingTransformer(self, memory)
             memory.is_filled = True
         else:
-            # Masks for all tokens would not fit the kept ones. diffusers passes them by name.
+            # Masks for all tokens do not fit the kept ones. diffusers passes them as keywords.
             has_masks = bool(args) or "ip_adapter_masks" in (kwargs.get("cross_attention_kwargs") or ())
             choice = TokenChoice(self, call, memory, keep, hidden_states)
             stand_in = CompactTransformer(self, choice, memory, has_masks)

@@ -1,4 +1,4 @@
-"""Finding the attention blocks of a diffusers UNet and telling which can be pruned."""
+"""Find the attention blocks of a diffusers UNet and decide which of them can be pruned."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from atedm_kernels import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 logger = logging.getLogger("atedm")
 
-# Self-attention processors whose computation is plain scaled dot-product attention over one set of projections,
-# so that ours, which also returns the logsumexp, stands in for them in the first layer of a pruned block.
+# Self-attention processors that compute plain scaled dot-product attention over one set of projections. In the first
+# layer of a pruned block atedm's own attention, which also returns the logsumexp, replaces them.
 PLAIN_PROCESSORS = frozenset(
     {
         "AttnProcessor",
@@ -32,12 +32,12 @@ PLAIN_PROCESSORS = frozenset(
     }
 )
 
-# Those of perturbed-attention guidance, with the number of equal parts that they split the batch into. They perturb the
-# last part: its tokens attend to themselves alone.
+# The processors of perturbed-attention guidance, with the number of equal parts that they split the batch into. They
+# perturb the last part: each of its tokens attends only to itself.
 PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
 
 
-# Cross-attention processors that treat each query alone, wherever it stands.
+# Cross-attention processors that treat each query separately, whatever its position.
 TOKENWISE_PROCESSORS = PLAIN_PROCESSORS | {
     "AttnProcessorNPU",
     "CustomDiffusionAttnProcessor",
@@ -48,8 +48,8 @@ TOKENWISE_PROCESSORS = PLAIN_PROCESSORS | {
     "IPAdapterXFormersAttnProcessor",
 }
 
-# Hooks of diffusers' that decide where weights are and of which dtype, not what is computed. Others, such as those that
-# keep attention from an earlier step, may count on all tokens.
+# diffusers hooks that decide where weights are and which dtype they have, not what is computed. Other hooks, such as
+# those that keep attention from an earlier step, may count on all tokens.
 _HARMLESS_HOOKS = frozenset(
     {
         "group_offloading",
@@ -61,7 +61,7 @@ _HARMLESS_HOOKS = frozenset(
 )
 
 
-# Of a forward that is no Python function.
+# Stands in for the code of a forward that is not a Python function.
 _NO_CODE = (lambda: None).__code__
 
 
@@ -70,9 +70,9 @@ class AttentionBlock:
     """One ``Transformer2DModel`` of a UNet.
 
     Attributes:
-        name: module path in the UNet, as ``"down_blocks.1.attentions.0"``.
-        level: the paper's resolution level, from 1 at the latent's own resolution.
-        whole_when_light: DSAP leaves it unpruned in the light phase.
+        name: module path in the UNet, such as ``"down_blocks.1.attentions.0"``.
+        level: the paper's resolution level, counted from 1 at the latent's own resolution.
+        whole_when_light: whether DSAP leaves it unpruned in the light phase.
     """
 
     name: str
@@ -83,10 +83,10 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module stands in a UNet.
+    """The place of a module in a UNet.
 
     Attributes:
-        parts: the UNet's own modules, by name. path: the names from there on.
+        parts: the UNet's direct child modules, by name. path: the names on the way from the UNet to the module.
     """
 
     parts: Mapping[str, nn.Module | None]
@@ -97,7 +97,7 @@ class Place:
         return cls(unet._modules, name.split("."))
 
     def modules(self) -> Iterator[nn.Module]:
-        """Those on the way there, the outermost first; after a wrapper of ``torch.compile`` what it wraps."""
+        """The modules on the way, outermost first. A wrapper of ``torch.compile`` is followed by what it wraps."""
         parts = self.parts
         for key in self.path:
             found = parts.get(key)
@@ -110,13 +110,13 @@ class Place:
             parts = found._modules
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether ``module`` still stands there."""
+        """Whether ``module`` is still in this place."""
         *_, last = (None, *self.modules())
         return last is module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` has wrapped in ``module``; itself where it has wrapped nothing."""
+    """The module inside ``module`` if that is a wrapper of ``torch.compile``; else ``module`` itself."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -142,7 +142,7 @@ def _attentions_of(stage: nn.Module | None) -> list[nn.Module]:
     return [unwrapped(module) for module in getattr(stage, "attentions", None) or ()]
 
 
-# UNets of which it was said that a block has no layers.
+# UNets for which a block without layers has been logged.
 _said_empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -155,7 +155,7 @@ def blocks_to_prune(
         is_pruned: whether a module's forward is atedm's.
 
     Raises:
-        ValueError: there are none, or one cannot be pruned; the message says which and why.
+        ValueError: there is no block to prune, or one cannot be pruned; the message says which and why.
     """
     if not options.prunes:
         return []
@@ -198,41 +198,43 @@ def blocks_to_prune(
 
 
 def feature_map_size(level: int, height: int, width: int) -> tuple[int, int]:
-    """``(h, w)`` of the feature map at ``level``: each level halves that of the latent, rounding up."""
+    """``(h, w)`` of the feature map at ``level``. Each level halves the size of the level before, rounding up."""
     scale = 2 ** (level - 1)
     return -(-height // scale), -(-width // scale)
 
 
 def runs_its_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
-    """Whether ``module`` runs the forward of its class, which a tool that was undone may have left on the instance."""
+    """Whether ``module`` runs the forward of its class. A tool that was undone may have left it on the instance."""
     forward = module.__dict__.get(attribute)
     own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
     return forward is None or own
 
 
 def _runs_its_own_forward_or_accelerates(module: nn.Module) -> bool:
-    """As :func:`runs_its_own_forward`, also under accelerate's hooks, which move weights and inputs to a device."""
+    """Like :func:`runs_its_own_forward`, but looks under accelerate's hooks, which only move weights and inputs."""
     attribute = _inner_forward(module)
     return attribute is not None and runs_its_own_forward(module, attribute)
 
 
 def _inner_forward(module: nn.Module) -> str | None:
-    """Where a module's forward lies: under accelerate's hook, if it has one; None where another tool's is on top."""
+    """The attribute that holds a module's forward, which differs under accelerate's hook; None if another tool's
+    forward is on top."""
     attributes = module.__dict__
     if "_hf_hook" not in attributes:
         return "forward"
-    # Its forward is a partial.
+    # The hook's forward is a partial.
     outer = getattr(attributes.get("forward"), "func", None)
     return "_old_forward" if getattr(outer, "__module__", None) == "accelerate.hooks" else None
 
 
 def why_stage_replaced(stage: nn.Module) -> str | None:
-    """Which of a stage's parts runs another tool's forward, which may count on every step; None where none does."""
+    """The part of a stage that runs another tool's forward, which may count on running in every step; None if no part
+    does."""
     for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
         for n, part in enumerate(getattr(stage, name, None) or ()):
             module = unwrapped(part)
             attribute = _inner_forward(module)
-            # One of atedm's is no tool's.
+            # A forward of atedm's counts as the module's own.
             is_own = attribute is not None and (
                 hasattr(module.__dict__.get(attribute), "runs_when_reused") or runs_its_own_forward(module, attribute)
             )
@@ -241,7 +243,7 @@ def why_stage_replaced(stage: nn.Module) -> str | None:
     return None
 
 
-# What the forward of an attention block calls last.
+# The method that the forward of an attention block calls last.
 METHOD = "_get_output_for_continuous_inputs"
 
 # The parts of a layer that a tool may replace.
@@ -258,9 +260,9 @@ def parts_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def why_not_tokenwise(module: nn.Module) -> str | None:
-    """Why the layers of an attention block must not run on some of the tokens, or None where they may."""
+    """Why the layers of an attention block cannot run on a subset of the tokens; None if they can."""
     for i, layer in enumerate(module.transformer_blocks):
-        # tomesd exchanges the class for one of its own, which takes the tokens for a whole grid.
+        # tomesd replaces the class by its own, which assumes that the tokens form a whole grid.
         if getattr(type(layer), "forward", None) is not BasicTransformerBlock.forward:
             return f"its layer {i} is a {type(layer).__name__}; expected the forward of a BasicTransformerBlock"
         if getattr(layer, "pos_embed", None) is not None:
@@ -284,7 +286,7 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
 
 
 def why_not_skippable(module: nn.Module) -> str | None:
-    """Why an attention block must run in every step, or None where it need not."""
+    """Why an attention block must run in every step; None if it need not."""
     for i, layer in enumerate(getattr(module, "transformer_blocks", ())):
         for name, part in parts_of(layer):
             reason = _why_replaced(i, name, part)
@@ -294,7 +296,7 @@ def why_not_skippable(module: nn.Module) -> str | None:
 
 
 def _why_replaced(i: int, name: str, part: nn.Module) -> str | None:
-    """What another tool has put on layer ``i``, or its part ``name``, or None where it is diffusers' own."""
+    """What another tool has put on layer ``i``, or on its part ``name``; None if it is diffusers' own."""
     attributes = part.__dict__
     if "_diffusers_hook" in attributes:  # which replaces the forward too
         hooks = set(attributes["_diffusers_hook"].hooks) - _HARMLESS_HOOKS
@@ -308,20 +310,20 @@ def _why_replaced(i: int, name: str, part: nn.Module) -> str | None:
 
 
 def _is_diffusers_own(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` is written in diffusers; a wrapper may have taken over its name and module."""
+    """Whether diffusers defines ``function``. A wrapper may copy the name and module, so the globals decide."""
     return getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers.")
 
 
 def processor_of(attention: nn.Module) -> str:
-    """The class of an attention's processor, with a word where what it calls is not diffusers': names can be alike."""
+    """The class name of an attention's processor, marked if its ``__call__`` is not diffusers', as names can clash."""
     kind = type(attention.processor)
     return kind.__name__ if _is_diffusers_own(kind.__call__) else f"{kind.__name__} of another tool"
 
 
 def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | None:
-    """Why an attention must not get some of the queries alone, or None where it may.
+    """Why an attention cannot run on a subset of the queries; None if it can.
 
-    ``is_ranked``: another computes in its place what its processor would, see :func:`why_not_plain`.
+    ``is_ranked``: atedm's own attention replaces its processor, which :func:`why_not_plain` checks.
     """
     if getattr(type(attention), "forward", None) is not Attention.forward:
         return f"is a {type(attention).__name__}; expected the forward of an Attention"
@@ -336,10 +338,10 @@ def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | Non
 
 
 def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | None:
-    """Why ``ratio`` of an attention block's tokens cannot be dropped, or None where they can.
+    """Why ``ratio`` of an attention block's tokens cannot be dropped; None if they can.
 
-    With a ratio of 0 the block's own forward runs, so what its layers compute does not matter. ``is_pruned``: its
-    forward is atedm's.
+    With a ratio of 0 the block's own forward runs, so what its layers compute does not matter. ``is_pruned``: whether
+    its forward is atedm's.
     """
     if not isinstance(module, Transformer2DModel):
         return f"it is a {type(module).__name__}; expected a Transformer2DModel"
@@ -350,7 +352,7 @@ def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | 
     if not module.is_input_continuous:
         return "its input is not a feature map"
     if "__class__" in getattr(type(module).forward, "__code__", _NO_CODE).co_freevars:
-        return f"the forward of its class {type(module).__name__} calls super(), which a stand-in for it has not"
+        return f"the forward of its class {type(module).__name__} calls super(), which a stand-in for it lacks"
     for i, layer in enumerate(module.transformer_blocks):
         if hasattr(layer, "fuser"):
             return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"
@@ -358,19 +360,20 @@ def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | 
 
 
 def why_hooked(layer: nn.Module) -> str | None:
-    """Why forward hooks on a block's first layer forbid pruning it, or None where there are none."""
+    """Why forward hooks on a block's first layer forbid pruning it; None if there are no hooks."""
     for part, module in (("first layer", layer), ("first self-attention", layer.attn1)):
         if module._forward_hooks or module._forward_pre_hooks:
             return f"its {part} has forward hooks, which would not be called; expected none"
     return None
 
 
-# What decides whether tokens can be ranked from a layer, beside its positional embeddings and its attention.
+# The attributes of a layer that decide whether tokens can be ranked from it, besides its positional embeddings and its
+# attention.
 LAYER = ("norm_type", "only_cross_attention", "double_self_attention")
 
 
 def why_not_rankable(layer: nn.Module) -> str | None:
-    """Why tokens cannot be ranked from the first layer of a block, or None where they can."""
+    """Why tokens cannot be ranked from the first layer of a block; None if they can."""
     hooked = why_hooked(layer)
     if hooked is not None:
         return hooked
@@ -386,10 +389,10 @@ def why_not_rankable(layer: nn.Module) -> str | None:
     return why_not_plain(layer.attn1)
 
 
-# Norms of an attention over all of its tokens.
+# The norms of an attention that span all of its tokens.
 NORMS = ("group_norm", "spatial_norm")
 
-# What processors call of an attention.
+# The methods of an attention that processors call.
 METHODS = (
     "get_attention_scores",
     "prepare_attention_mask",
@@ -398,7 +401,7 @@ METHODS = (
     "norm_encoder_hidden_states",
 )
 
-# What decides whether one is plain, but for the processor.
+# The attributes that decide whether an attention is plain, besides its processor.
 PLAIN = (
     *NORMS,
     "residual_connection",
@@ -412,7 +415,7 @@ def _has_norm(attention: nn.Module) -> bool:
 
 
 def why_not_plain(attention: nn.Module) -> str | None:
-    """Why ``attention`` is not plain softmax attention with an output projection, or None where it is."""
+    """Why ``attention`` is not plain softmax attention with an output projection; None if it is."""
     processor = processor_of(attention)
     if processor not in PLAIN_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"

@@ -1,4 +1,4 @@
-"""What a call of a UNet tells its parts, compiled or not."""
+"""Follows the calls of a UNet and tells its parts, compiled or not, what each call is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atedm.unet.recording import Recording
 _TRACED = "torch.jit.trace records a single call, and with {} calls differ; expected settings under which all are alike"
 
 _UNTOLD_GRAPH = (
-    "{} makes calls differ, and a graph of the whole UNet that was compiled after atedm.apply cannot tell them apart; "
+    "{} makes calls differ, and a graph of the whole UNet that was compiled after atedm.apply cannot distinguish them; "
     "expected atedm.apply once more, now on the compiled UNet or pipeline, or, for torch.export, settings with which "
     "every step is alike"
 )
@@ -39,8 +39,9 @@ class Following:
     """What :func:`atedm.apply` has put on a UNet to follow its calls.
 
     Attributes:
-        target: what is called: the UNet, or what wraps it. hooks: of the UNet itself, which a copy of it has too.
-        undo: takes away the rest.
+        target: the object that is called: the UNet, or what wraps it. hooks: on the UNet itself; a copy of the UNet
+            has them too.
+        undo: functions that remove the rest.
     """
 
     target: nn.Module | None = None
@@ -52,7 +53,7 @@ class Following:
         return all(hook.id in (hook.hooks_dict_ref() or ()) for hook in self.hooks)
 
     def check(self) -> None:
-        """Refuse calls that cannot be followed: others can clear a module's hooks."""
+        """Refuse calls that cannot be followed: another tool may have cleared the module's hooks."""
         if not self.is_in_place:
             raise RuntimeError(
                 "the forward hooks that atedm.apply put on the UNet are gone, so its calls cannot be followed; "
@@ -67,29 +68,29 @@ class Following:
             self.undo.pop()()
 
     def of_a_copy(self) -> Following:
-        """For a copy of the UNet, which is not compiled."""
+        """What a copy of the UNet, which is not compiled, has of this."""
         return replace(self, target=None, undo=[])
 
 
 class UNetCalls:
-    """The calls of one UNet that was pruned by ``options``: a forward pre-hook of it, shared by its parts.
+    """The calls of one UNet that was pruned with ``options``: the UNet's forward pre-hook, which its parts share.
 
     Attributes:
-        parts: its modules whose forwards are atedm's. recordings: those that are open.
-        planner: knows what each call is, and what is remembered. following: how its calls are followed.
-        told: what graphs of the UNet, or of its parts, read instead of a call of their own.
+        parts: the UNet's modules whose forwards are atedm's. recordings: the open ones.
+        planner: knows what each call is, and what is remembered. following: how the UNet's calls are followed.
+        told: what graphs of the UNet, or of its parts, read about the call that they run.
     """
 
     def __init__(self, options: Options, scheduler: object | None = None) -> None:
         self.options = options
         self.parts = Parts(options)
-        # Decided once: an attribute is what a compiled graph can be guarded by.
+        # Decided once and kept as an attribute, because torch can guard a compiled graph by an attribute.
         self.is_constant = options.is_constant
         self.begin(scheduler)
         self.following = Following()
 
     def begin(self, scheduler: object | None) -> None:
-        """As it is before the first call."""
+        """Reset to the state before the first call."""
         self.planner = Planner(self.options, self.parts.start, scheduler)
         self.told = self._untold()
         self.parts.begin()
@@ -99,22 +100,22 @@ class UNetCalls:
         return GraphCall(self.options.constant_kind or "pruned")
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which is not compiled, has no open recording and has made no picture yet."""
+        """The state for a copy, which is not compiled, has no open recording and has made no picture yet."""
         own = {"told": self._untold(), "recordings": []}
         return {**self.__dict__, "following": self.following.of_a_copy(), **own}
 
     @property
     def memory(self) -> Memory:
-        """Of the pictures that are being made."""
+        """What is remembered of the pictures that are being made."""
         return self.planner.memory
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
-        # torch.compile cannot trace a logger, and every message is about a call that it need not see.
+        # torch.compile cannot trace a logger. The messages are about single calls, so a trace needs none.
         if not torch.compiler.is_compiling():
             self.planner.say_once(what, message, *args)
 
     def current(self) -> Call:
-        """The call that runs; in a graph the one that it is guarded by."""
+        """The call that runs; while torch traces a graph, the call whose values guard the graph."""
         if torch.compiler.is_compiling():
             return self.told.call
         call = running.running(self)
@@ -123,26 +124,26 @@ class UNetCalls:
         self.following.check()
         if self.planner.forced is not None:
             return self.planner.forced
-        # A part of a compiled UNet that runs uncompiled reads this too, and what a checkpoint computes again.
+        # A part of a compiled UNet that runs uncompiled gets here too, and so does a checkpoint that computes again.
         if self.told.running is None and not torch.is_grad_enabled() and not self.is_constant:
             self.planner.say_once("direct", _DIRECT, self.planner.differ, self.told.call.kind)
         return self.told.call
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: tell the parts of the UNet of the call that begins."""
+        """Forward pre-hook: tell the parts of the UNet which call begins."""
         if torch.compiler.is_compiling():
-            # Runs once, while a graph of the whole UNet is made. What it is told is then an attribute that torch guards
-            # the graph by, so there is a graph for each kind; one for "not told" is never made.
-            # torch.compiler.is_exporting() would not tell: before torch 2.13 it is true inside torch.compile too.
+            # Runs once, while torch traces a graph of the whole UNet. Torch guards the graph by the attributes of
+            # `told`, so there is a graph for each kind. No graph is made for a call that nobody announced.
+            # torch.compiler.is_exporting() would not help: before torch 2.13 it is true inside torch.compile too.
             if not self.is_constant and not self.told.is_outside:
                 raise RuntimeError(_UNTOLD_GRAPH.format(self.planner.differ))
             return
         left = running.stop(self)
-        if left is not None:  # by an interrupt
+        if left is not None:  # an interrupt left it running
             left.break_off()
         self.following.check()
         if self.told.is_followed_outside:
-            # A compiled UNet that runs uncompiled, to be recorded, or where torch makes no more graphs.
+            # A compiled UNet that runs uncompiled, because it is being recorded or because torch makes no more graphs.
             self._begin(self.told.running)
             return
         self.parts.check_unchanged()
@@ -166,7 +167,7 @@ class UNetCalls:
         self._begin(call)
 
     def _plan(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in_graph: bool) -> Call:
-        """The call that begins; graphs are told of it. ``in_graph``: whether there are any."""
+        """Plan the call that begins and tell the graphs about it. ``in_graph``: whether there are any graphs."""
         if in_graph:
             self.told.claim()
         try:
@@ -179,7 +180,7 @@ class UNetCalls:
         return call
 
     def _begin(self, call: Call) -> None:
-        """``call`` runs from now on, uncompiled but for parts of the UNet."""
+        """Note that ``call`` runs from now on, uncompiled except for parts of the UNet."""
         call.recordings = [(each, len(each.calls) - 1) for each in self.recordings if each.tokens]
         running.begin(self, call)
 
@@ -189,11 +190,11 @@ class UNetCalls:
             recording.note(call.step, call.total, call.kind, self.memory.nbytes, run)
 
     def end(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, which runs after an exception too; then there is no output."""
+        """Forward hook. It runs after an exception too; ``output`` is then None."""
         if torch.compiler.is_compiling():
             return
         call = running.stop(self)
-        if call is not None and not self.told.is_followed_outside:  # else the graph's run has an end of its own
+        if call is not None and not self.told.is_followed_outside:  # else end_outside ends the call
             self._ended(call, output is not None)
 
     def _ended(self, call: Call, is_complete: bool) -> None:
@@ -204,13 +205,13 @@ class UNetCalls:
             call.break_off()
 
     def stop_following(self) -> None:
-        """Take away what follows the calls, and let go of what belongs to them."""
+        """Remove what follows the calls, and free what belongs to them."""
         running.stop(self)
         self.following.end()
         self.begin(None)
 
     def begin_outside(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A graph of the whole UNet is to run."""
+        """Prepare for the run of a graph of the whole UNet, which is about to begin."""
         self.parts.check_unchanged()
         self.parts.count_kept(*latent_size(args, kwargs))
         if not self.is_constant or self.recordings:
@@ -218,14 +219,14 @@ class UNetCalls:
             self.told.is_outside = True
 
     def end_outside(self, is_complete: bool) -> None:
-        """It has run; not ``is_complete``: or raised."""
+        """Note that the graph's run has ended. ``is_complete`` is False if it was interrupted or raised."""
         call = self.told.running
         if call is not None:
             self._ended(call, is_complete)
 
 
 def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call records what gradients need: those of an input, or of a parameter."""
+    """Whether a call records what the gradient of an input or of a parameter needs."""
     if not torch.is_grad_enabled():
         return False
     inputs = tree_leaves((args, kwargs))
@@ -234,6 +235,6 @@ def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def latent_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of what a UNet is called with."""
+    """Height and width of the sample that a UNet is called with."""
     height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
     return height, width

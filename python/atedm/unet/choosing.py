@@ -1,4 +1,4 @@
-"""Which tokens a block keeps in one call: scores by its ranking and staleness, and the choice of the highest."""
+"""Choose the tokens that a block keeps in one call: those with the highest scores from its ranking and staleness."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TokenChoice:
     """The tokens that ``block`` keeps of the feature map ``hidden_states`` ``[B, C, h, w]`` in one call.
 
     Attributes:
-        size: ``(h, w)``. keep: how many tokens are kept, K.
-        index: int64 ``[B, K]``, ascending, once they are chosen.
-        observed: what the block's staleness has seen of the feature map; None without one.
+        size: ``(h, w)``. keep: number of kept tokens, K.
+        index: int64 ``[B, K]``, the kept tokens, ascending; None until they are chosen.
+        observed: what the block's staleness has read from the feature map; None without a staleness.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class TokenChoice:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
 
     def choose(self, attention: Callable[[], AttentionMap] | None) -> None:
-        """Choose the kept tokens, or keep an earlier choice. Once a call: a checkpoint that runs again has it already.
+        """Choose the kept tokens, or keep an earlier choice.
+
+        Does nothing the second time in a call, when a checkpoint computes again.
 
         Args:
             attention: makes the map that the ranking reads; None without a ranking.
@@ -63,7 +65,7 @@ class TokenChoice:
             if memory is not None and memory.index is not None:
                 memory.index.copy_(self.index)
                 memory.scores = None if torch.compiler.is_compiling() else scores
-                memory.has_chosen = True  # not at which step: a graph would be guarded by that
+                memory.has_chosen = True  # not the step: torch would guard a graph by it
         if call.recordings:
             self._record(scores, iterations)
 
@@ -71,16 +73,16 @@ class TokenChoice:
         memory, call = self._memory, self._call
         if call.ranks or memory is None or memory.index is None:
             return False
-        # A block may have been left out when the choice was due. In a graph none is.
+        # Another tool may have skipped the block when the choice was due, but not in a graph.
         return torch.compiler.is_compiling() or memory.choice == call.choice
 
     def _rank(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
-        """What the ranking comes to, ``[B, H, N]``, and its iterations where it iterates."""
+        """The scores of the ranking, ``[B, H, N]``, and its iterations; None if it does not iterate."""
         initial = self._memory.ranks if self._call.is_warm and self._memory is not None else None
         return self._block.ranking.scores(attention, initial)
 
     def _scores(self, ranks: Tensor | None) -> Tensor:
-        """``[B, H, N]``: the ranking's, times those of the staleness."""
+        """``[B, H, N]``: the ranking's scores times those of the staleness."""
         block = self._block
         if block.staleness is None:
             return ranks

@@ -1,20 +1,20 @@
-"""The error that names the rows of a batch that rank NaN, so that the other pictures can be made without them."""
+"""The error that names the rows of a batch whose scores are NaN, so that the other pictures can still be made."""
 
 from __future__ import annotations
 
 
 class RankedNaN(ValueError):
-    """A block was to choose tokens by scores that are NaN. On a GPU it is raised with ``ATEDM_CHECK=1`` only.
+    """The scores by which a block chooses tokens are NaN. On a GPU this is raised only with ``ATEDM_CHECK=1``.
 
     Attributes:
-        block: module path in the UNet. step: denoising step, from 0; None where it is unknown.
-        rows: those of the UNet's batch that rank NaN, from 0. batch: how many rows it has. With guidance, Stable
-            Diffusion's pipelines hand the UNet all negative prompts and then all prompts: of ``n`` pictures in a batch
-            it is number ``row % n``.
+        block: module path in the UNet. step: denoising step, from 0; None if unknown.
+        rows: the rows of the UNet's batch whose scores are NaN, from 0. batch: number of rows. With guidance, Stable
+            Diffusion's pipelines hand the UNet all negative prompts and then all prompts, so with ``n`` pictures in a
+            batch, row ``row`` belongs to picture ``row % n``.
     """
 
     def __init__(self, block: str, step: int | None, rows: list[int], batch: int) -> None:
-        super().__init__(block, step, rows, batch)  # what a copy or a pickle is made from
+        super().__init__(block, step, rows, batch)  # copy and pickle read these
         self.block, self.step, self.rows, self.batch = block, step, rows, batch
 
     @property

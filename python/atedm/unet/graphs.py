@@ -1,4 +1,4 @@
-"""How many graphs ``torch.compile`` makes of a UNet or its parts for what is applied, and torch's limit of them."""
+"""The number of graphs that ``torch.compile`` makes of a UNet or its parts, and torch's limit."""
 
 from __future__ import annotations
 
@@ -23,54 +23,56 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("atedm")
 
-# How many graphs there are of each function.
+# The number of graphs of each function.
 _Graphs = Counter[Callable[..., Any]]
 
 
 @dataclass
 class _Counted:
-    """Of one UNet: the graphs of each of its settings, of all settings so far, and those without any."""
+    """The graphs of one UNet: ``known`` for each of its settings, ``graphs`` for all settings so far, ``unpruned`` for
+    modules that atedm does not change."""
 
     known: weakref.WeakKeyDictionary[UNetCalls, _Graphs] = field(default_factory=weakref.WeakKeyDictionary)
     graphs: _Graphs = field(default_factory=Counter)
     unpruned: _Graphs = field(default_factory=Counter)
 
 
-# torch counts those of all UNets with one class, such as a base model and a refiner.
+# torch counts the graphs of all UNets of one class together, such as a base model and a refiner.
 _counted: weakref.WeakKeyDictionary[nn.Module, _Counted] = weakref.WeakKeyDictionary()
 
 
 def graphs_per_size(options: Options, runs_when_reused: bool = True) -> int:
-    """How many graphs of a UNet, or of a part, ``options`` take for one image size: one for each kind of call.
+    """Number of graphs of a UNet, or of a part, that ``options`` need for one image size: one for each kind of call.
 
     Args:
-        runs_when_reused: whether it runs in a step that reuses features.
+        runs_when_reused: whether the part runs in a step that reuses features.
     """
     if options.is_constant:
         return 1
     kinds = options.kinds if runs_when_reused else options.kinds - {"reused"}
-    # With a choice, and with an earlier one; from uniform scores, and from earlier ones.
+    # A pruning call may make a choice or keep an earlier one, and may start from uniform scores or from earlier ones.
     choosing = len(options.kinds & PRUNING)
     return len(kinds) + choosing * (options.rank_every > 1) + choosing * options.starts_warm
 
 
 def forward_is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.forward = torch.compile(module.forward)`` was done: then hooks run outside of the graph."""
+    """Whether ``module.forward = torch.compile(module.forward)`` was done; if so, hooks run outside of the graph."""
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def check_own_forward(module: nn.Module) -> None:
-    """
+    """Refuse a copy whose compiled forward still runs the original.
+
     Args:
         module: a UNet, or a part of one.
 
     Raises:
-        RuntimeError: its compiled forward is that of a module which it is a copy of.
+        RuntimeError: the compiled forward of ``module`` belongs to the module that ``module`` was copied from.
     """
     if not forward_is_compiled(module):
         return
     forward = module.__dict__["forward"]._torchdynamo_orig_callable
-    owner = getattr(forward, "module", getattr(forward, "__self__", module))  # atedm's forward has a module
+    owner = getattr(forward, "module", getattr(forward, "__self__", module))  # atedm's forward has the attribute module
     if owner is not module:
         raise RuntimeError(
             f"the {type(module).__name__} is a copy, and its compiled forward runs what it was copied from; expected "
@@ -79,12 +81,12 @@ def check_own_forward(module: nn.Module) -> None:
 
 
 def is_compiled(target: nn.Module, unet: nn.Module) -> bool:
-    """Whether ``target`` runs ``unet`` as a graph: by ``torch.compile`` or ``unet.compile()``, or its forward."""
+    """Whether ``target`` runs ``unet`` as a graph: ``torch.compile``, ``unet.compile()`` or a compiled forward."""
     return target is not unet or unet._compiled_call_impl is not None or forward_is_compiled(unet)
 
 
 def compiled_parts(places: Iterable[Place]) -> list[nn.Module]:
-    """The modules on the way to ``places``, the UNet aside, that were compiled one by one."""
+    """The modules on the way to ``places`` that were compiled one by one; the UNet itself is not among them."""
     found: dict[int, nn.Module] = {}
     for place in places:
         is_wrapped = False
@@ -97,13 +99,14 @@ def compiled_parts(places: Iterable[Place]) -> list[nn.Module]:
 
 
 def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) -> None:
-    """Count those that ``calls`` takes of ``modules``, which are compiled; a warning where torch will not keep them.
+    """Count the graphs that ``calls`` need of the compiled ``modules``, and warn if torch will not keep so many.
 
-    torch counts the graphs of a function, and all attention blocks run one.
+    torch counts graphs per function, and all attention blocks run the same function.
     """
     counted = _counted.setdefault(unet, _Counted())
     options, own, counted.unpruned = calls.options, _Graphs(), _Graphs()
-    # One more where nothing is remembered of a picture, since another has the room, or one for each kind.
+    # Graphs of calls that remember nothing because another picture has the slot: one if such calls are all whole, else
+    # one for each kind.
     without_memory = 0 if not options.follows_pictures else 1 if options.remembers else len(options.kinds)
     for module in modules:
         part = _part_on(module)
@@ -113,7 +116,7 @@ def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) ->
         else:
             own[type(part).__call__] += graphs_per_size(options, part.runs_when_reused) + without_memory
     earlier = counted.known.get(calls, _Graphs())
-    own |= earlier  # parts may be compiled beside the whole
+    own |= earlier  # both the whole UNet and its parts may be compiled
     if own == earlier:
         return
     counted.known[calls] = own
@@ -132,6 +135,6 @@ def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) ->
 
 
 def _part_on(module: nn.Module) -> PrunedBlock | UNetStage | None:
-    """The forward that atedm has put on ``module``."""
+    """The forward that atedm has put on ``module``; None if it has put none."""
     forward = module.__dict__.get("forward")
     return forward if hasattr(forward, "runs_when_reused") else None

@@ -1,4 +1,4 @@
-"""The kinds that a schedule names the steps of a picture, checked."""
+"""Ask a schedule for the kind of each step of a picture, and check the answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atedm.unet.steps import Step
 
 
 class Kinds:
-    """Asks ``schedule``. ``say_once``: takes a key, a message for the log, and its arguments."""
+    """Asks ``schedule`` for kinds. ``say_once`` logs a message once; it takes a key, the message and its arguments."""
 
     def __init__(self, schedule: Schedule, say_once: Callable[..., None]) -> None:
         self._schedule = schedule
@@ -22,7 +22,7 @@ class Kinds:
         return self._ask(Progress(step.index, step.total, picture.kinds, lambda: self._rate(picture, step.index)))
 
     def of_one(self, step: Step) -> str:
-        """The kind of a step of which no picture is known."""
+        """The kind of a step whose picture is not known."""
         if self._schedule.constant is not None:
             return self._schedule.constant
         if step.index is not None:
@@ -44,10 +44,10 @@ class Kinds:
         return kind
 
     def _rate(self, picture: Picture, step: int) -> float | None:
-        """The rate of change that a schedule asks for; a warning, once, where it is no finite number."""
+        """The rate of change that a schedule asks for. If it is not finite, log a warning once."""
         rate = picture.rate()
         if rate is not None and not math.isfinite(rate):
-            # Reused and whole steps rank nothing, so that nothing else would name a NaN.
+            # Reused and whole steps rank nothing, so nothing else reports a NaN.
             self._say_once(
                 "rate",
                 "%r: before step %d the features of the batch change by %s; expected finite numbers: look at the "
@@ -59,7 +59,10 @@ class Kinds:
         return rate
 
     def look_back(self, picture: Picture, total: int) -> None:
-        """Say once that all steps of a picture, whose last of ``total`` has run, were whole, if they need not be."""
+        """Log once if all steps of a finished picture were whole although the schedule has other kinds.
+
+        ``total``: number of steps of the scheduler.
+        """
         has_run = len(picture.kinds) == total - picture.first
         if has_run and set(picture.kinds.values()) == {"whole"} != self._schedule.kinds:
             self._say_once(

@@ -1,4 +1,4 @@
-"""What is remembered from one call of the UNet to the next, and when it is forgotten: with its picture."""
+"""What is remembered of a picture from one call of the UNet to the next, and forgotten with the picture."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from atedm.policy.staleness import State
 
 @dataclass
 class BlockMemory:
-    """What a block remembers of one picture, in tensors that keep their addresses. None where it needs no such.
+    """What a block remembers of one picture, in tensors that keep their addresses. None for what it does not need.
 
     Attributes:
         size: batch, height and width of the block's feature map.
         index: int64 ``[B, K]``, the tokens of the last choice. update: ``[B, N, C]``, what the block last added to its
-            input, token by token. staleness: what tells how out of date that is.
-        ranks: float32 ``[B, H, N]``, the scores that the ranking last came to, where the next begins; uniform before.
-        choice: the step of the choice in ``index``. scores: ``[B, H, N]``, what it was made by; None of a graph's.
-        has_chosen: whether the call that runs has written ``index``. is_filled: whether ``update`` is this picture's.
+            input, token by token. staleness: the state that tells how out of date ``update`` is.
+        ranks: float32 ``[B, H, N]``, the last scores of the ranking, from which the next one starts; uniform at first.
+        choice: the step of the choice in ``index``. scores: ``[B, H, N]``, the scores of that choice; None if a graph
+            made it.
+        has_chosen: whether the running call has written ``index``. is_filled: whether ``update`` is this picture's.
     """
 
     size: tuple[int, int, int]
@@ -42,7 +43,7 @@ class BlockMemory:
         yield from (x for x in (self.index, self.update, self.ranks, *self.staleness.values()) if x is not None)
 
     def forget(self) -> None:
-        """Forget what the first whole call of the next picture does not write over."""
+        """Forget what the first whole call of the next picture does not overwrite."""
         self.choice = self.scores = None
         self.has_chosen = self.is_filled = False
         if self.ranks is not None:
@@ -54,10 +55,11 @@ class Slot:
     """Room for what is remembered of one picture of one shape.
 
     Attributes:
-        key: shape, dtype and device of the UNet's sample. blocks: by name.
-        feature: ``[B, C, h, w]``, what entered the last layer in the last computed step. change: float32 scalar, its
-            change there since the computed step before, as a part of its norm. None without ``reused`` steps.
-        owner: the picture that has the slot, where pictures take turns.
+        key: shape, dtype and device of the UNet's sample. blocks: the memory of each block, by name.
+        feature: ``[B, C, h, w]``, the input of the last layer in the last computed step. change: float32 scalar, how
+            much ``feature`` changed between the last two computed steps, relative to its norm. Both are None without
+            ``reused`` steps.
+        owner: the picture that has the slot, if pictures take turns.
     """
 
     key: tuple[Any, ...]
@@ -80,17 +82,17 @@ _runs = itertools.count()
 
 
 class Picture:
-    """What belongs to one picture.
+    """The state of one picture.
 
     Attributes:
-        kinds: those of the steps that it has run, by step. slot: what is remembered of it. is_filled: whether a whole
-            call has written ``slot``.
-        is_shared: whether several contents have its timesteps: tiles, halves of guidance one by one, pictures in turn,
-            threads. Then what is remembered may be another's.
+        kinds: the kind of each step that has run, by step. slot: what is remembered of the picture. is_filled: whether
+            a whole call has written ``slot``.
+        is_shared: whether several contents share the picture's timesteps, such as tiles, the two halves of guidance in
+            separate calls, pictures that take turns, or threads. What is remembered may then belong to another one.
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
-        run: no other run has this number: the same timesteps may serve several. first: the step that it began at.
+        run: a number that no other run has; several runs may use the same timesteps. first: the step it began at.
 
-    A call changes this only after it has finished.
+    A call adds to what is remembered only after it has finished.
     """
 
     def __init__(self) -> None:
@@ -102,7 +104,7 @@ class Picture:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what has been computed."""
+        """Forget what has been computed of the picture."""
         self.kinds: dict[int, str] = {}
         self.slot: Slot | None = None
         self.is_filled = False
@@ -116,7 +118,7 @@ class Picture:
             self.restart()  # the same timesteps may serve another run
             self.run, self.first = next(_runs), step
         elif step <= self._last:
-            # A step that comes again, or an earlier one before the last: another content, or a run broken off.
+            # The step comes again or goes back, and the last one has not run: another content, or an interrupted run.
             self.is_shared = True
         self.is_shared |= threading.get_ident() != self._thread
         self._last, self.is_over = step, step == total - 1
@@ -127,10 +129,10 @@ class Picture:
         """Note that a call of ``kind`` at ``step`` has ended.
 
         Args:
-            choice: the step of the choice that it went by. ranks: it has chosen tokens.
+            choice: the step whose choice of tokens it used. ranks: whether it has chosen tokens.
         """
         self.kinds[step] = kind
-        self.is_filled = True  # every call before the first whole one is whole
+        self.is_filled = True  # only read with settings that make a picture's first call whole
         if kind != "reused":
             self._rate = None
         if ranks:
@@ -141,20 +143,20 @@ class Picture:
                 block.choice, block.has_chosen = choice, False
 
     def break_off(self) -> None:
-        """Forget what a call has left that raised: it may have written one part and not another."""
+        """Forget what is remembered, because a call did not finish and may have written one part and not another."""
         self.restart()
-        self.is_over = True  # the same timesteps may serve another try
+        self.is_over = True  # another try may use the same timesteps
 
     def is_choice_due(self, step: int, kind: str, every: int) -> bool:
-        """Whether tokens are chosen at ``step``, where a choice serves ``every`` steps of one kind."""
+        """Whether tokens are chosen at ``step``, if each choice lasts for ``every`` steps of one kind."""
         return self.chosen is None or step - self.chosen >= every or self.kinds.get(self.chosen) != kind
 
     def has_ranks_for(self, kind: str) -> bool:
-        """Whether every block that ranks in a step of ``kind`` has done so before: some are whole in light ones."""
+        """Whether every block that ranks in a step of ``kind`` has ranked before. Light steps rank in fewer blocks."""
         return kind in self.ranked or (kind == "light" and "pruned" in self.ranked)
 
     def rate(self) -> float | None:
-        """The change of the feature per step between the last two computed steps; None before there were two."""
+        """The change of the feature per step between the last two computed steps; None until there are two."""
         computed = [step for step, kind in self.kinds.items() if kind != "reused"]
         if self._rate is None and len(computed) > 1 and self.slot is not None and self.slot.change is not None:
             self._rate = float(self.slot.change) / (computed[-1] - computed[-2])
@@ -162,9 +164,9 @@ class Picture:
 
 
 class Memory:
-    """The pictures that are being made, each by the storage of its timesteps; a picture goes when that goes.
+    """The pictures that are being made, by the storage of their timesteps. A picture is freed with that storage.
 
-    Graphs read fixed addresses, so all pictures of one shape share a slot there, one after the other.
+    Graphs read fixed addresses, so all pictures of one shape share one slot of the graphs, one after the other.
     """
 
     def __init__(self) -> None:
@@ -175,7 +177,7 @@ class Memory:
         return {"_pictures": {}, "_of_graphs": {}}  # a copy has made no picture yet
 
     def picture(self, storage: torch.UntypedStorage) -> Picture:
-        """The picture with these timesteps; a new one where they are new."""
+        """The picture with these timesteps; a new one if they are new."""
         address = id(storage)
         known = self._pictures.get(address)
         if known is not None and known[0]() is storage:
@@ -186,7 +188,7 @@ class Memory:
         return picture
 
     def slot(self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]) -> Slot:
-        """The slot of ``picture``; a new one, which nothing has filled, where the shape is another than before."""
+        """The slot of ``picture``; a new, empty one if the key has changed."""
         if picture.slot is None or picture.slot.key != key:
             picture.restart()
             picture.slot = make(key)
@@ -195,7 +197,7 @@ class Memory:
     def slot_of_graphs(
         self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]
     ) -> Slot | None:
-        """The slot that graphs of this shape read; None while another picture has it that is still being made."""
+        """The slot that graphs of this shape read; None while another, unfinished picture has it."""
         if key not in self._of_graphs:
             slot = self._of_graphs[key] = make(key)
             for tensor in slot.tensors():

@@ -23,7 +23,8 @@ class Parts:
     """What is applied to one UNet, module by module.
 
     Attributes:
-        blocks: the pruned attention blocks, in the order in which they run. stages: those that can reuse features.
+        blocks: the pruned attention blocks, in the order in which they run. stages: the stages, if a step can reuse
+            features; else empty.
     """
 
     def __init__(self, options: Options) -> None:
@@ -33,7 +34,7 @@ class Parts:
         self.begin()
 
     def begin(self) -> None:
-        """As it is before the first call."""
+        """Reset to the state before the first call."""
         self._watch = Watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,19 +46,19 @@ class Parts:
 
     @property
     def compiled(self) -> list[nn.Module]:
-        """Those, or what they are in, that were compiled one by one."""
+        """The modules that were compiled one by one, among the parts and the modules around them."""
         return compiled_parts(part.place for part in self)
 
     def check_unchanged(self) -> None:
-        """Refuse what other tools have done since :func:`atedm.apply`, which refuses it too."""
+        """Refuse changes by other tools since :func:`atedm.apply`, which would refuse them too."""
         self._watch.look((block for block in self.blocks if self._options.ratio_at(block.level) > 0), self.stages)
 
     def count_kept(self, height: int, width: int) -> None:
-        """Warn where nothing is pruned of a latent of this size: a graph warns of nothing."""
+        """Warn of blocks that prune nothing at this size of the latent, because a graph itself cannot warn."""
         for block in self.blocks:
             block.count_kept(*feature_map_size(block.level, height, width))
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
-        """Make room in ``slot`` for what they remember of a picture."""
+        """Make room in ``slot`` for what the parts remember of a picture."""
         for part in self:
             part.start(slot, sample, dtype)

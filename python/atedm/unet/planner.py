@@ -1,4 +1,4 @@
-"""What the next call of a UNet is: its kind, its picture, what is remembered of that."""
+"""Plans the next call of a UNet: its kind, its picture, and what is remembered of that picture."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Call:
     """One call of the UNet.
 
     Attributes:
-        kind: of its step, see :mod:`atedm.policy.schedule`. ranks: whether tokens are chosen in it, where it prunes.
-            choice: the step of the choice that it goes by. is_warm: whether the ranking begins at the scores of an
+        kind: the kind of its step, see :mod:`atedm.policy.schedule`. ranks: whether it chooses tokens, if it prunes.
+            choice: the step whose choice of tokens it uses. is_warm: whether the ranking starts from the scores of an
             earlier step.
-        slot: what is remembered of its picture; None where nothing is, or where that cannot be told.
-        picture: the one that it belongs to, where that is known. step: denoising step of ``total``, where it is known.
-        recordings: those that see it, and which of their calls it is.
-        before: the outer call, which goes on when this one ends: a UNet may call another.
+        slot: what is remembered of its picture; None if nothing is, or if the picture is not known.
+        picture: the picture that it belongs to; None if not known. step: its denoising step, of ``total``; None if not
+            known.
+        recordings: the recordings that collect its tokens, each with this call's index there.
+        before: the call that was running when this one began, which continues afterwards: a UNet may call another.
     """
 
     kind: str = "pruned"
@@ -50,23 +51,23 @@ class Call:
     before: tuple[UNetCalls, Call] | None = None
 
     def break_off(self) -> None:
-        """Note that it has not come to its end."""
+        """Note that the call did not finish."""
         if self.picture is not None:
             self.picture.break_off()
 
 
 class Planner:
-    """Plans the calls of one UNet that was pruned by ``options``.
+    """Plans the calls of one UNet that was pruned with ``options``.
 
     Attributes:
-        memory: of the pictures that are being made. differ: the options by which calls differ.
-        forced: what every call is meanwhile, in :meth:`all_of_kind`.
+        memory: what is remembered of the pictures that are being made. differ: the options that make calls differ.
+        forced: the call that :meth:`all_of_kind` makes every call; None outside of it.
     """
 
     def __init__(
         self, options: Options, start: Callable[[Slot, Tensor, torch.dtype], None], scheduler: object | None
     ) -> None:
-        """``start`` makes room in a slot for what the UNet's parts remember of a picture with such a sample."""
+        """``start``: makes room in a slot for what the UNet's parts remember, for such a sample and dtype."""
         self.options = options
         self.scheduler = scheduler
         self.memory = Memory()
@@ -75,11 +76,11 @@ class Planner:
         self._kinds = Kinds(options.steps, self.say_once)
         self.differ = options.why_not_constant()
         self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
-        # What a call does of which nothing can be remembered.
+        # In words: what a call does if nothing can be remembered of its picture.
         if options.remembers:
             self._instead = "every step is whole"
         elif options.steps.reads_past:
-            self._instead = "a step's kind is judged by the step alone"
+            self._instead = "a step's kind is judged only by the step"
         elif options.rank_every > 1:
             self._instead = "tokens are chosen in every call"
         else:
@@ -93,7 +94,7 @@ class Planner:
 
     @contextlib.contextmanager
     def all_of_kind(self, kind: str, sample: Tensor) -> Iterator[None]:
-        """Make every call one of ``kind`` that follows others with ``sample``: to count FLOPs, and to time."""
+        """Make every call a later call of ``kind`` on ``sample``, to count its FLOPs or to time it."""
         needs_slot = self._follows_pictures or kind == "reused"
         slot = self._make_slot(_key(sample), sample) if needs_slot else None
         for block in slot.blocks.values() if slot is not None else ():
@@ -107,10 +108,10 @@ class Planner:
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool, for_gradients: bool = False
     ) -> Call:
-        """The call with these arguments, which begins.
+        """Plan the call with these arguments, which begins now.
 
         Args:
-            in_graph: whether a graph runs it, or what of it has memory: that reads fixed addresses.
+            in_graph: whether a graph runs it, or runs the parts that remember: a graph reads fixed addresses.
             for_gradients: whether it records what gradients need.
         """
         options = self.options
@@ -133,7 +134,7 @@ class Planner:
         return Call(kind=kind, picture=picture, step=step.index, total=step.total)
 
     def _call_of(self, picture: Picture, step: Step, sample: Tensor, in_graph: bool) -> Call | None:
-        """The call of ``picture`` at ``step``; None where there is no room for what is remembered of it."""
+        """The call of ``picture`` at ``step``; None if no slot is free for the picture."""
         options = self.options
         slot = self._slot(picture, sample, in_graph)
         if slot is None:
@@ -147,7 +148,7 @@ class Planner:
         return Call(kind, ranks, choice, is_warm, slot, picture, step.index, step.total)
 
     def _call_for_gradients(self, step: Step) -> Call:
-        """A call that leaves alone what is remembered: no gradient would reach the calls that it came from."""
+        """A call that does not touch what is remembered: no gradient would reach the calls that computed it."""
         is_whole = self.options.remembers or self.options.steps.reads_past
         self.say_once(
             "gradients",
@@ -158,7 +159,7 @@ class Planner:
         return Call("whole" if is_whole else self._kinds.of_one(step), step=step.index, total=step.total)
 
     def _picture(self, step: Step) -> Picture | None:
-        """The picture of a call; None, said once, where it cannot be told."""
+        """The picture of a call. If it cannot be known, return None and log the reason once."""
         if step.picture is None:
             self.say_once(
                 "picture",
@@ -198,13 +199,13 @@ class Planner:
 
     def _make_slot(self, key: tuple[Any, ...], sample: Tensor) -> Slot:
         slot = Slot(key)
-        # Ordinary tensors, which may be written in any mode.
+        # Not inference tensors, so they can be written in any mode.
         with torch.inference_mode(False):
             self._start(slot, sample, _dtype_of(sample))
         return slot
 
     def ended(self, call: Call) -> None:
-        """Note that ``call`` has come to its end without an exception."""
+        """Note that ``call`` has finished without an exception."""
         picture = call.picture
         if picture is None or call.slot is None or picture.slot is not call.slot:
             return
@@ -212,7 +213,7 @@ class Planner:
         if picture.is_over:
             self._kinds.look_back(picture, call.total)
             if call.slot.owner is None:
-                picture.restart()  # nothing more will be asked of it
+                picture.restart()  # nothing reads it any more
 
 
 def _key(sample: Tensor) -> tuple[Any, ...]:
@@ -220,7 +221,7 @@ def _key(sample: Tensor) -> tuple[Any, ...]:
 
 
 def _dtype_of(sample: Tensor) -> torch.dtype:
-    """That in which the UNet computes."""
+    """The dtype that the UNet computes in."""
     device = sample.device.type
     is_cast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_cast else sample.dtype

@@ -1,4 +1,4 @@
-"""A record of what pruning did: the scores and the kept tokens of each block and step."""
+"""A record of what pruning did: the scores and the kept tokens of each block in each step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranked:
-    """What one call of an attention block kept, and by which ranking, its own or an earlier call's.
+    """The tokens that one call of an attention block kept, and the scores that chose them, in this call or earlier.
 
     Attributes:
-        call: which UNet call since recording began, from 0.
-        step: denoising step, where the scheduler tells it.
+        call: number of the UNet call since recording began, from 0.
+        step: denoising step; None if not known.
         block: module path in the UNet. level: its resolution level.
-        height, width: of the feature map. tokens: ``height · width``.
-        scores: float32 ``[B, tokens]`` on the CPU: what the tokens were chosen by, heads joined. NaN where a graph had
-            chosen them before recording began.
+        height, width: size of the feature map. tokens: ``height · width``.
+        scores: float32 ``[B, tokens]`` on the CPU: the scores that chose the tokens, heads joined. NaN if a graph chose
+            them before recording began.
         index: int64 ``[B, K]`` on the CPU, the kept tokens.
-        iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None where this call ran none.
+        iterations: int32 ``[B, H]`` on the CPU, of the power iteration; None if this call ran none.
     """
 
     call: int
@@ -47,12 +47,12 @@ class Recording:
     """What :func:`atedm.record` collects, in the order in which it happened.
 
     Attributes:
-        blocks: name, level and whether it is pruned, of every attention block of the UNet.
-        tokens: whether it holds ``ranked``, what was chosen.
-        calls: the denoising step of each UNet call, None where no scheduler tells it.
+        blocks: name, level and whether it is pruned, for every attention block of the UNet.
+        ranked: the tokens that the blocks kept. tokens: whether ``ranked`` is collected.
+        calls: the denoising step of each UNet call; None if not known.
         kinds: the kind of each UNet call, see :mod:`atedm.policy.schedule`.
-        runs: a number for each UNet call, the same for those of one run; None where that is not known.
-        memory_bytes: the most that was remembered between two calls, of all pictures.
+        runs: a number for each UNet call, equal for all calls of one run; None if not known.
+        memory_bytes: the most bytes remembered between two calls, for all pictures together.
     """
 
     blocks: list[tuple[str, int, bool]] = field(default_factory=list)
@@ -73,17 +73,17 @@ class Recording:
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
 
     def schedule(self) -> list[str]:
-        """The kinds that were run, one for each step of the last run: a fixed schedule for :func:`atedm.apply`.
+        """The kinds of the last run, one for each step, as a fixed schedule for :func:`atedm.apply`.
 
-        Steps that were not run, as the first ones of image-to-image, are whole.
+        Steps that were not run, such as the first ones of image-to-image, are whole.
 
         Raises:
-            ValueError: no call was recorded whose step is known.
+            ValueError: no recorded call has a known step.
         """
         if self._total is None:
             raise ValueError("no recorded call has a known step; expected calls with a scheduler's timesteps")
         kinds = ["whole"] * self._total
-        # Where runs have no numbers, the step falls where one begins.
+        # If runs have no numbers, a run begins where the step falls.
         falls = [n for n in range(1, len(self.calls)) if (self.calls[n] or 0) < (self.calls[n - 1] or 0)]
         start = max(falls, default=0) if self.runs[-1] is None else 0
         for step, kind, run in list(zip(self.calls, self.kinds, self.runs, strict=True))[start:]:
@@ -92,11 +92,11 @@ class Recording:
         return kinds
 
     def step_of(self, call: int) -> int:
-        """The denoising step of a UNet call; the call itself where that is not known."""
+        """The denoising step of a UNet call; the number of the call if the step is not known."""
         step = self.calls[call] if call < len(self.calls) else None
         return call if step is None else step
 
     @property
     def steps(self) -> int:
-        """How many denoising steps were recorded, counted from the first of the schedule."""
+        """Number of denoising steps up to the last recorded one, counted from the first of the schedule."""
         return max((self.step_of(call) + 1 for call in range(len(self.calls))), default=0)

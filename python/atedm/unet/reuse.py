@@ -1,9 +1,9 @@
-"""What a step computes that reuses the deep features of an earlier one: the first convolution and the last layer.
+"""Reuse the deep features of an earlier step: a ``reused`` step computes only the first convolution and the last layer.
 
-As for attention blocks, no forward of diffusers' is copied: each stage of the UNet gets a ``forward`` that either runs
-its own or stands in for it. In a ``reused`` step the stages below the highest resolution return tensors of the right
-shape and no meaning, which nothing reads but additions of adapters and ControlNets; the last stage then begins at its
-last layer, with what entered it in the last computed step (DeepCache, section 3.2, at its shallowest branch).
+As for attention blocks, no code of diffusers' forwards is copied: each stage of the UNet gets a ``forward`` that runs
+either the stage's own or a stand-in. In a ``reused`` step all stages but the last return tensors that have the right
+shape but no meaning; only adapters and ControlNets use them, to add to them. The last stage then starts at its last
+layer, with the input that this layer had in the last computed step (DeepCache, section 3.2, at its shallowest branch).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D
 
 
 def why_not_reusable(unet: UNet2DConditionModel) -> str | None:
-    """Why no step of ``unet`` can reuse features, or None where one can."""
+    """Why no step of ``unet`` can reuse features; None if steps can."""
     for kinds, stages in ((_DOWN, unet.down_blocks), (_UP, unet.up_blocks)):
         for stage in map(unwrapped, stages):
             if type(stage) not in kinds:
@@ -61,7 +61,7 @@ def stages_of(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
 
 
 class UNetStage:
-    """The ``forward`` of a stage: its own, unless the step reuses features."""
+    """The ``forward`` of a stage. It runs the stage's own forward, unless the step reuses features."""
 
     runs_when_reused = True
 
@@ -71,7 +71,7 @@ class UNetStage:
         self.place = place
         self.calls = calls
         self.skip_channels = skip_channels  # of the first convolution's output
-        self.forward = type(module).forward  # torch.compile cannot look it up while it traces
+        self.forward = type(module).forward  # torch.compile cannot look it up while it traces a graph
         self.previous: Any = None
 
     @property
@@ -80,7 +80,7 @@ class UNetStage:
         return self.forward is type(self.module).forward
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
-        """Make room in ``slot`` for what it remembers of a picture with ``sample`` ``[B, 4, h, w]``."""
+        """Make room in ``slot`` for what the stage remembers of a picture with ``sample`` ``[B, 4, h, w]``."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = self.calls.current()
@@ -93,7 +93,7 @@ class UNetStage:
 
 
 class DownStage(UNetStage):
-    """Returns what an adapter may add to in place, and a residual for each layer."""
+    """In a ``reused`` step, returns a tensor that an adapter may add to in place, and a residual for each layer."""
 
     def stand_in(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         batch, _, height, width = hidden_states.shape
@@ -105,7 +105,7 @@ class DownStage(UNetStage):
 
 
 class LastStage(UNetStage):
-    """Runs in two parts, so that what enters its last layer can be kept and taken, before FreeU changes it."""
+    """Runs in two parts, so that the input of its last layer can be stored and reused, before FreeU changes it."""
 
     def start(self, slot: Slot, sample: Tensor, dtype: torch.dtype) -> None:
         channels = self.module.resnets[-1].norm1.num_channels - self.skip_channels
@@ -120,28 +120,28 @@ class LastStage(UNetStage):
         if call.slot is None:
             return self.forward(self.module, hidden_states, res_hidden_states_tuple, *args, **kwargs)
         before, last = slice(None, -1), slice(-1, None)
-        # A stage takes its residuals from the end.
+        # An up stage takes its residuals from the end of the tuple.
         if call.kind != "reused":
             layers, residuals = _Layers(self.module, before), res_hidden_states_tuple[1:]
             hidden_states = self.forward(layers, hidden_states, residuals, *args, **kwargs)
             _keep(call.slot, hidden_states.detach())
         else:
             hidden_states = call.slot.feature.to(hidden_states.dtype)
-            if getattr(self.module, "s1", None):  # FreeU writes into what it gets
+            if getattr(self.module, "s1", None):  # FreeU writes into its input
                 hidden_states = hidden_states.clone()
         layers, residuals = _Layers(self.module, last), res_hidden_states_tuple[:1]
         return self.forward(layers, hidden_states, residuals, *args, **kwargs)
 
 
 def _keep(slot: Slot, feature: Tensor) -> None:
-    """Keep the feature for the steps that reuse it, and how much it has changed."""
+    """Store the feature for the steps that reuse it, and how much it has changed."""
     now = feature.float()
     slot.change.copy_((now - slot.feature.float()).norm() / now.norm())
     slot.feature.copy_(feature)
 
 
 class _Layers:
-    """Stand-in for a stage with some of its layers."""
+    """Stand-in for a stage that has only some of its layers."""
 
     def __init__(self, stage: nn.Module, layers: slice) -> None:
         self._stage = stage
@@ -154,7 +154,7 @@ class _Layers:
 
 
 def make_stages(unet: UNet2DConditionModel, calls: UNetCalls) -> list[UNetStage]:
-    """One for each stage of ``unet``."""
+    """Make one ``UNetStage`` for each stage of ``unet``."""
     last = unwrapped(unet.up_blocks[-1])
 
     def kind(module: nn.Module) -> type[UNetStage]:

@@ -1,4 +1,4 @@
-"""Which call of which UNet runs, in this thread or task; a UNet may call another."""
+"""Which call of which UNet is running in this thread or task. A UNet may call another."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ if TYPE_CHECKING:
     from atedm.unet.calls import UNetCalls
     from atedm.unet.planner import Call
 
-# Each call knows what ran before it began.
+# Each call knows the call that was running when it began.
 _running: ContextVar[tuple[UNetCalls, Call] | None] = ContextVar("atedm_call", default=None)
 
 
 def running(owner: UNetCalls) -> Call | None:
-    """The call that runs, if it is one of ``owner``."""
+    """The running call, if it belongs to ``owner``; else None."""
     found = _running.get()
     return found[1] if found is not None and found[0] is owner else None
 
 
 def begin(owner: UNetCalls, call: Call) -> None:
-    """``call`` of ``owner`` runs from now on."""
+    """Note that ``call`` of ``owner`` runs from now on."""
     call.before = _running.get()
     _running.set((owner, call))
 
 
 def stop(owner: UNetCalls) -> Call | None:
-    """The call of ``owner`` that runs, no longer; None where there is none."""
+    """Note that the running call of ``owner`` has ended, and return it; None if there is none."""
     within, found = [], _running.get()
     while found is not None and found[0] is not owner:
         within.append(found[1])
         found = found[1].before
     if found is None:
         return None
-    for call in within:  # of other UNets, which an interrupt has left
+    for call in within:  # calls of other UNets that an interrupt has left running
         call.break_off()
     _running.set(found[1].before)
     return found[1]

@@ -1,9 +1,9 @@
-"""Stand-ins for diffusers' modules: what a pruned block computes, by the modules' own forwards.
+"""Stand-ins for diffusers' modules, so that the modules' own forwards compute a pruned block.
 
-Each answers for a few attributes of a module and passes every other one on. :class:`CompactTransformer` stands in for
-a ``Transformer2DModel``: its first layer chooses tokens, the layers run on those, its output recovers the others.
-:class:`RememberingTransformer` computes every token. :class:`_WithoutSelfAttention` stands in for the first layer,
-whose self-attention has run by then.
+Each overrides a few attributes of a module and passes on all others. :class:`CompactTransformer` stands in for a
+``Transformer2DModel``: the first layer chooses tokens, the layers run on them, and the output recovers the others.
+:class:`RememberingTransformer` computes every token. :class:`_WithoutSelfAttention` stands in for the first layer, once
+its self-attention has run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atedm.unet.memory import BlockMemory
 if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
 
-# Keyword arguments for attention that are known to mean the same for a subset of the tokens, or are made to.
+# Keyword arguments for attention that mean the same for a subset of the tokens, or are converted so that they do.
 _TOKENWISE_KWARGS = frozenset({"scale", "ip_adapter_masks"})
 
 
@@ -44,7 +44,7 @@ class RememberingTransformer:
         return self._block.output(self, *args, **kwargs)
 
     def proj_out(self, x: Tensor) -> Tensor:
-        """``[B, N, C]``, or ``[B, C, h, w]`` where the projection is a convolution."""
+        """``[B, N, C]``, or ``[B, C, h, w]`` if the projection is a convolution."""
         projected = self._module.proj_out(x)
         if self._memory.update is not None:
             tokens = projected.flatten(2).transpose(1, 2) if projected.ndim == 4 else projected
@@ -56,7 +56,8 @@ class CompactTransformer:
     """Stand-in for a ``Transformer2DModel`` whose layers run on the kept tokens of one call.
 
     Args:
-        choice: chooses the tokens as soon as it can. has_masks: whether masks of an IP-Adapter come with the call.
+        choice: chooses the tokens, as early as the ranking allows. has_masks: whether the call may have masks of an
+            IP-Adapter.
     """
 
     def __init__(self, block: PrunedBlock, choice: TokenChoice, memory: BlockMemory | None, has_masks: bool) -> None:
@@ -112,7 +113,7 @@ class CompactTransformer:
                 self._choice.choose(lambda: attention)
             self._find_refill(attention)
             if block.placement.is_early:
-                # Cross-attention, feed-forward and output projection treat each token on its own: what they would
+                # Cross-attention, feed-forward and output projection treat each token separately, and what they would
                 # compute for a dropped token is never used.
                 if block.ranking is None:
                     projected = project_out(layer.attn1, attended)
@@ -142,7 +143,7 @@ class CompactTransformer:
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        """A layer as it is, on the kept tokens."""
+        """Run an unchanged layer on the kept tokens."""
         return layer(
             hidden_states,
             attention_mask=attention_mask,
@@ -156,17 +157,17 @@ class CompactTransformer:
     def _attend(self, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, AttentionMap]:
         """Self-attention of the first layer before its output projection ``[B, M, H·D]``, and its map.
 
-        The queries are those of all tokens, or of the kept ones where they have been chosen by now.
+        Queries are computed for all tokens, or without a ranking only for the kept ones, which are chosen by then.
         """
         attention = layer.attn1
-        # A checkpoint that runs again has an index in any case.
+        # With a ranking, a checkpoint that runs again has an index too, but needs all queries.
         index = self._choice.index if self._block.ranking is None else None
         q, k, v = project(attention, layer.norm1(hidden_states), index)
         scale = scale_of(attention)
         attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
         parts = PERTURBING_PROCESSORS.get(type(attention.processor).__name__)
         if parts is not None:
-            # The ranking is that of the map as it would be.
+            # The perturbed part keeps its own values. The ranking reads the map as it is without perturbation.
             own = v[-(v.shape[0] // parts) :]
             if index is not None:
                 at = index[-own.shape[0] :, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
@@ -175,7 +176,7 @@ class CompactTransformer:
         return attended.transpose(1, 2).flatten(2), AttentionMap(q, k, lse, scale)
 
     def _find_refill(self, attention: AttentionMap) -> None:
-        """Find what the dropped tokens get, once a call; ``attention`` is that of the self-attention."""
+        """Find what the dropped tokens get, once per call. ``attention``: the map of the self-attention."""
         if self._refill is not None:
             return
         update = None if self._memory is None else self._memory.update
@@ -183,7 +184,7 @@ class CompactTransformer:
         self._refill = Refill(self._choice.index, *self._choice.size, source, update)
 
     def _for_kept(self, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Keyword arguments for attention on the kept tokens, from those for all."""
+        """Convert keyword arguments for attention on all tokens to arguments for the kept tokens."""
         if not kwargs or kwargs.get("ip_adapter_masks") is None:
             return kwargs
         if self._masks is None:
@@ -192,7 +193,7 @@ class CompactTransformer:
         return {**kwargs, "ip_adapter_masks": self._masks}
 
     def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **sizes: Any) -> Tensor:
-        """Output projection and recovery, which commute: the projection treats each token on its own."""
+        """Output projection and recovery. They commute, because the projection treats each token separately."""
         recovery = self._block.recovery
         compact = recovery.before_projection(hidden_states)
         if not self._block.placement.is_early:
@@ -202,7 +203,7 @@ class CompactTransformer:
         if self._module.use_linear_projection:
             compact = projection(compact)
         else:
-            # A 1×1 convolution over a map as high as there are tokens, and 1 wide.
+            # A 1×1 convolution, over a map whose height is the number of tokens and whose width is 1.
             compact = projection(compact.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
         return recovery.feature_map(compact, self._refill, residual)
 
@@ -214,19 +215,19 @@ def _cross_attention_map(layer: nn.Module, hidden_states: Tensor, text: Any) -> 
         text = text[0]
     q, k = project_cross(attention, layer.norm2(hidden_states), text)
     scale = scale_of(attention)
-    # Only the logsumexp is wanted, so the keys stand in for the values.
+    # Only the logsumexp is needed, so the keys stand in for the values.
     _, lse = kernels.attention_with_logsumexp(q, k, k, scale=scale)
     return AttentionMap(q, k, lse, scale)
 
 
 def _check_call(attention_mask: Tensor | None, kwargs: dict[str, Any] | None) -> None:
-    """Refuse what :func:`atedm.apply` cannot see, since it depends on the call."""
+    """Refuse arguments that :func:`atedm.apply` cannot check, because they come with the call."""
     if attention_mask is not None:
         raise ValueError("attention_mask is set; expected None: the ranking would have to know masked tokens")
     unknown = sorted(set(kwargs or ()) - _TOKENWISE_KWARGS)
     if unknown:
         raise ValueError(
-            f"cross_attention_kwargs holds {', '.join(unknown)}; expected none but {', '.join(_TOKENWISE_KWARGS)} "
+            f"cross_attention_kwargs holds {', '.join(unknown)}; expected only {', '.join(_TOKENWISE_KWARGS)} "
             "on a pruned UNet: others may name positions of the full image"
         )
 
@@ -236,7 +237,7 @@ class _WithoutSelfAttention:
 
     def __init__(self, layer: nn.Module, attended: Tensor) -> None:
         if not torch.compiler.is_compiling():
-            # The forward asks for twenty attributes, and `__getattr__` takes a microsecond for each. A graph asks once.
+            # The forward reads twenty attributes, and `__getattr__` takes a microsecond for each. A graph reads once.
             own = {**vars(layer), **layer._modules}
             vars(self).update((name, own[name]) for name in own.keys() - {"norm1", "attn1"})
         self._layer = layer

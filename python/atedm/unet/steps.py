@@ -1,9 +1,9 @@
-"""Which denoising step a call of the UNet is, and of which picture: from its timestep alone.
+"""Find out which denoising step a call of the UNet is, and of which picture, only from its timestep.
 
-Pipelines hand the UNet an element of ``scheduler.timesteps``: a view whose place in its storage is the step, and whose
-storage belongs to one picture, since every run makes timesteps of its own. That is exact for image-to-image, which
-starts late in them, for ``denoising_end``, which stops early, and for schedulers that call the model twice per step,
-where each call is an entry. It reads values from a GPU once per picture.
+Pipelines hand the UNet an element of ``scheduler.timesteps``. That element is a view: its place in the storage is the
+step, and the storage identifies the picture, because every run makes its own timesteps. This is exact for
+image-to-image, which starts late in them, for ``denoising_end``, which stops early, and for schedulers that call the
+model twice per step, where each call has an entry. Values are read from a GPU once per picture.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 
 Timestep = Tensor | float | int
 
-# Whether the timesteps of a storage fall from noise to picture, by the address of the storage, while it lives.
+# Whether the timesteps in a storage fall, from noise to picture; by the address of the storage, while it lives.
 _falls: dict[int, tuple[weakref.ref[torch.UntypedStorage], bool]] = {}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a UNet call stands in the denoising of a picture.
+    """The place of a UNet call in the denoising of a picture.
 
     Attributes:
-        index: which of the ``total`` timesteps, from 0; None where only a value is known.
-        picture: the storage of the timesteps, which a picture has for itself; None where that cannot be told.
-        timestep: what the UNet was called with.
+        index: index among the ``total`` timesteps, from 0; None if only the timestep's value is known.
+        picture: the storage of the timesteps, which identifies the picture; None if unknown.
+        timestep: the timestep that the UNet was called with.
     """
 
     timestep: Timestep | None = None
@@ -47,7 +47,7 @@ def step_of(timestep: Timestep | None, scheduler: object | None = None) -> Step:
     """The step of a call with ``timestep``.
 
     Args:
-        scheduler: whose ``timesteps`` are searched for the value where the timestep is no view of them.
+        scheduler: its ``timesteps`` are searched for the value if ``timestep`` is not a view of a schedule.
     """
     if isinstance(timestep, Tensor) and timestep.device.type != "meta":
         storage = timestep.untyped_storage()
@@ -60,9 +60,10 @@ def step_of(timestep: Timestep | None, scheduler: object | None = None) -> Step:
 
 
 def _is_schedule(storage: torch.UntypedStorage, timestep: Tensor) -> bool:
-    """Whether ``storage`` holds a scheduler's timesteps: several, which fall and never rise.
+    """Whether ``storage`` holds a scheduler's timesteps: several values, which fall and never rise.
 
-    A copy of one has a storage of one element. Other tensors that ``timestep`` may be cut from rise, or stay equal.
+    A copy of one timestep has a storage of one element. Other tensors that ``timestep`` may be a part of rise, or stay
+    equal.
     """
     if storage.nbytes() < 2 * timestep.element_size() or timestep.dtype.is_complex:
         return False

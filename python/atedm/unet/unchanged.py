@@ -1,6 +1,6 @@
-"""What other tools have done to a pruned UNet since :func:`atedm.apply`: looked for before every call.
+"""Look before every call for what other tools have done to a pruned UNet since :func:`atedm.apply`.
 
-The UNet's own hook looks, not its blocks: a compiled block would not look.
+The UNet's hook looks, not its blocks, because a compiled block would not look.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Refuses blocks that were changed so that they can no longer be pruned, and stages that can no longer be reused.
+    """Refuses changed blocks that can no longer be pruned, and changed stages whose features can no longer be reused.
 
     SDXL's UNet has 280 modules to check. To save time, a look compares the objects that matter with those of the last
-    check, and checks a block again only if one has changed.
+    check, and checks a block again only if one of them has changed.
     """
 
     def __init__(self) -> None:
         self._checked: dict[str, tuple[_Places, list[Any]]] = {}
 
     def look(self, blocks: Iterable[PrunedBlock], stages: Iterable[UNetStage]) -> None:
-        """
+        """Check ``blocks`` and ``stages``.
+
         Raises:
-            ValueError: one of ``blocks`` can no longer be pruned, or the features of one of ``stages`` not be reused.
+            ValueError: a block can no longer be pruned, or the features of a stage can no longer be reused.
         """
         for block in blocks:
             if not block.place.holds(block.module):
@@ -76,7 +77,7 @@ def _check(block: PrunedBlock) -> None:
     if reason is None and runs_its_own_forward(block.module):
         reason = "its forward is that of its class again"
     if reason is None and not block.is_current:
-        reason = "its class, or the forward of that, is another than at atedm.apply"
+        reason = "its class, or the forward of its class, has changed since atedm.apply"
     reason = reason or why_not_rankable(first)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
@@ -106,9 +107,10 @@ def _check_stage(stage: UNetStage) -> None:
 
 
 class _Places:
-    """Where the objects lie that decide what the check of an attention block finds.
+    """The places of the objects that decide the outcome of an attention block's check.
 
-    They are read from dictionaries: a module looks in three places for an attribute, which takes ten times as long.
+    They are read from dictionaries, because a module looks in three places for an attribute, which takes ten times as
+    long.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -124,7 +126,7 @@ class _Places:
             *((vars(module), name) for name in ("forward", METHOD)),
             *((vars(first), name) for name in METHODS),
             *((vars(part), "forward") for part in parts),
-            # Under a hook of accelerate's.
+            # Under an accelerate hook.
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
             *((vars(part) if "processor" in vars(part) else part._modules, "processor") for part in attentions),
             *((place, name) for name in PLAIN for place in (vars(first), first._modules)),
@@ -132,8 +134,8 @@ class _Places:
             *((place, "pos_embed") for layer in layers for place in (vars(layer), layer._modules)),
             *((vars(layers[0]), name) for name in LAYER),
         ]
-        self._typed = [module, *layers, *attentions, *forwards]  # tools exchange their classes
-        self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention, FeedForward}  # or what these run
+        self._typed = [module, *layers, *attentions, *forwards]  # tools replace their classes
+        self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention, FeedForward}  # or the class's forward
         self._processors = {type(part.processor) for part in attentions}
         self._sized = [
             (vars(module.transformer_blocks), "_modules"),
