@@ -61,8 +61,7 @@ class Drift:
         return {"projection": self._projection(channels, dtype, device), "seen": seen}
 
     def _projection(self, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``[width, C]``. Cached, because the numbers, equal on all devices, are drawn on the CPU, and copying
-        them to the device waits."""
+        """``[width, C]``. Cached: the numbers are drawn on the CPU, equal for all devices, and copying them waits."""
         key = channels, dtype, device
         if key not in self._projections:
             generator = torch.Generator().manual_seed(0)
