@@ -108,7 +108,7 @@ class Plan:
         folders = [_plain(name) for name in names]
         for name in self.groups["tried"]:
             if not _plain(name) or folders.count(_plain(name)) > 1:
-                raise ValueError(f"try names {name!r}, which cannot be told from another setting; expected a new name")
+                raise ValueError(f"try names {name!r}, too much like another setting; expected a new name")
         for word in wanted or ():
             if word not in names and word not in self.groups:
                 expected = ", ".join([*self.groups, *map(repr, names)])
@@ -181,11 +181,11 @@ class Plan:
             return count(replace(options, ratio=ratio))
 
         if of_ratio(MAX_RATIO) > target:
-            return method(replace(options, ratio=MAX_RATIO)), "its FLOPs are out of reach: the largest ratio"
+            return method(replace(options, ratio=MAX_RATIO)), "these FLOPs are out of reach; this is the largest ratio"
         return method(replace(options, ratio=solve_decreasing(of_ratio, target, 0.0, MAX_RATIO))), ""
 
     def _tomesd(self, target: float) -> tuple[ToMe, str]:
         merged = tomesd_flops(self.costs.counter)
         ratio = merged.nearest_ratio(target)
         is_near = abs(merged.at(ratio).unet / target - 1) < 0.02
-        return ToMe(ratio), "" if is_near else "tomesd cannot come closer to these FLOPs"
+        return ToMe(ratio), "" if is_near else "tomesd cannot get closer to these FLOPs"
