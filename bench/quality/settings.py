@@ -109,7 +109,7 @@ class Plan:
         folders = [_plain(name) for name in names]
         for name in self.groups["tried"]:
             if not _plain(name) or folders.count(_plain(name)) > 1:
-                raise ValueError(f"try names {name!r}, too much like another setting; expected a new name")
+                raise ValueError(f"try names {name!r}, which is not distinct from another setting; expected a new name")
         for word in wanted or ():
             if word not in names and word not in self.groups:
                 expected = ", ".join([*self.groups, *map(repr, names)])
