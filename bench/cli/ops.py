@@ -1,4 +1,4 @@
-"""``atedm-bench ops``: times each op on SDXL's shapes beside plain PyTorch, fused attention and the device's floor."""
+"""``atedm-bench ops``: times each op on SDXL's shapes; compares with plain PyTorch, fused attention and the floor."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def record(
 
 @app.command()
 def checker(
-    out: Annotated[Path, typer.Option(help="Where the weights go; figures beside them.")],
+    out: Annotated[Path, typer.Option(help="File for the weights. The figures go beside it, as .json.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch: Annotated[int, typer.Option(min=1)] = 48,
     test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,
