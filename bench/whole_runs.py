@@ -137,7 +137,7 @@ class WholeRuns:
             try:
                 self._warm_up(run)
             except Exception as error:
-                # A peer that is missing or fails is a result; an error of ours is not.
+                # A peer that is missing or fails is a result; an error in atedm is not.
                 if isinstance(run.method, Ours) or type(run.method) is Method:
                     raise
                 self.failed[run.name] = error_line(error)

@@ -15,7 +15,7 @@ from atedm_bench.quality.settings import BUDGETS, MAIN, TOKEN_SHARES, TOKENS
 # Confidence level of every test. It is strict because there are a few dozen tests.
 LEVEL = 0.99
 
-# Two settings are comparable if their FLOPs differ by at most this fraction, or if the better one has fewer.
+# Two settings are comparable if their FLOPs differ by at most this fraction, or if the better one wins with fewer.
 _NEAR = 0.02
 
 
