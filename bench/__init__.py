@@ -1,1 +1,1 @@
-"""Measurements and the training of the embedded model: the command ``atedm-bench``."""
+"""Measurements, and the training of the embedded model: the command ``atedm-bench``."""

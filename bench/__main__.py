@@ -1,4 +1,4 @@
-"""``python -m atedm_bench``: the command line."""
+"""``python -m atedm_bench``: runs the command line."""
 
 from atedm_bench.command import main
 

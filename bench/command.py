@@ -1,4 +1,4 @@
-"""The command ``atedm-bench``."""
+"""The entry point of the command ``atedm-bench``."""
 
 import sys
 

@@ -3,11 +3,11 @@
 #
 #   bash bench/gpu.sh [RESULTS [WHEELS]]      (default: outputs/gpu and .whl)
 #
-# Requires Python with torch, triton, pytest, pytest-xdist and diffusers; what is missing is installed from the wheels in
-# WHEELS, and peers that are missing there get a row that tells it. Ends within nine minutes; $MINUTES sets another
-# limit, in whole minutes. The most important steps run first, each step has its own limit, and finished results stay
-# when the rest is cut. RESULTS/log.txt shows how each step ended; RESULTS.tar.gz holds the folder.
-# STEPS="tests ops" runs only these of: doctor tests tune unet ops compiled unet-8 unet-2048 sanitizers.
+# Requires Python with torch, triton, pytest, pytest-xdist and diffusers. Missing packages are installed from the wheels in
+# WHEELS; a peer that is missing there gets a row with the error. The script ends within nine minutes; $MINUTES sets another
+# limit, in whole minutes. The most important steps run first. Each step has its own limit, and finished results stay if
+# the rest is cut. RESULTS/log.txt shows how each step ended; RESULTS.tar.gz holds the folder.
+# STEPS="tests ops" runs only those steps; all are: doctor tests tune unet ops compiled unet-8 unet-2048 sanitizers.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 RESULTS=$(realpath -m "${1:-outputs/gpu}")
@@ -28,7 +28,7 @@ step() { # name, maximum seconds, command
         return
     fi
     echo "BEGIN $name: $*" | tee -a "$LOG"
-    # The signal is that of Ctrl-C, so the benchmarks print what they have.
+    # SIGINT, as Ctrl-C sends it, so that the benchmarks print what they have.
     timeout --signal=INT --kill-after=10 $((left < limit ? left : limit)) "$@" >>"$LOG" 2>&1
     local status=$?
     ((status == 0)) || FAILED=1
@@ -37,7 +37,7 @@ step() { # name, maximum seconds, command
 
 wanted() { [[ $STEPS == *" $1 "* ]]; }
 
-# This checkout's packages, laid out as an installation has them.
+# Lay out this checkout's packages as an installation would.
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 ln -s "$PWD/atedm_kernels" "$PWD/python/atedm" "$PWD"/python/atedm_*.py "$SITE/"
@@ -50,9 +50,9 @@ unset TRITON_INTERPRET
 BENCH=("$PYTHON" -m atedm_bench)
 UNET=("${BENCH[@]}" unet --device cuda --repeats 10)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib --durations 5)
-# What serves a pruned call: the published way, tokens with cached updates, tokens chosen before.
+# The variants of a call: full, and pruned as published, with cached updates, and with tokens chosen earlier.
 CALLS=(--variant full --variant ours --variant "ours cached updates" --variant "ours tokens chosen before")
-# Whole runs of the presets and their peers, in the process that has counted tomesd's ratio.
+# Whole runs of the presets and their peers, in the same process, because it has found tomesd's ratio.
 PEERS=(--variant tomesd)
 for name in full default quality fast paper "DeepCache 2" "DeepCache 3" tomesd; do
     PEERS+=(--variant "run: $name")
@@ -63,12 +63,12 @@ if wanted doctor; then
     step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
 if wanted tests; then
-    # What runs on the CPU alone is left out.
+    # Leave out what runs only on the CPU.
     step tests 150 "${PYTEST[@]}" -n 8 tests/kernels tests/plugin/test_gpu.py \
         --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_registry.py --junitxml "$RESULTS/tests.xml"
 fi
 if wanted tune; then
-    # In place: what follows runs with the new tables.
+    # Writes the tables in place, so that the steps after it run with the new ones.
     step tune 180 "${BENCH[@]}" tune --tokens 4096,1024
     tar -cf "$RESULTS/tiles.tar" atedm_kernels/ops/*/tiles.json
 fi
@@ -96,7 +96,7 @@ fi
 if wanted sanitizers && command -v compute-sanitizer >/dev/null; then
     step "small calls" 60 "$PYTHON" -m tests.helpers.small_calls # compiles first, which would take long under a checker
     for tool in memcheck initcheck racecheck synccheck; do
-        # Without torch's memory cache, every tensor has its own bounds.
+        # Without torch's memory cache, every tensor is an allocation with its own bounds.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 \
             "$PYTHON" -m tests.helpers.small_calls
     done

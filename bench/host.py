@@ -1,8 +1,8 @@
-"""What a pruned call costs the host: the plug-in's own work, every kernel left out.
+"""Measures what a pruned call costs the host: the plug-in's own work, without any kernel.
 
-A GPU hides the work of the host behind its own as long as that takes longer; with small pictures or a fast GPU it does
-not. Both the pruned and the whole UNet run on the CPU with few channels, and what computes returns empty tensors: the
-ops of atedm, and the functions of torch that take most of the time. What is left is Python and torch's dispatch.
+A GPU hides the host's work as long as its own work takes longer. With small pictures or a fast GPU it does not. Here
+the pruned and the whole UNet both run on the CPU, with few channels. What computes returns empty tensors: atedm's ops,
+and the torch functions that take most of the time. What is left is Python and torch's dispatch.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import atedm
 from atedm.app.models import meta_unet, unet_inputs
 from atedm_kernels.registry import Op
 
-# Fewer channels than a group norm has groups are refused.
+# A group norm refuses fewer channels than it has groups.
 _CHANNELS, _PIXELS, _TOKENS = 32, 128, 8
 
-# Of a run. The first is whole, since there is nothing to recover dropped tokens from, and does not count.
+# Steps of a run. The first one does not count: it is whole, since there is nothing yet to recover dropped tokens from.
 STEPS = 10
 MIN_ROUNDS = 10
 
 
 def host_seconds(config: Mapping[str, Any], ratio: float, rounds: int) -> dict[str, Any]:
-    """Fields of a row: CPU seconds of the calling thread in a pruned call, less those in a call of the whole UNet.
+    """Return the fields of a row: CPU seconds of the calling thread in a pruned call, minus those in a whole call.
 
-    The mean over the pruned steps of a run, each the median over ``rounds``.
+    ``seconds`` is the mean over the pruned steps of a run; each step is the median over ``rounds``.
 
     Args:
-        config: of the UNet, whose blocks and layers count; channels do not.
+        config: the UNet's configuration. Its blocks and layers are kept, its channels are not.
     """
     whole, pruned = (_small(config) for _ in range(2))
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(STEPS)
-    # Not the default schedule, which asks how much features change: here they are uninitialised.
+    # No default schedule: it asks how much features change, and here they are uninitialised.
     atedm.apply(pruned, ratio=ratio, scheduler=scheduler, schedule=None)
     (sample, _, text), kwargs = unet_inputs(whole, width=_PIXELS, height=_PIXELS, tokens=_TOKENS)
 
@@ -56,11 +56,11 @@ def host_seconds(config: Mapping[str, Any], ratio: float, rounds: int) -> dict[s
         for n in range(rounds + 1):
             taken.append([])
             for timestep in scheduler.timesteps:
-                # In turn the first: neither finds the caches as the other left them.
+                # The two take turns at being first, so that neither always finds the caches as the other left them.
                 order = (whole, pruned) if (n + len(taken[-1])) % 2 else (pruned, whole)
                 found = {unet is pruned: seconds(unet, timestep) for unet in order}
                 taken[-1].append((found[False], found[True]))
-    taken = [calls[1:] for calls in taken[1:]]  # less the round that warmed up, and each round's whole step
+    taken = [calls[1:] for calls in taken[1:]]  # without the warm-up round, and without each round's whole step
     by_step = [statistics.median(there - here for here, there in calls) for calls in zip(*taken, strict=True)]
     by_round = [statistics.fmean(there - here for here, there in calls) for calls in taken]
     return {
@@ -75,7 +75,7 @@ def host_seconds(config: Mapping[str, Any], ratio: float, rounds: int) -> dict[s
 
 
 def _small(config: Mapping[str, Any]) -> nn.Module:
-    """A UNet of as many blocks and layers, whose weights nobody reads."""
+    """Build a UNet with the same blocks and layers but few channels; its weights are never read."""
     channels = (_CHANNELS,) * len(config["block_out_channels"])
     small = {**config, "block_out_channels": channels, "attention_head_dim": 1, "num_attention_heads": None}
     return meta_unet(small).to_empty(device="cpu")
@@ -83,7 +83,7 @@ def _small(config: Mapping[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Let atedm's ops, and torch's functions for layers, return empty tensors of the right shape; indices are 0."""
+    """Make atedm's ops and torch's layer functions return empty tensors of the right shape; indices are 0."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Op, "__call__", lambda op, *arguments: _in_range(op.fake(*arguments))))
         for name, function in _EMPTY.items():
@@ -92,7 +92,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def _in_range(out: Any) -> Any:
-    """Token indices are read by torch's own functions, which check them."""
+    """Zero the token indices in ``out``: torch's own functions read and check them."""
     for x in out if isinstance(out, tuple) else (out,):
         if x.dtype == torch.int64:
             x.zero_()

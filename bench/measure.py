@@ -1,4 +1,4 @@
-"""Time, memory and op times of one call, on a CPU or a GPU."""
+"""Measures the time, the memory and the op times of one call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SAMPLING_SECONDS = 0.002
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
-    """Seconds that ``call()`` takes: device time on CUDA, wall time otherwise.
+    """Return the seconds that ``call()`` takes: device time on CUDA, wall time otherwise.
 
-    ``before`` runs first, untimed. On a GPU the host does not wait for it, so it is ahead when ``call`` begins.
+    ``before`` runs first, untimed. On a GPU the host does not wait for it, so the host is ahead when ``call`` begins.
     """
     if device.type != "cuda":
         if before is not None:
@@ -42,13 +42,13 @@ def seconds_of(call: Callable[[], object], device: torch.device, before: Callabl
 
 
 def by_turns(items: Sequence[T], round_number: int) -> list[T]:
-    """``items`` beginning with another one in each round, so that what slows the machine slows all of them."""
+    """Rotate ``items``: each round starts with another one, so that a slowdown of the machine affects all of them."""
     first = round_number % max(1, len(items))
     return [*items[first:], *items[:first]]
 
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes during ``call()``, weights included: allocated on a CUDA device, else resident in this process."""
+    """Return the peak bytes during ``call()``, weights included: allocated on CUDA, else resident in this process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -62,9 +62,9 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def op_seconds_of(call: Callable[[], object], device: torch.device, namespace: str = "atedm") -> dict[str, float]:
-    """Seconds spent in each op of ``namespace`` during ``call()``, including what the op calls; device time on CUDA.
+    """Return the seconds spent in each op of ``namespace`` during ``call()``, including what the op calls.
 
-    Empty if the profiler saw no such op or has no device clock.
+    They are device time on CUDA. The result is empty if the profiler saw no such op or has no device clock.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -84,7 +84,7 @@ def op_seconds_of(call: Callable[[], object], device: torch.device, namespace: s
 
 
 def _release_freed_memory() -> None:
-    """Return freed memory to the system, so that a call is not charged for an earlier one."""
+    """Return freed memory to the system, so that it does not count for the next call."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -95,7 +95,7 @@ def _release_freed_memory() -> None:
 class Graphs:
     """CUDA graphs, which exclude the host's work. They share one memory pool, as large as the largest graph needs.
 
-    They live as long as this does: torch raises if a pool is used after its last graph is gone.
+    The graphs live as long as this object: torch raises if a pool is used after its last graph is gone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,7 +104,7 @@ class Graphs:
         self._captured: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
-        """Capture ``call``, which must have run before, as a graph; raises if it cannot be captured."""
+        """Capture ``call``, which must have run before, as a graph. Raises if it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             call()
@@ -113,12 +113,12 @@ class Graphs:
 
 
 def error_line(error: Exception) -> str:
-    """One line for the row of a failed measurement."""
+    """Return one line about ``error``, for the row of a failed measurement."""
     return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
 def attention_backend_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """Which kernel ``scaled_dot_product_attention`` runs for ``q, k, v`` ``[B, H, N, D]``."""
+    """Return the name of the kernel that ``scaled_dot_product_attention`` runs for ``q, k, v`` ``[B, H, N, D]``."""
     from torch.nn.attention import SDPBackend
 
     choice = torch._fused_sdp_choice(q, k, v)

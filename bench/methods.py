@@ -1,4 +1,4 @@
-"""The methods to make a UNet cheaper that the benchmarks compare: each puts itself in force and counts its FLOPs."""
+"""The methods that the benchmarks compare. Each one can apply itself to a pipeline and count its FLOPs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from atedm.policy.options import Options
 from atedm_bench.peers import apply_tomesd, deepcache, deepcache_flops, tomesd_flops
 from atedm_bench.rankings import RandomRanking, no_ranking
 
-# What a method yields once it is in force: to call with a number of its own before each batch, to repeat random draws.
+# What a method yields while it is applied: a function to call before each batch, with a number that seeds random draws.
 StartBatch = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What FLOPs are counted on: a UNet's counter, and the timesteps of a run."""
+    """What a method needs to count its FLOPs: a UNet's counter, and the timesteps of a run."""
 
     counter: UNetFlops
     timesteps: Tensor
@@ -34,18 +34,18 @@ class Costs:
 
 @dataclass(frozen=True)
 class Method:
-    """The full UNet, and what the others share.
+    """The full UNet, and the base class of the other methods.
 
     Attributes:
-        line: its line in the plot of quality over FLOPs.
-        records: whether the kinds of its steps are known from a recording alone.
+        line: the method's line in the plot of quality over FLOPs.
+        records: whether the kinds of its steps are known only from a recording.
     """
 
     line = "full"
     records = False
 
     def described(self) -> dict[str, Any]:
-        """As JSON has it: all that its pictures depend on."""
+        """Return everything that the method's pictures depend on, as JSON values."""
         return {"method": type(self).__name__, **asdict(self)}
 
     @contextlib.contextmanager
@@ -53,11 +53,11 @@ class Method:
         yield lambda seed: None
 
     def kinds(self, costs: Costs) -> list[str]:
-        """The kinds of a run's steps; not asked of one that records."""
+        """Return the kinds of a run's steps. Not called if the method records."""
         return ["whole"] * costs.steps
 
     def flops(self, costs: Costs, kinds: Sequence[str]) -> Flops:
-        """FLOPs of the mean call of a run whose steps were of these ``kinds``, for one image."""
+        """Return the FLOPs of the mean call of a run whose steps have these ``kinds``, for one image."""
         return costs.counter.full()
 
 
@@ -77,7 +77,7 @@ class Ours(Method):
         return "published" if copies else "tokens alone"
 
     def described(self) -> dict[str, Any]:
-        # All options, because a default may change between two versions, as JSON has them.
+        # All options, because a default may change between two versions.
         return {"method": type(self).__name__, "options": self.options.to_dict()}
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ class Ours(Method):
 
 @dataclass(frozen=True)
 class RandomTokens(Ours):
-    """Ours with ``options``, but tokens are chosen at random, anew in each call."""
+    """Ours with ``options``, but each call chooses its tokens at random."""
 
     line = "random"
 
@@ -117,7 +117,7 @@ class ToMe(Method):
         import tomesd
 
         def start(seed: int) -> None:
-            # tomesd draws from a fork of the global generator, which it makes where it has none and keeps.
+            # tomesd draws from a fork of the global generator. It keeps the fork, and makes one if it has none.
             torch.manual_seed(seed)
             pipe.unet._tome_info["args"]["generator"] = None
 

@@ -1,6 +1,6 @@
-"""The README's picture: what the embedded model draws whole and pruned, and what it computed at the last pruned step.
+"""Draws the README's picture: what the embedded model draws, full and pruned, and which tokens it computed late.
 
-The captions are the first held-out ones that the quality lab's figures count.
+The captions are the first of the held-out ones on which the quality lab measures.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from atedm_bench.quality.images import SceneCase
 from atedm_bench.quality.lab import scene_cases
 
 STEPS, GUIDANCE = 25, 5.0
-# The blocks whose tokens are shown, at the last pruned step: the last but one of each level.
+# The blocks whose tokens are shown, at the last pruned step: the second to last of each level.
 BLOCKS = ("up_blocks.1.attentions.1", "up_blocks.0.attentions.1")
 _SKIP = 64
-# How much of a dropped token stays visible, and the colour that it fades to, which no scene uses.
+# How much of a dropped token stays visible, and the colour to which it fades, which no scene uses.
 _LEFT, _DROPPED = 0.15, (0.36, 0.33, 0.55)
 
 
 def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
-    """Pictures ``[N, H, W, 3]``, from 0 to 1."""
+    """Return the pictures ``[N, H, W, 3]`` of ``cases``, with values from 0 to 1."""
     return pipe(
         prompt=[case.prompt for case in cases],
         generator=[torch.Generator().manual_seed(case.seed) for case in cases],
@@ -42,7 +42,7 @@ def draw(pipe: Any, cases: list[SceneCase]) -> np.ndarray:
 
 
 def kept_only(pictures: np.ndarray, recording: Recording, block: str) -> np.ndarray:
-    """``pictures``, with the tokens that ``block`` dropped at the last pruned step faded."""
+    """Return ``pictures``, with the tokens faded that ``block`` dropped at the last pruned step."""
     last: Ranked = [ranked for ranked in recording.ranked if ranked.block == block][-1]
     masks = last.mask()[-len(pictures) :].numpy()  # with guidance, the second half belongs to the prompts
     masks = np.stack([np.asarray(Image.fromarray(mask).resize(pictures.shape[2:0:-1], 0)) for mask in masks])
@@ -50,7 +50,7 @@ def kept_only(pictures: np.ndarray, recording: Recording, block: str) -> np.ndar
 
 
 def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figure:
-    """One row of pictures for each of ``rows``, its name on the left and the captions on top."""
+    """Draw one row of pictures for each of ``rows``, with its name on the left, and the captions on top."""
     left, top, side = 1.35, 0.75, 1.2
     width, height = left + side * len(cases), top + side * len(rows)
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
@@ -68,7 +68,7 @@ def overview(cases: list[SceneCase], rows: list[tuple[str, np.ndarray]]) -> Figu
 
 
 def write_overview(output: Path, images: int) -> None:
-    """Draw ``images`` captions and write the PNG ``output``."""
+    """Draw the pictures of ``images`` captions and write the PNG ``output``."""
     cases = scene_cases(_SKIP + images)[_SKIP:]
     pipe = embedded_pipeline()
     full = draw(pipe, cases)

@@ -1,4 +1,4 @@
-"""Other packages that make a UNet cheaper, used as their READMEs recommend, and what they cost."""
+"""Runs other packages that make a UNet cheaper, as their READMEs recommend, and counts their FLOPs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOMESD_MAX_RATIO = 0.75
 
 
 def apply_tomesd(unet: nn.Module, ratio: float) -> None:
-    """Patch ``unet`` with tomesd for its largest savings on SDXL: at both levels, in all three parts of a layer.
+    """Patch ``unet`` with tomesd so that it saves most on SDXL: at both levels, in all three parts of a layer.
 
     Raises:
         RuntimeError: tomesd is not installed.
@@ -34,16 +34,16 @@ def apply_tomesd(unet: nn.Module, ratio: float) -> None:
 
 
 class TomesdFlops:
-    """Counts calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``, each once."""
+    """Counts the FLOPs of calls patched by :func:`apply_tomesd`, on the UNet and inputs of ``counter``; each once."""
 
     def __init__(self, counter: UNetFlops) -> None:
         self._counter = weakref.proxy(counter)
-        # Its own, since tomesd leaves attributes behind on what it patches.
+        # A separate UNet, because tomesd leaves attributes behind on what it patches.
         self._unet = meta_unet(counter.config)
         self._counted: dict[tuple[int, ...], Flops] = {}  # by the tokens merged in each kind of block
 
     def at(self, ratio: float) -> Flops:
-        """FLOPs of a call at ``ratio``; token matching counts as ``scoring``."""
+        """Return the FLOPs of a call at ``ratio``; token matching counts as ``scoring``."""
         sizes = (math.prod(args[0].shape[-2:]) for _, _, args, _, _ in self._counter.blocks())
         merged = tuple(int(tokens * ratio) for tokens in sizes)
         if merged not in self._counted:
@@ -51,9 +51,9 @@ class TomesdFlops:
         return self._counted[merged]
 
     def _count(self, ratio: float) -> Flops:
-        """As :class:`UNetFlops` does: one block of each kind tells by what a call differs from a whole one."""
+        """Count as :class:`UNetFlops` does: one block of each kind shows how a merged call differs from a whole one."""
         apply_tomesd(self._unet, ratio)
-        # tomesd learns the size of the image from a hook of the UNet; nothing else of the call is wanted.
+        # tomesd learns the image's size in a hook of the UNet. The rest of this call is not needed.
         self._unet.forward = lambda *args, **kwargs: None
         self._counter.call(self._unet)
         del self._unet.forward
@@ -69,7 +69,7 @@ class TomesdFlops:
         return found
 
     def nearest_ratio(self, target: int) -> float:
-        """The ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""
+        """Return the ratio whose UNet FLOPs (without matching) are nearest to ``target`` FLOPs."""
 
         def count(ratio: float) -> float:
             return self.at(ratio).unet
@@ -81,7 +81,7 @@ class TomesdFlops:
         return solve_decreasing(count, target, 0.0, TOMESD_MAX_RATIO)
 
 
-# Those of the peers beside a UNet's own counter, by class.
+# The peers' counters for each UNet's own counter, by class.
 _counters: weakref.WeakKeyDictionary[UNetFlops, dict[type, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -93,7 +93,7 @@ def _beside(counter: UNetFlops, kind: type) -> Any:
 
 
 def tomesd_flops(counter: UNetFlops) -> TomesdFlops:
-    """The one beside ``counter``, which keeps its counts."""
+    """Return tomesd's counter for the UNet of ``counter``. It is created once, and keeps its counts."""
     return _beside(counter, TomesdFlops)
 
 
@@ -109,7 +109,7 @@ def _deepcache_helper(pipe: Any, interval: int) -> Any:
 
 @contextlib.contextmanager
 def deepcache(pipe: Any, interval: int) -> Iterator[None]:
-    """DeepCache on ``pipe``: it computes every ``interval``-th step, at its shallowest branch.
+    """Run ``pipe`` with DeepCache, which computes every ``interval``-th step and caches at its shallowest branch.
 
     Raises:
         RuntimeError: DeepCache is not installed.
@@ -122,29 +122,29 @@ def deepcache(pipe: Any, interval: int) -> Iterator[None]:
     finally:
         helper.disable()
         for module in untouched:
-            module.__dict__.pop("forward", None)  # it leaves the module's own behind, as an attribute
+            module.__dict__.pop("forward", None)  # DeepCache leaves the module's own forward behind, as an attribute
 
 
 class DeepCacheFlops:
-    """Counts calls of a UNet that DeepCache has wrapped, on the UNet and inputs of ``counter``; each kind once."""
+    """Counts the FLOPs of calls that DeepCache has wrapped, on the UNet and inputs of ``counter``; each kind once."""
 
     def __init__(self, counter: UNetFlops) -> None:
         self._counter = weakref.proxy(counter)
         self._counted: dict[str, Flops] = {}
 
     def kinds(self, interval: int, timesteps: Tensor) -> list[str]:
-        """``"whole"`` or ``"reused"`` for each of a run's ``timesteps``, as its wrapped blocks decide it."""
+        """Return ``"whole"`` or ``"reused"`` for each of a run's ``timesteps``, as DeepCache's wrapped blocks do."""
         helper = _deepcache_helper(None, interval)
         helper.reset_states()
         values = timesteps.tolist()
         kinds = []
         for value in values:
-            helper.cur_timestep = values.index(value)  # as it finds the step: of equal timesteps the first
+            helper.cur_timestep = values.index(value)  # DeepCache finds the step so: the first of equal timesteps
             kinds.append("reused" if helper.is_skip_step(0, 0, "mid") else "whole")
         return kinds
 
     def mean(self, kinds: Sequence[str]) -> Flops:
-        """FLOPs of the mean call of a run whose steps are of these ``kinds``."""
+        """Return the FLOPs of the mean call of a run whose steps have these ``kinds``."""
         if not self._counted:
             self._counted = self._count()
         return mean_flops(self._counted.__getitem__, kinds)
@@ -161,13 +161,13 @@ class DeepCacheFlops:
 
 
 def deepcache_flops(counter: UNetFlops) -> DeepCacheFlops:
-    """The one beside ``counter``, which keeps its counts."""
+    """Return DeepCache's counter for the UNet of ``counter``. It is created once, and keeps its counts."""
     return _beside(counter, DeepCacheFlops)
 
 
 @contextlib.contextmanager
 def _counting_matching() -> Iterator[list[int]]:
-    """Collect the FLOPs of each token matching of tomesd, which runs inside the layers."""
+    """Collect the FLOPs of each of tomesd's token matchings, which run inside the layers."""
     from tomesd import merge
 
     original = merge.bipartite_soft_matching_random2d

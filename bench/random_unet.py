@@ -1,4 +1,4 @@
-"""UNets with random weights that behave like trained ones where time depends on values."""
+"""Builds UNets with random weights that behave like trained ones where time depends on values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_unet(
     channels_last: bool = True,
     seed: int = 0,
 ) -> UNet2DConditionModel:
-    """A UNet with normal weights of variance ``1 / fan_in``, zero biases and unit norms.
+    """Build a UNet with normal weights of variance ``1 / fan_in``, zero biases and norm weights of 1.
 
     The weights are allocated once, in ``dtype`` on ``device``: SDXL's 2.57 billion parameters take 5.1 GB in bf16.
     Their values depend on ``seed`` and on the type of device.
@@ -50,7 +50,7 @@ def random_unet(
 
 
 def sharing_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet object with the same weights, which can be patched or compiled separately and costs no memory."""
+    """Return another UNet object with the same weights, to patch or compile separately. It takes no more memory."""
     copy = meta_unet(unet.config, unet.dtype)
     copy.load_state_dict(unet.state_dict(), assign=True)
     return copy.eval().requires_grad_(False)
@@ -65,7 +65,7 @@ def calibrate_attention(unet: UNet2DConditionModel, call: Callable[[], object], 
         call: runs ``unet`` once. std: the target standard deviation of a row of logits, averaged over rows and heads.
 
     Returns:
-        The spread of each self-attention, measured again with the scaled weights.
+        The standard deviation of each self-attention, measured again with the scaled weights.
 
     Raises:
         ValueError: the logits of a layer are all equal or not finite.
@@ -92,7 +92,7 @@ def calibrate_attention(unet: UNet2DConditionModel, call: Callable[[], object], 
 
 
 def _logit_std(attention: nn.Module, hidden_states: Tensor) -> float:
-    """Standard deviation of a row of logits, averaged over heads and sampled rows of the first image in the batch."""
+    """Return the standard deviation of a row of logits: the mean over heads and sampled rows of the first image."""
     tokens = hidden_states[0]
     stride = max(1, len(tokens) // _SAMPLED_QUERIES)
     q, k = attention.to_q(tokens[::stride]), attention.to_k(tokens)
@@ -102,7 +102,7 @@ def _logit_std(attention: nn.Module, hidden_states: Tensor) -> float:
 
 
 def attention_kernels(unet: UNet2DConditionModel, width: int, height: int, batch: int) -> dict[str, str]:
-    """The kernel that torch chooses for self-attention, by level, in a call on ``width`` × ``height`` pixels.
+    """Return the kernel that torch chooses for self-attention, by level, in a call on ``width`` × ``height`` pixels.
 
     The full UNet runs it through ``scaled_dot_product_attention``; the pruned one makes the same choice itself.
     """

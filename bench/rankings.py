@@ -1,4 +1,4 @@
-"""Other ways to rank tokens: PageRank as a function, none at all to count by, and a random one as a baseline.
+"""More ways to rank tokens: PageRank as a function, equal scores for counting FLOPs, and random scores as a baseline.
 
 Each is a ``ranking`` for :func:`atedm.apply`: a function from ``q, k [B, H, N, D]`` and ``lse [B, H, N]`` to scores.
 """
@@ -17,12 +17,12 @@ def page_rank(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
 
 
 def no_ranking(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    """Equal scores at no cost, to count what everything but the ranking costs."""
+    """Return equal scores at no cost, to count what everything except the ranking costs."""
     return q.new_zeros((q.shape[0], 1, q.shape[2]), dtype=torch.float32)
 
 
 class RandomRanking:
-    """Random scores, so any token may be dropped. Seeded; :meth:`restart` begins the same series, or another one."""
+    """Random scores, so any token may be dropped. Seeded: :meth:`restart` begins the same series again, or another."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

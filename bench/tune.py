@@ -34,25 +34,25 @@ from atedm_kernels.tiles import Tile
 _BLOCKS = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 32))
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3, 4)
-# Then, for the fastest of these: limits on registers, so that more programs share a multiprocessor, and the number of
-# programs, so that the last wave is full.
+# The fastest of these are then tried with limits on registers, so that more programs share a multiprocessor, and with
+# other numbers of programs, so that the last wave is full.
 _FINALISTS = 3
 _REGISTERS = (None, 168, 128, 96)
 _PROGRAMS = (1, 256, 512, 1024, 2048, 4096)
 
-# Compilers beside the process that measures. More would not fit beside each other in memory.
+# Processes that compile, in addition to the one that measures. More would not fit into memory.
 _COMPILERS = 15
 
-# A smaller gain is noise and earns no row.
+# A smaller gain is noise, and adds no row.
 _MIN_GAIN = 0.02
 _RATIO = 0.63
 
-# Sums over a head's map may differ only by the order of additions.
+# Relative. Sums over a head's map may differ only by the order of the additions.
 _TOLERANCE = 1e-4
 
 Compilers = concurrent.futures.Executor
 
-# Each op, called as the plug-in calls it.
+# Calls each op as the plug-in does.
 TUNED: dict[str, Callable[[OpInputs], torch.Tensor]] = {
     # As a ranking calls it: with weights in the bias and a flag to check.
     "attention_column_sums": lambda i: ops.weighted_page_rank(i.q, i.k, i.lse, max_iterations=1, tolerance=0.0)[0],
@@ -64,7 +64,7 @@ TUNED: dict[str, Callable[[OpInputs], torch.Tensor]] = {
 
 
 def candidates(base: Tile) -> list[Tile]:
-    """``base`` first, then every other tile."""
+    """Return ``base``, then every other tile."""
     tried = [
         Tile(m, n, warps, stages, base.programs)
         for (m, n), warps, stages in itertools.product(_BLOCKS, _WARPS, _STAGES)
@@ -73,7 +73,7 @@ def candidates(base: Tile) -> list[Tile]:
 
 
 def refinements(finalists: Iterable[Tile]) -> list[Tile]:
-    """Each finalist under every limit of registers and with every number of programs."""
+    """Return each finalist with every limit on registers and every number of programs."""
     tried = [
         replace(tile, max_registers=registers, programs=programs)
         for tile, registers, programs in itertools.product(finalists, _REGISTERS, _PROGRAMS)
@@ -82,14 +82,14 @@ def refinements(finalists: Iterable[Tile]) -> list[Tile]:
 
 
 def agree(op: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tiles give the same result: sums up to rounding, sources except for near ties."""
+    """Whether two tiles give the same result: sums up to rounding, sources except at near ties."""
     if op == "similarity_source":
         return (got != expected).float().mean().item() < 1e-3
     return bool(((got - expected).abs() <= _TOLERANCE * expected.abs().clamp_min(1e-12)).all())
 
 
 def ratio_to(base: Tile, seconds: Mapping[Tile, Sequence[float]]) -> dict[Tile, float]:
-    """Each tile's mean ratio to ``base`` over the shapes, fastest first."""
+    """Return each tile's mean time relative to ``base`` over the shapes, fastest first."""
     found = {
         tile: statistics.fmean(a / b for a, b in zip(times, seconds[base], strict=True))
         for tile, times in seconds.items()
@@ -98,13 +98,13 @@ def ratio_to(base: Tile, seconds: Mapping[Tile, Sequence[float]]) -> dict[Tile, 
 
 
 def fastest(seconds: Mapping[Tile, Sequence[float]], base: Tile) -> tuple[Tile, float]:
-    """The tile of lowest mean ratio to ``base`` over the shapes, and that ratio; ``base`` if the gain is small."""
+    """Return the fastest tile and its mean time relative to ``base`` over the shapes; ``base`` if the gain is small."""
     best, ratio = next(iter(ratio_to(base, seconds).items()))
     return (best, ratio) if ratio < 1 - _MIN_GAIN else (base, 1.0)
 
 
 def merge(table: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """``table`` with ``row`` in place of the row that it replaces, specific rows before general ones, ``"*"`` last."""
+    """Put ``row`` into ``table``, replacing the one with the same key; specific rows first, those of ``"*"`` last."""
     key = ("architecture", "dtypes", "head_dim", "queries", "triton")
     kept = [old for old in table if any(old.get(name) != row.get(name) for name in key)]
     named = [old for old in kept if old["architecture"] != "*"] + [row]
@@ -128,7 +128,7 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _inputs(side: int, dtype: torch.dtype, device: torch.device) -> list[OpInputs]:
-    """Maps of ``side``² tokens for batches of 2 and 8: level 3's heads up to 1024 tokens, level 2's above, as SDXL."""
+    """Return inputs of ``side``² tokens, batches 2 and 8, with level 3's heads up to 1024 tokens, else level 2's."""
     level, pixels = (3, 32) if side <= 32 else (2, 16)
     return [OpInputs(shape_of(side * pixels, side * pixels, level, batch, _RATIO), dtype, device) for batch in (2, 8)]
 
@@ -139,8 +139,8 @@ def _inputs_to_compile_for(side: int, dtype: torch.dtype) -> list[OpInputs]:
 
 
 def _compile(op: str, side: int, dtype: torch.dtype, tile: Tile) -> None:
-    """Leave ``tile``'s kernels in Triton's cache, for the process that measures."""
-    with tiles.assume(**{op: tile}), contextlib.suppress(Exception):  # what does not compile is told when measured
+    """Compile ``tile``'s kernels into Triton's cache, for the process that measures."""
+    with tiles.assume(**{op: tile}), contextlib.suppress(Exception):  # the measuring process reports what fails
         for inputs in _inputs_to_compile_for(side, dtype):
             TUNED[op](inputs)
 
@@ -162,7 +162,7 @@ class _Tuner:
         self.flushed = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def time_all(self, wanted: Iterable[Tile], timed: dict[Tile, list[float]], what: str) -> None:
-        """Compile side by side, then measure one by one; add those that are right to ``timed``."""
+        """Compile the ``wanted`` tiles side by side, then time them one by one. Add the correct ones to ``timed``."""
         from rich.progress import track
 
         new = [tile for tile in wanted if tile not in timed]
@@ -175,7 +175,7 @@ class _Tuner:
                 timed[tile] = seconds
 
     def seconds(self, tile: Tile) -> list[float] | None:
-        """Median seconds by batch; None if the tile does not compile, does not fit or gives a wrong result."""
+        """Return the median seconds for each batch, or None if the tile does not compile, does not fit or is wrong."""
         found = []
         graphs = Graphs(self.device)
         with tiles.assume(**{self.op: tile}):
@@ -186,7 +186,7 @@ class _Tuner:
                     run = graphs.capture(lambda inputs=inputs: self.call(inputs))
                 # Triton and its backends raise many types of errors for a tile that is too large.
                 except Exception as error:
-                    # After an illegal access nothing runs in this process, and every tile would look unfit: raise here.
+                    # After an illegal access nothing runs in this process, and every tile would look unfit. Raise here.
                     torch.cuda.synchronize(self.device)
                     return self._reject(error_line(error))
                 times = [seconds_of(run, self.device, self.flushed.zero_) for _ in range(self.repeats)]
@@ -199,7 +199,7 @@ class _Tuner:
 
 @contextlib.contextmanager
 def compilers() -> Iterator[Compilers]:
-    """Processes that compile tiles while this one, which measures, waits."""
+    """Start the processes that compile tiles while this process, which measures, waits."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), context) as pool:
         yield pool
@@ -213,7 +213,7 @@ def tune_op(
     pool: Compilers,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Tune ``op`` on square maps of ``counts`` tokens and write its table to ``path`` after each of them."""
+    """Tune ``op`` on square maps of ``counts`` tokens. Writes its table to ``path`` after each count."""
     table = json.loads(tiles.table_path(op).read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = []
     gained = False
@@ -234,6 +234,6 @@ def tune_op(
         row |= {name: value for name, value in asdict(best).items() if value is not None}
         rows.append(row | {"triton": tiles.triton_minor(), "device": torch.cuda.get_device_name()})
         gained |= best != tuner.base
-        # Those that gained nothing too: a row serves all smaller maps that have none.
+        # Also write the rows that gained nothing: a row also serves all smaller maps that have no row of their own.
         table = functools.reduce(merge, rows if gained else [], table)
         write_table(table, path)

@@ -1,8 +1,8 @@
-"""Full against pruned against merged: one call of a UNet with random weights, all variants in one run; then whole runs.
+"""Compares a full, a pruned and a merged UNet with random weights: one call, all variants in one run; then whole runs.
 
 The variants are UNet objects that share one copy of the weights, so they take turns without being patched in between.
-They run round robin, and each round starts with a different variant, so that a machine that slows down slows all of
-them. A row gives the median over the rounds.
+They run round robin. Each round starts with a different variant, so a slowdown of the machine affects all of them. A
+row gives the median over the rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from atedm_bench.unet_variants import FULL, OURS, TOMESD
 from atedm_bench.whole_runs import WholeRuns
 from atedm_kernels.registry import OPS
 
-# What the plug-in costs the host, every kernel left out; see `atedm_bench.host`.
+# The row of what the plug-in costs the host, without any kernel; see `atedm_bench.host`.
 HOST = "ours host"
 
 # Rounds of whole runs, each of which takes as long as dozens of calls.
@@ -34,7 +34,7 @@ RUN_REPEATS = 3
 
 # Name suffix of variants that run as a CUDA graph, which excludes the host's work.
 GRAPH = " graph"
-# How a row names its speed-up over the full UNet that runs likewise.
+# The key of a row's speed-up over the full UNet that runs in the same way.
 _SUFFIXES = {
     "": "",
     COMPILED: "_over_full_compiled",
@@ -44,7 +44,7 @@ _SUFFIXES = {
 
 
 class UNetBench:
-    """Builds the variants, measures them and returns the rows, which are available at any time."""
+    """Builds the variants and measures them. The rows so far are available at any time."""
 
     def __init__(self, config: Mapping[str, Any], settings: UNetSettings) -> None:
         self.config = config
@@ -106,7 +106,7 @@ class UNetBench:
                 self._inspect(variant)
 
     def _captured(self, variant: UNetVariant) -> list[UNetVariant]:
-        """The same call as a CUDA graph; empty if it cannot be captured, as with tomesd's random numbers."""
+        """Return the same call as a CUDA graph; empty if it cannot be captured, as with tomesd's random numbers."""
         try:
             call = self._graphs.capture(variant.call)
         except RuntimeError as error:
@@ -131,12 +131,12 @@ class UNetBench:
         self._runs.measure(RUN_REPEATS, end, notify)
 
     def _warm_up(self, variant: UNetVariant) -> bool:
-        """Whether the variant runs; if not, its row gives the reason."""
+        """Warm up the variant. Returns whether it runs; if not, its row gives the reason."""
         try:
             if variant.compiled and self.settings.compiled == "whole":
                 # An eager call sets the phase of the schedule; a traced call only reads it.
                 variant.unet(*self._built.inputs[0], **self._built.inputs[1])
-            # A second call uses what the first one allocated, tuned or compiled.
+            # A later call uses what the first one allocated, tuned or compiled.
             for _ in range(1 if self.settings.device.type == "cpu" and not variant.compiled else 3):
                 variant.call()
         except Exception as error:
@@ -166,7 +166,7 @@ class UNetBench:
             variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object per variant, then DSAP's average over a run, the host's work, and what failed."""
+        """Return one flat object per variant, then DSAP's average over a run, the host's work, and what failed."""
         rows = [
             {
                 "name": variant.name,

@@ -1,4 +1,4 @@
-"""Builds the calls that ``atedm-bench unet`` compares: of one UNet with random weights, whose weights they share."""
+"""Builds the calls that ``atedm-bench unet`` compares. They share the weights of one UNet with random weights."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class UNetSettings:
     """What is measured.
 
     Attributes:
-        device, dtype: of weights and activations. width, height: of the image in pixels. batch: images per call.
-        tokens: of the text. ratio: fraction of the tokens that ours drops. steps: of the run that DSAP's average is
-            for. repeats: rounds.
-        minutes: for the whole run. A round starts only if it, and what follows the rounds, can end in time; the first
-            round always runs.
+        device, dtype: of weights and activations. width, height: image size in pixels. batch: images per call.
+        tokens: text tokens. ratio: fraction of the tokens that ours drops. steps: length of the run over which DSAP is
+            averaged. repeats: rounds.
+        minutes: time limit for the whole run. A round starts only if it, and what follows the rounds, can end in time;
+            the first round always runs.
         compiled: also measure each variant compiled: ``"whole"`` by ``torch.compile``, or ``"regional"``, only the
             transformer layers, as diffusers' ``compile_repeated_blocks`` does (minutes faster). This runs after the
             other variants and gets an equal part of the time.
-        compile_mode: of ``torch.compile``. channels_last: memory format of the convolutions.
-        run_steps: also time whole runs of so many steps; 0 for none.
+        compile_mode: mode of ``torch.compile``. channels_last: memory format of the convolutions.
+        run_steps: also time whole runs of this many steps; 0 for none.
         only: names of variants, of calls and of whole runs; empty for all.
     """
 
@@ -61,12 +61,12 @@ class UNetSettings:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Names of the variants of a call."""
+        """The names of the variants of a call to measure."""
         return tuple(name for name in VARIANTS if name in self.only or not self.only)
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """Names of the whole runs."""
+        """The names of the whole runs to time."""
         return tuple(name for name in RUNS if self.run_steps and (name in self.only or not self.only))
 
 
@@ -88,8 +88,8 @@ class UNetCallBuilder:
     """The UNet, its inputs and its calls.
 
     Attributes:
-        unet, inputs, counter: what runs, on what, and its FLOPs; None before :meth:`build`.
-        merge_ratio: of the tokens that tomesd merges, at the FLOPs nearest to ours. failed: why a call is not there.
+        unet, inputs, counter: the UNet, the arguments of a call and the FLOP counter; not set before :meth:`build`.
+        merge_ratio: tomesd's ratio, at the FLOPs nearest to ours. failed: by name, why a call could not be built.
     """
 
     def __init__(self, config: Mapping[str, Any], settings: UNetSettings) -> None:
@@ -129,7 +129,7 @@ class UNetCallBuilder:
         self.unet = unet
 
     def calls(self, *, compiled: bool) -> list[UNetVariant]:
-        """Those of the settings that can be built. The eager full UNet is the first one's own."""
+        """Build the calls in the settings. The eager full call runs :attr:`unet` itself, others share its weights."""
         names = [name for name in self.settings.calls if name not in self.failed]
         return [self._call(name, compiled) for name in names]
 
@@ -172,7 +172,7 @@ class UNetCallBuilder:
     def _compile(self, kind: str, unet: nn.Module) -> Callable[..., object]:
         # Shapes never change here. tomesd creates a random generator inside its layers, which a graph cannot contain.
         options = {"mode": self.settings.compile_mode, "fullgraph": kind != TOMESD, "dynamic": False}
-        # The variants share the compiled code, and each may need several graphs of it.
+        # torch counts the graphs of all variants together, because they run the same code; each may need several.
         torch._dynamo.config.recompile_limit = 64
         if self.settings.compiled == "regional":
             # tomesd renames the class of the layers, so diffusers' compile_repeated_blocks does not find them.
@@ -183,7 +183,7 @@ class UNetCallBuilder:
         return torch.compile(unet, **options)
 
     def described(self) -> dict[str, Any]:
-        """Of the weights, the inputs and the attention."""
+        """Return the facts about the weights, the inputs and the attention kernels, for the report."""
         s = self.settings
         if self.unet is None:
             return self._facts

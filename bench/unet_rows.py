@@ -1,4 +1,4 @@
-"""Rows of ``atedm-bench unet`` that are computed from others, and what a recording tells of a variant."""
+"""Rows of ``atedm-bench unet`` that are computed from other rows, and the fields that come from a recording."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AVERAGE = "ours DSAP average"
 
 
 def average_row(rows: list[dict[str, Any]], suffix: str, steps: int) -> list[dict[str, Any]]:
-    """Our call averaged over a run of ``steps`` steps with DSAP, computed from its two phases, if both are there."""
+    """Average our call over a run of ``steps`` steps with DSAP, from the rows of its two phases, if both are there."""
     by_name = {row["name"]: row for row in rows}
     light, rest = by_name.get(LIGHT + suffix), by_name.get(OURS + suffix)
     if light is None or rest is None:
@@ -42,12 +42,12 @@ def average_row(rows: list[dict[str, Any]], suffix: str, steps: int) -> list[dic
 
 
 def _in_both(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Keys for which both rows have a value; rows of an interrupted run lack the last ones."""
+    """Return the keys for which both rows have a value; rows of an interrupted run lack the last ones."""
     return [key for key, value in first.items() if value is not None and second.get(key) is not None]
 
 
 def ranking_facts(recording: Recording) -> dict[str, Any]:
-    """Iterations of the ranking (mean over blocks, images and heads) and tokens kept at each level."""
+    """Return the ranking's iterations (mean over blocks, images and heads) and the tokens kept at each level."""
     iterations = [entry.iterations.float().mean().item() for entry in recording.ranked if entry.iterations is not None]
     facts: dict[str, Any] = {"page_rank_iterations": statistics.fmean(iterations) if iterations else None}
     for entry in recording.ranked:

@@ -21,10 +21,10 @@ FULL, TOMESD = "full", "tomesd"
 OURS, LIGHT, PAPER = "ours", "ours DSAP light phase", "ours paper placement"
 REUSED, KEYS, CACHED = "ours tokens chosen before", "ours by keys", "ours cached updates"
 
-# Every block pruned, tokens ranked and recovered as published.
+# Every block is pruned; tokens are ranked and recovered as published.
 _PUBLISHED = replace(PUBLISHED, schedule=None)
 
-# Calls are of the phase that prunes every block, except for LIGHT.
+# Every call but LIGHT is of the phase that prunes every block.
 _OPTIONS: Mapping[str, Options] = MappingProxyType(
     {
         OURS: _PUBLISHED,
@@ -43,7 +43,7 @@ def is_ours(name: str) -> bool:
 
 
 def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
-    """FLOPs of a call of any variant but tomesd, which has its own ratio."""
+    """Return the FLOPs of a call of any variant except tomesd, which has its own ratio."""
     if name == FULL:
         return counter.full()
     options = replace(_OPTIONS[name], ratio=ratio)
@@ -53,7 +53,7 @@ def count(counter: UNetFlops, name: str, ratio: float) -> Flops:
 
 
 class Steps:
-    """A scheduler's timesteps in turn, as views of its own tensor, so that no value is read from the GPU."""
+    """Gives a scheduler's timesteps one by one, as views of its own tensor, so that no value is read from the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.scheduler = EulerDiscreteScheduler()
@@ -66,18 +66,18 @@ class Steps:
 
 
 def patch(unet: nn.Module, name: str, ratio: float, merge_ratio: float) -> Steps | None:
-    """Make ``unet`` run as ``name``. Returns a source of timesteps if the calls must have different ones."""
+    """Make ``unet`` run as variant ``name``. Returns a source of timesteps if the calls need different ones."""
     if name == TOMESD:
         apply_tomesd(unet, merge_ratio)
     elif name in _OPTIONS:
-        steps = Steps(unet.device) if name in (REUSED, CACHED) else None  # what is remembered belongs to a picture
+        steps = Steps(unet.device) if name in (REUSED, CACHED) else None  # these remember a picture, so need its steps
         atedm.apply(unet, _OPTIONS[name], ratio=ratio, scheduler=None if steps is None else steps.scheduler)
         return steps
     return None
 
 
 def described(name: str, ratio: float, merge_ratio: float) -> dict[str, Any]:
-    """The fields that describe a variant in its row."""
+    """Return the fields that describe a variant in its row."""
     options = _OPTIONS.get(name)
     return {
         "ratio": {FULL: None, TOMESD: merge_ratio}.get(name, ratio),

@@ -1,7 +1,7 @@
-"""Whole runs of diffusers' SDXL pipeline, timed for real: full, the presets, DeepCache and tomesd, by turns.
+"""Times whole runs of diffusers' SDXL pipeline: full, the presets, DeepCache and tomesd, in turn.
 
 Features of random weights do not change as a trained model's do, so a schedule that chooses as it runs would choose
-other steps here. Such a preset runs the steps that it chose most often for the embedded model.
+different steps here. Such a preset runs the steps that it chose most often for the embedded model instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FULL, TOMESD = f"{PREFIX}full", f"{PREFIX}tomesd"
 _DEEPCACHE = {f"{PREFIX}DeepCache {n}": n for n in (2, 3)}
 _OURS = {f"{PREFIX}{name}": name for name in ("default", "quality", "fast", "paper")}
 # The first letters of the kinds that a preset chose most often in 25 Euler steps of the embedded model (the column
-# "kinds" of `atedm-bench quality`). A run of another number of steps takes them at the same fractions.
+# "kinds" of `atedm-bench quality`). A run with another number of steps takes them at the same fractions of the run.
 _CHOSEN = {
     f"{PREFIX}default": "wwwwwwwwrprrwrrprrwrrprrw",
     f"{PREFIX}quality": "wwwwwwwwwrwrrwrrwrrrwrrrw",
@@ -66,14 +66,14 @@ class _Run:
 
 
 class WholeRuns:
-    """Runs of ``steps`` steps on one UNet, which each method patches for its own runs.
+    """Times runs of ``steps`` steps on one UNet, which each method patches for its own runs.
 
     Args:
-        unet: SDXL's, or one with its conditions (``addition_embed_type="text_time"``).
-        counter: of its FLOPs, for this size and batch.
-        width, height: of the image in pixels. tokens: of the text.
-        batch: of a UNet call; an even one is guided, half of it with the prompt and half without.
-        ratio: of the tokens that a pruned step drops. merge_ratio: that of tomesd.
+        unet: SDXL's UNet, or one with the same conditions (``addition_embed_type="text_time"``).
+        counter: counts the UNet's FLOPs, for this size and batch.
+        width, height: image size in pixels. tokens: text tokens.
+        batch: batch of a UNet call. With an even one, half of it has the prompt and half does not (guidance).
+        ratio: fraction of the tokens that a pruned step drops. merge_ratio: tomesd's ratio.
         only: names from :data:`RUNS`.
     """
 
@@ -131,13 +131,13 @@ class WholeRuns:
         return arguments
 
     def measure(self, repeats: int, end: float, notify: Notify) -> None:
-        """Warm up, then time round by round; a round begins only if it can end by ``end``, the first one always."""
+        """Warm up, then time round by round. A round starts only if it can end by ``end``, the first one always."""
         for run in list(self._runs):
             notify(f"{run.name}: warming up")
             try:
                 self._warm_up(run)
             except Exception as error:
-                # A peer that is missing or fails is a result; an error of ours is not.
+                # A peer that is missing or fails is a result; an error in atedm is not.
                 if isinstance(run.method, Ours) or type(run.method) is Method:
                     raise
                 self.failed[run.name] = error_line(error)
@@ -150,7 +150,7 @@ class WholeRuns:
             done += 1
 
     def _warm_up(self, run: _Run) -> None:
-        # A GPU tunes and compiles for each kind of step. A CPU has neither to do, and a run takes it minutes.
+        # A GPU tunes and compiles kernels for each kind of step. A CPU does not, and a run takes it minutes.
         is_cpu = self._pipe.unet.device.type == "cpu"
         steps = min(_WARM_UP_STEPS, self._steps) if is_cpu else self._steps
         with run.method.in_force(self._pipe):
@@ -166,12 +166,12 @@ class WholeRuns:
                 run.seconds.append(seconds_of(call, device))
                 run.kinds = run.method.kinds(self._costs)
                 return
-            with atedm.record(self._pipe, tokens=False) as recording:  # microseconds of a call
+            with atedm.record(self._pipe, tokens=False) as recording:  # costs microseconds per call
                 run.seconds.append(seconds_of(call, device))
             run.kinds = recording.kinds
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object per method that has been timed; ``tflops`` is that of its mean call."""
+        """Return one flat object per method that has been timed; ``tflops`` is that of its mean call."""
         done = {run.name: statistics.median(run.seconds) for run in self._runs if run.seconds}
         rows = []
         for run in self._runs:

@@ -1,4 +1,4 @@
-"""Settings of Sphinx, which `make docs` runs on the whole checkout; links are those that GitHub follows."""
+"""Sphinx settings. `make docs` runs Sphinx on the whole checkout, so the links of the pages also work on GitHub."""
 
 project = "atedm-kernels"
 root_doc = "docs/index"

@@ -9,7 +9,7 @@ from atedm.cli.checks import bad
 
 
 class Benchmark(Protocol):
-    """A measurement that can be interrupted: ``run`` calls its argument ``work()`` times, with what comes next."""
+    """A measurement that can be interrupted. ``run`` calls ``notify`` with what comes next, ``work()`` times."""
 
     def work(self) -> int: ...
 
@@ -29,7 +29,7 @@ def check_ratio(ratio: float) -> float:
 
 
 def run(benchmark: Benchmark, save: Callable[[], None]) -> bool:
-    """Run under a progress bar and save after each step; False if Ctrl-C ended the run."""
+    """Run ``benchmark`` under a progress bar and save after each step. Returns False if Ctrl-C ended the run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""``atedm-bench ops``: each op on SDXL's shapes, against plain PyTorch, fused attention and its floor."""
+"""``atedm-bench ops``: times each op on SDXL's shapes; compares with plain PyTorch, fused attention and the floor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atedm.cli.parameters import Device
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
-# On a CPU, plain PyTorch takes minutes to store the map of a large picture.
+# On a CPU only one size and batch: with larger pictures, plain PyTorch takes minutes for the stored map.
 _DEFAULTS = {
     "cpu": {"size": "1024", "batch": "2", "dtype": "bf16", "repeats": 5},
     "cuda": {"size": "1024,768,1216x832,2048", "batch": "2,8", "dtype": "bf16,fp16", "repeats": 30},

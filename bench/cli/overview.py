@@ -1,4 +1,4 @@
-"""``atedm-bench overview``: the picture on top of the README."""
+"""``atedm-bench overview``: draws the picture at the top of the README."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def overview(
     output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("outputs/overview.png"),
     images: Annotated[int, typer.Option(min=1, help="How many captions.")] = 6,
 ) -> None:
-    """Draw the embedded model's pictures, full and pruned, and the tokens that it computed at the last step."""
+    """Draw the embedded model's pictures, full and pruned, and the tokens that it computed at the last pruned step."""
     require("quality", "transformers", "matplotlib", "pillow")
     check_folder("output", output.parent)
     from atedm_bench.overview import write_overview

@@ -1,4 +1,4 @@
-"""``atedm-bench quality``: what pruning costs in picture quality."""
+"""``atedm-bench quality``: measures what each setting costs in picture quality."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quality(
     captions: Annotated[
         str | None,
         typer.Option(
-            help="chosen: the 64 on which choices are made; held-out: those after them, for reports. Default: held-out."
+            help="chosen: the 64 on which choices were made; held-out: those after them, to report. Default: held-out."
         ),
     ] = None,
     scheduler: Annotated[
@@ -81,7 +81,7 @@ def quality(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Also compare with another run of the same captions, which lies in this folder."),
+        typer.Option(help="Folder of another run of the same captions, to compare the pictures with."),
     ] = None,
     allow_pickled: AllowPickled = False,
     device: Device = None,
@@ -89,7 +89,7 @@ def quality(
         bool,
         typer.Option(help="Also study the power iteration and what refills dropped tokens (embedded model)."),
     ] = True,
-    timing: Annotated[bool, typer.Option(help="Also time the UNet in every setting, by turns.")] = True,
+    timing: Annotated[bool, typer.Option(help="Also time the UNet in every setting, in turn.")] = True,
     model: Annotated[
         str | None, typer.Option(help="An SDXL checkpoint: folder or hub id. Default: the embedded model.")
     ] = None,
@@ -107,8 +107,9 @@ def quality(
 ) -> None:
     """Make the same pictures with the full UNet, ours, DeepCache, tomesd and random pruning, and measure what is lost.
 
-    Without --model: the embedded model and its scenes, offline; a checker counts the pictures that show what was
-    asked. With --model, --prompts and --references: any SDXL checkpoint, with FID and CLIP score.
+    Without --model, it runs the embedded model on drawn scenes, offline, and a checker counts the pictures that show
+    what was asked. With --model, --prompts and --references, it runs any SDXL checkpoint, and measures FID and CLIP
+    score.
 
     You can press Ctrl-C at any time: the same command resumes where it stopped. Start it with
     `accelerate launch --no_python atedm-bench quality …` to share the work between several GPUs.
@@ -166,7 +167,7 @@ def quality(
 
 
 def _parsed(tried: Sequence[str]) -> dict[str, Options]:
-    """The options of each ``NAME=JSON``."""
+    """Return the options of each ``NAME=JSON``, by name."""
     from atedm import Options
 
     found: dict[str, Options] = {}
@@ -192,14 +193,14 @@ def _check(request: LabRequest) -> None:
     if request.captions not in (None, *CAPTIONS):
         raise bad("captions", f"is {request.captions!r}; expected {' or '.join(CAPTIONS)}")
     if request.captions is not None and request.model is not None:
-        raise bad("captions", "is for the embedded model; expected --prompts alone with --model")
+        raise bad("captions", "is for the embedded model; expected only --prompts with --model")
     if request.model is None:
         for name in ("prompts", "references"):
             if getattr(request, name) is not None:
                 raise bad(name, "is for real checkpoints; expected --model too")
         return
     if request.prompts is None or not request.prompts.is_file():
-        raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt a line")
+        raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt per line")
     if request.references is None or not request.references.is_dir():
         raise bad("references", f"is {request.references}; expected a folder of pictures")
     if request.fid_features not in ("inception", "checker"):

@@ -73,7 +73,7 @@ def run(
 
 
 def _recipe(path: Path) -> Config:
-    """The recipe in a file; usage error where it holds none."""
+    """Read the recipe in a file. Usage error if the file holds none."""
     import yaml
 
     from atedm_bench.training import config
@@ -102,13 +102,13 @@ def export(
 
 
 def _check_target(to: Path, out: Path) -> None:
-    """Usage error for a folder that must not be replaced: one with the training in it, or with something else."""
+    """Usage error for a folder that must not be replaced: one with the training in it, or anything but a model."""
     target, source = to.resolve(), out.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise bad("to", f"{to} and the training in {out} lie in one another; expected another folder")
+        raise bad("to", f"{to} and the training in {out} contain one another; expected another folder")
     is_model = (target / "model_index.json").is_file()
     if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
-        raise bad("to", f"{to} is there, and is no model; expected an earlier export, an empty folder or none")
+        raise bad("to", f"{to} exists and is not a model; expected an earlier export, an empty folder or none")
     check_folder("to", target.parent)
 
 
@@ -134,7 +134,7 @@ def record(
 
 @app.command()
 def checker(
-    out: Annotated[Path, typer.Option(help="Where the weights go; figures beside them.")],
+    out: Annotated[Path, typer.Option(help="File for the weights. The figures go beside it, as .json.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch: Annotated[int, typer.Option(min=1)] = 48,
     test: Annotated[int, typer.Option(min=1, help="Held-out renders.")] = 2000,

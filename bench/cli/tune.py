@@ -1,4 +1,4 @@
-"""``atedm-bench tune``: measures the tables of tiles on this GPU."""
+"""``atedm-bench tune``: measures tiles on this GPU and writes the fastest into the tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``atedm-bench unet``: one call of the UNet, full against pruned against merged."""
+"""``atedm-bench unet``: times one call of the UNet, full, pruned and merged, and whole runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def unet(
     model: Annotated[str, typer.Option(help="sdxl, or a local diffusers folder (only its configuration).")] = "sdxl",
     json: Annotated[Path | None, typer.Option(help="File for the rows. Default: a file in outputs/.")] = None,
 ) -> None:
-    """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, by turns.
+    """Measure one call of SDXL's UNet (random weights): full, pruned and merged by tomesd, in turn.
 
     `--run 25` times whole runs of 25 steps in the same way: full, the presets, DeepCache and tomesd.
     If you press Ctrl-C, it prints and writes what it has.
@@ -155,8 +155,8 @@ def _print(document: dict[str, Any], console: Any) -> None:
             console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow")
         elif "full_host_seconds" in row:
             console.print(
-                f"{row['name']}: {1e3 * row['seconds']:.2f} ms a call of CPU time for Python and dispatch, beside "
-                f"{1e3 * row['full_host_seconds']:.1f} ms for the full UNet's (every kernel left out)",
+                f"{row['name']}: {1e3 * row['seconds']:.2f} ms of CPU time per call for Python and dispatch, on top of "
+                f"the full UNet's {1e3 * row['full_host_seconds']:.1f} ms (every kernel left out)",
                 style="dim",
             )
         elif row["derived"]:

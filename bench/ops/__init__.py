@@ -1,1 +1,1 @@
-"""Each op against plain PyTorch, fused attention on the same shape, and the lower bound of this device."""
+"""Compares each op with plain PyTorch, fused attention on the same shape, and the lower bound of this device."""

@@ -1,4 +1,4 @@
-"""The ops with inputs of one shape, and what each is measured against."""
+"""The ops with inputs of one shape, and the calls that each is compared with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from atedm_kernels.registry import OPS
 OURS, PLAIN, COMPILED, COPY, COLREDUCE = "ours", "plain", "plain compiled", "copy", "flash-colreduce"
 ATTENTION = "fused attention"
 
-# Of the logits, as in the first blocks of a trained SDXL: no map is flat, and no map is one-hot.
+# Standard deviation of the logits, as in the first blocks of a trained SDXL: no map is flat, and none is one-hot.
 _LOGIT_STD = 2.0
 
 Call = Callable[[], object]
@@ -38,9 +38,9 @@ class OpCase:
     """One op on one shape.
 
     Attributes:
-        name: of the row. op: the custom op. calls: by variant. work: the minimum work. times: number of attention
-            forwards to compare it with. map_elements: of the attention map that plain PyTorch stores; 0 if there is
-            no map.
+        name: the row's name. op: the custom op. calls: one call per variant. work: the minimum work. times: number of
+            attention forwards to compare it with. map_elements: size of the attention map that plain PyTorch stores;
+            0 if there is no map.
     """
 
     name: str
@@ -80,7 +80,7 @@ class OpInputs:
 
 
 def attention_case(shape: Shape, dtype: torch.dtype, inputs: OpInputs) -> OpCase:
-    """The case that every other row of the shape is compared with."""
+    """Return the case that every other row of the shape is compared with."""
     i = inputs
     call = {ATTENTION: lambda: F.scaled_dot_product_attention(i.q, i.k, i.v)}
     return OpCase("attention forward", "scaled_dot_product_attention", _attention_work(shape, dtype, inputs), call)
@@ -98,7 +98,7 @@ def _copy_of(work: Work, device: torch.device) -> Call:
 
 
 def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -> list[OpCase]:
-    """Every op; ``iterations``: of the ranking."""
+    """Return a case for every op. ``iterations``: number of iterations of the ranking."""
     i, device = inputs, inputs.q.device
     tokens, keep, dropped = shape.tokens, shape.keep, shape.tokens - shape.keep
 
@@ -144,9 +144,9 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
             lambda: plain.update_feature_map(i.compact, i.index, i.cache, residual),
         )
 
-    # A kept row counts as read once, however often it is copied.
+    # A kept row counts as read once, no matter how often it is copied.
     map_rows = rows_work(shape, dtype, keep + tokens, tokens, tokens)
-    # The kept rows are read from the compact tensor and written to the cache, from which the dropped ones are read.
+    # The kept rows are read from the compact tensor and written to the cache. The dropped ones are read from the cache.
     update_rows = rows_work(shape, dtype, keep + dropped + tokens, keep + tokens, keep)
     return [
         OpCase(
@@ -188,7 +188,8 @@ def cases(shape: Shape, dtype: torch.dtype, inputs: OpInputs, iterations: int) -
             )
             for warm in (2, WARM_ITERATIONS)
         ),
-        # Any change is below this tolerance, so the remaining launches are the cost of an early stop.
+        # Any change is below this tolerance, so the ranking stops after 1 iteration. What it takes longer than 1 of 1
+        # is the cost of an early stop: the remaining launches still run.
         OpCase(
             f"weighted_page_rank, stopped after 1 of {iterations}",
             "weighted_page_rank",

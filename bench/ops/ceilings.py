@@ -1,4 +1,4 @@
-"""Measured ceilings of this device: matrix products, exponentials, copying. Floors are computed from them."""
+"""Measures the ceilings of this device: matrix products, exponentials, copying. Floors are computed from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atedm_bench.ops.shapes import Work
 
 _REPEATS = 7
 
-# Sizes that keep every core busy. On a CPU the exponentials fit into the cache, the copy does not.
+# Sizes that keep every core busy. On a CPU the exponentials fit into the cache; the copy does not.
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 _COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _EXPONENTIALS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -24,14 +24,14 @@ _AHEAD_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of matrix products in the measured dtype, exponentials per second, bytes read and written per second."""
+    """FLOP/s of matrix products in the measured dtype, exponentials per second, bytes read or written per second."""
 
     flops: float
     exponentials: float
     bytes: float
 
     def floor(self, work: Work) -> tuple[float, str]:
-        """Minimum seconds for ``work``, with everything overlapped, and what limits it."""
+        """Return the minimum seconds for ``work``, if everything overlaps, and what limits it."""
         parts = {
             "matrix products": work.flops / self.flops,
             "exponentials": work.exponentials / self.exponentials,
@@ -50,7 +50,7 @@ def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _exponentials(device: torch.device) -> float:
-    """Exponentials per second, with the operands in registers (GPU) or in the cache (CPU)."""
+    """Measure exponentials per second, with the operands in registers (GPU) or in the cache (CPU)."""
     count, each = _EXPONENTIALS[device.type], _EXPONENTIALS_PER_ELEMENT[device.type]
     x = torch.rand(count, device=device)
     if device.type == "cuda":
@@ -69,7 +69,7 @@ def _exponentials(device: torch.device) -> float:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the ceilings; takes a few seconds on a CPU."""
+    """Measure the ceilings. Takes a few seconds on a CPU."""
     side = _PRODUCT_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""A kernel that computes nothing but exponentials, to measure a GPU's rate."""
+"""A kernel that computes only exponentials, to measure a GPU's rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _exp2_kernel(x, out, steps, CHAINS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def repeated_exp2(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """``x ← 2^-x``, ``steps`` times. ``x``: float32, with a length that is a multiple of 8192."""
+    """Apply ``x ← 2^-x`` ``steps`` times. ``x``: float32, with a length that is a multiple of 8192."""
     out = torch.empty_like(x)
     _exp2_kernel[(x.numel() // (_CHAINS * _BLOCK),)](x, out, steps, CHAINS=_CHAINS, BLOCK=_BLOCK, num_warps=8)
     return out

@@ -1,4 +1,4 @@
-"""The paper's method in plain PyTorch, with the map stored: the ops' competitor, eager and compiled."""
+"""The paper's method in plain PyTorch, with the map stored. The ops are compared with it, eager and compiled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """``[B, H, M, N]``, in the dtype of ``q``."""
+    """Return the map ``[B, H, M, N]``, in the dtype of ``q``."""
     return torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=-1)
 
 

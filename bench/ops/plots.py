@@ -1,4 +1,4 @@
-"""The roofline: what each op reaches, and what this device can reach at most."""
+"""Draws the roofline: what each op reaches, and the most that this device can reach."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MARKERS = {"ours": "o", "fused attention": "*", "plain": "x", "plain compiled":
 
 
 def plot_roofline(document: dict[str, Any], path: Path) -> None:
-    """Left: ops that multiply, FLOP/s against FLOPs per byte. Right: ops that move, bytes per second over a copy's.
+    """Draw the rows of the first dtype.
 
-    Draws only the rows of the first dtype.
+    Left: ops that multiply, FLOP/s against FLOPs per byte. Right: ops that move data, bytes per second over a copy's.
     """
     rows = [row for row in document["rows"] if "error" not in row]
     dtype = rows[0]["dtype"]

@@ -1,4 +1,4 @@
-"""The measurement: shape by shape, in rounds, every variant of every op in turn."""
+"""The measurement: for each shape, in rounds, every variant of every op in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atedm_kernels.registry import OPS
 
 REFERENCE = "reference"
 
-# Fewer rounds would say nothing about the spread.
+# With fewer rounds, the range would say nothing about the spread.
 _MIN_ROUNDS = 3
 
 # Copies of the map that plain PyTorch holds at once, during warm-up and in a graph's pool.
@@ -34,10 +34,11 @@ class OpsSettings:
     """What is measured.
 
     Attributes:
-        shapes, dtypes: all combinations. iterations: of the ranking. repeats: rounds per shape. minutes: for the whole
-            run; a shape with too little time makes fewer rounds, down to ``_MIN_ROUNDS``, and the report lists the
-            shapes that it did not reach. compiled: at the end, also measure plain PyTorch under ``torch.compile`` at
-            the size of the first shape. only: names of ops; empty for all.
+        shapes, dtypes: measured in all combinations. iterations: of the ranking. repeats: rounds per shape.
+        minutes: time limit for the whole run. A shape with too little time left runs fewer rounds, down to
+            ``_MIN_ROUNDS``; the report lists the shapes that were not reached.
+        compiled: at the end, also measure plain PyTorch under ``torch.compile`` at the size of the first shape.
+        only: names of ops; empty for all.
     """
 
     device: torch.device
@@ -65,7 +66,7 @@ class OpsVariant:
 
 
 class OpsBench:
-    """Measures shape after shape; the rows so far are available at any time.
+    """Measures one shape after the other. The rows so far are available at any time.
 
     Attributes:
         failed: whether one of our ops raised; its row has the error.
@@ -77,21 +78,21 @@ class OpsBench:
         self.failed = False
         self._rows: list[dict[str, Any]] = []
         self._left_out: list[str] = []
-        # Seconds of plain PyTorch by shape, dtype and case, to compare its compiled form with.
+        # Seconds of eager plain PyTorch by shape, dtype and case, to compare the compiled one with.
         self._plain: dict[tuple[str, str, str], float] = {}
         # Zeroed before every call, so that no variant finds another's data in the GPU's cache.
         self._flushed: torch.Tensor | None = None
         self._graphs: Graphs | None = None
 
     def _passes(self) -> list[tuple[torch.dtype, Shape, bool]]:
-        """What is measured together, in order; the last item: whether it is plain PyTorch compiled."""
+        """Return what is measured together, in order. The last item says whether it is compiled plain PyTorch."""
         s = self.settings
         eager = [(dtype, shape, False) for dtype in s.dtypes for shape in s.shapes]
         first = [shape for shape in s.shapes if shape.size == s.shapes[0].size]
         return eager + [(dtype, shape, True) for dtype in s.dtypes for shape in first if s.compiled]
 
     def work(self) -> int:
-        """How often :meth:`run` calls ``notify``."""
+        """Return how often :meth:`run` calls ``notify``."""
         return len(self.settings.dtypes) + len(self._passes())
 
     def run(self, notify: Notify = lambda what: None) -> None:
@@ -119,7 +120,7 @@ class OpsBench:
     def _measure(self, shape: Shape, dtype: torch.dtype, compiled: bool, end: float) -> None:
         # Each shape is compiled separately, so drop what was compiled for the last one.
         torch._dynamo.reset()
-        # Its graphs go with the shape.
+        # The graphs of the last shape are freed too.
         self._graphs = Graphs(self.settings.device) if self.settings.device.type == "cuda" else None
         inputs = OpInputs(shape, dtype, self.settings.device, self.settings.seed)
         variants = []
@@ -135,7 +136,7 @@ class OpsBench:
         self._rows += self._rows_of(variants, shape, dtype, compiled)
 
     def _tried(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
-        """Whether ``action`` succeeded; if not, add a row with the error. Running out of memory is a result too."""
+        """Run ``action``. If it raises, add a row with the error and return False: out of memory is a result too."""
         try:
             action()
         except Exception as error:
@@ -241,7 +242,7 @@ class OpsBench:
         return rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object per case and variant."""
+        """Return one flat object per case and variant."""
         return list(self._rows)
 
     def settings_for_report(self) -> dict[str, Any]:

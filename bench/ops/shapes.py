@@ -1,4 +1,4 @@
-"""The shapes at which SDXL's UNet calls the ops, and what each op must compute and move there."""
+"""The shapes with which SDXL's UNet calls the ops, and what each op must compute and move for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one level: ``height`` × ``width`` tokens, ``keep`` of them kept."""
+    """The attention of one level: ``height`` × ``width`` tokens, of which ``keep`` are kept."""
 
     size: str
     level: int
@@ -41,7 +41,7 @@ class Shape:
 
 
 def shape_of(width: int, height: int, level: int, batch: int, ratio: float) -> Shape:
-    """The shape at ``level`` (2 or 3) for ``width`` × ``height`` pixels, dropping ``ratio`` of the tokens."""
+    """Return the shape at ``level`` (2 or 3) for ``width`` × ``height`` pixels, dropping ``ratio`` of the tokens."""
     from atedm.policy.selection import kept_tokens
 
     pixels = _PIXELS_PER_TOKEN[level]
@@ -59,13 +59,13 @@ class Work:
 
 
 def attention_work(flops: int, shape: Shape, dtype: torch.dtype) -> Work:
-    """The forward of fused attention: queries, keys, values and output."""
+    """Return the work of a forward of fused attention, which moves queries, keys, values and output."""
     pairs = shape.batch * shape.heads
     return Work(flops, pairs * shape.tokens**2, 4 * pairs * shape.tokens * HEAD_DIM * dtype.itemsize)
 
 
 def map_work(flops: int, shape: Shape, dtype: torch.dtype, rows: int, columns: int, passes: int = 1) -> Work:
-    """``rows`` × ``columns`` elements of every head's map, never stored; each pass recomputes them."""
+    """Return the work for ``rows`` × ``columns`` elements of every head's map, which each pass computes again."""
     pairs = shape.batch * shape.heads
     operands = pairs * (rows + columns) * HEAD_DIM * dtype.itemsize
     # Reads the logsumexp of each row, writes the sum of each column.
@@ -78,5 +78,5 @@ def selection_work(shape: Shape) -> Work:
 
 
 def rows_work(shape: Shape, dtype: torch.dtype, read: int, written: int, indices: int) -> Work:
-    """Rows of all channels read and written in each image, and 8-byte indices read."""
+    """Return the work of reading and writing rows of all channels in each image, and of reading 8-byte indices."""
     return Work(bytes=shape.batch * ((read + written) * shape.channels * dtype.itemsize + 8 * indices))

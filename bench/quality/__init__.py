@@ -1,1 +1,1 @@
-"""The quality lab: what pruning costs in picture quality (``atedm-bench quality``)."""
+"""The quality lab: what each setting costs in picture quality (``atedm-bench quality``)."""

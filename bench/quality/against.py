@@ -1,4 +1,4 @@
-"""The pictures of one run beside those of another, picture by picture: with other threads, or in another dtype."""
+"""Compares two runs picture by picture, such as runs with different numbers of threads or dtypes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from atedm_bench.quality.settings import Setting
 
 @dataclasses.dataclass(frozen=True)
 class Against:
-    """The other run.
+    """Another run of the same cases, to compare with.
 
     Args:
-        root: its folder.
+        root: the other run's folder. cases, sampling: those of this run.
 
     Raises:
-        ValueError: it is no run of these cases, or one at another size.
+        ValueError: ``root`` is not a run of these cases, or its pictures have another size.
     """
 
     root: Path
@@ -45,9 +45,10 @@ class Against:
             raise ValueError(f"against: {self.root} holds pictures of other prompts or seeds; expected the same")
 
     def row(self, setting: Setting, paths: Sequence[Path]) -> dict[str, Any]:
-        """``against_same``: how many pictures are equal; ``against_psnr_db``: the mean PSNR, at most 99 dB a picture.
+        """Compare the pictures in ``paths`` with the other run's.
 
-        Empty where the other run lacks the setting.
+        ``against_same`` is the number of equal pictures; ``against_psnr_db`` is the mean PSNR, at most 99 dB per
+        picture. The result is empty if the other run lacks the setting.
         """
         others = picture_paths(self.root, setting, len(paths))
         if not all(path.is_file() for path in others):

@@ -1,4 +1,4 @@
-"""The judge's eyes: a small convolutional network that finds the shapes in a picture, trained on renders only."""
+"""The checker: a small convolutional network that finds the shapes in a picture, trained only on renders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 64
 STRIDE = 2
 FEATURES = 64
 
-# A peak of the heat map counts as an object from this probability on.
+# A peak of the heat map counts as an object above this probability.
 THRESHOLD = 0.4
 
 
@@ -47,7 +47,7 @@ class _Residual(nn.Module):
 
 
 class Checker(nn.Module):
-    """``[B, 3, SIZE, SIZE]`` in -1 … 1 → logits ``[B, 1 + shapes + colours, SIZE / 2, SIZE / 2]``.
+    """Maps ``[B, 3, SIZE, SIZE]`` in -1 … 1 to logits ``[B, 1 + shapes + colours, SIZE / 2, SIZE / 2]``.
 
     The first channel is the heat map of object centres. Shape and colour are read at its peaks.
     """
@@ -69,7 +69,7 @@ class Checker(nn.Module):
         self.head = nn.Sequential(_Residual(48), nn.ReLU(), nn.Conv2d(48, 1 + len(SHAPES) + len(COLORS), 1))
 
     def stages(self, pictures: Tensor) -> list[Tensor]:
-        """Features at full, half and quarter size."""
+        """Return the features at full, half and quarter size."""
         stem = self.stem(pictures)
         half = self.halved(stem)
         return [stem, half, self.quartered(half)]
@@ -80,12 +80,12 @@ class Checker(nn.Module):
 
 
 def prepare(pixels: Tensor) -> Tensor:
-    """uint8 ``[B, 3, H, W]`` → float32 ``[B, 3, SIZE, SIZE]`` in -1 … 1."""
+    """Resize uint8 ``[B, 3, H, W]`` to float32 ``[B, 3, SIZE, SIZE]`` in -1 … 1."""
     return F.interpolate(pixels.float(), (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) / 127.5 - 1
 
 
 def load_checker(path: Path = WEIGHTS) -> Checker:
-    """The trained checker, in evaluation mode."""
+    """Load the trained checker, in evaluation mode."""
     model = Checker()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, strict=False)
     return model.eval().requires_grad_(False)
@@ -100,7 +100,7 @@ def save_checker(model: Checker, path: Path = WEIGHTS) -> None:
 
 @torch.no_grad()
 def detect(model: Checker, pixels: Tensor) -> list[list[Found]]:
-    """The objects in each picture, most probable first. ``pixels``: uint8 ``[B, 3, H, W]``."""
+    """Find the objects in each picture, most probable first. ``pixels``: uint8 ``[B, 3, H, W]``."""
     logits = model(prepare(pixels))
     heat = logits[:, 0].sigmoid()
     peaks = (heat == F.max_pool2d(heat[:, None], 5, stride=1, padding=2)[:, 0]) & (heat > THRESHOLD)

@@ -17,7 +17,7 @@ from atedm_bench.quality.judge import judge
 from atedm_bench.scenes import COLORS, SHAPES, Scene, render
 from atedm_bench.scenes.split import scenes
 
-# Seeds of the training and of the held-out renders that measure the accuracy.
+# Seeds of the training renders, and of the held-out ones on which the accuracy is measured.
 _TRAINING, _TEST = 11, 12
 
 # Sizes of the renders. The checker resizes them all to its own size.
@@ -25,7 +25,7 @@ _RENDERED = (64, 96, 128)
 
 
 def held_out_renders(count: int, size: int) -> tuple[list[Scene], Tensor]:
-    """``count`` held-out scenes and their pictures, uint8 ``[count, 3, size, size]``."""
+    """Return ``count`` held-out scenes and their pictures, uint8 ``[count, 3, size, size]``."""
     found = list(itertools.islice(scenes(np.random.default_rng(_TEST), test=True), count))
     pixels = np.stack([render(scene, size)[0] for scene in found])
     return found, torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -43,7 +43,7 @@ def _disturb(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _targets(found: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat ``[B, n, n]``; shape and colour index ``[B, n, n]``, -1 away from objects."""
+    """Return the heat ``[B, n, n]``, and the shape and colour indices ``[B, n, n]``, -1 away from objects."""
     cells = SIZE // STRIDE
     centre = (np.arange(cells) + 0.5) / cells
     heat = np.zeros((len(found), cells, cells), np.float32)
@@ -69,7 +69,7 @@ def _loss(logits: Tensor, heat: Tensor, shapes: Tensor, colors: Tensor) -> Tenso
 
 
 def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
-    """Train from scratch, seeded."""
+    """Train a checker from scratch, seeded."""
     torch.manual_seed(0)
     model = Checker().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -89,7 +89,7 @@ def train(steps: int, batch: int, learning_rate: float = 2e-3) -> Checker:
 
 
 def accuracy(model: Checker, count: int, size: int) -> dict[str, float]:
-    """Accuracy on held-out renders: the fraction of scenes read fully right, and of single facts."""
+    """Measure the accuracy on held-out renders: the fraction of scenes read fully right, and of single facts."""
     found, pixels = held_out_renders(count, size)
     verdicts = [
         judge(scene, seen)

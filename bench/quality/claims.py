@@ -1,4 +1,4 @@
-"""The paper's claims and our own, checked on a run's rows: does each hold here, and by which numbers?"""
+"""Checks the paper's claims and our own on a run's rows: whether each holds, and by which numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from scipy.stats import binomtest
 from atedm_bench.quality.metrics import draws_difference, paired_difference
 from atedm_bench.quality.settings import BUDGETS, MAIN, TOKEN_SHARES, TOKENS
 
-# Confidence level of every test: strict, because there are a few dozen tests.
+# Confidence level of every test. It is strict because there are a few dozen tests.
 LEVEL = 0.99
 
-# Two settings are comparable if their FLOPs differ by at most this fraction, or if the better one has fewer.
+# Two settings are comparable if their FLOPs differ by at most this fraction, or if the better one wins with fewer.
 _NEAR = 0.02
 
 
 @dataclass(frozen=True)
 class Measure:
-    """``more``: whether more is better. ``decides``: whether it judges the picture, not its likeness to another.
+    """How a measure is used.
 
+    ``more``: whether more is better. ``decides``: whether it judges the picture itself, not its likeness to another.
     ``draws``: whether the samples are bootstrap draws instead of one number per picture.
     """
 
@@ -44,7 +45,10 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` should beat ``worse`` (names of rows). ``ours``: the claim is ours, not the paper's."""
+    """A claim that one setting beats another.
+
+    ``pairs``: names of rows, ``(better, worse)``. ``ours``: whether the claim is ours, not the paper's.
+    """
 
     text: str
     pairs: tuple[tuple[str, str], ...]
@@ -83,7 +87,7 @@ CLAIMS = (
 
 
 def _sign(measure: Measure, a: np.ndarray, b: np.ndarray, low: float, high: float) -> int:
-    """1 if ``a`` has more at ``LEVEL``, -1 if ``b`` has more, 0 if undecided."""
+    """Return 1 if ``a`` has more at ``LEVEL``, -1 if ``b`` has more, 0 if undecided."""
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         # McNemar's exact test: only pictures that are right in exactly one setting count.
         only_a, only_b = int((a > b).sum()), int((a < b).sum())
@@ -94,13 +98,13 @@ def _sign(measure: Measure, a: np.ndarray, b: np.ndarray, low: float, high: floa
 
 
 def _agreed(signs: Sequence[int], words: tuple[str, str, str, str]) -> str:
-    """One of ``words``, which are for only wins, only losses, both, and neither."""
+    """Return one of ``words``, which are for only wins, only losses, both, and neither."""
     won, lost = 1 in signs, -1 in signs
     return words[2] if won and lost else words[0] if won else words[1] if lost else words[3]
 
 
 def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples: Mapping[str, Any]) -> dict[str, Any]:
-    """``row`` with every measure that both settings have, and the verdict."""
+    """Add to ``row`` every measure that both settings have, and the verdict."""
     signs: dict[bool, list[int]] = {True: [], False: []}
     for name, measure in MEASURES.items():
         if name not in a or name not in b:
@@ -126,16 +130,16 @@ def _compare(row: dict[str, Any], a: dict[str, Any], b: dict[str, Any], samples:
 def check_claims(
     rows: Sequence[dict[str, Any]], samples: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Flat rows, one per claim and pair of settings, if the run has both settings.
+    """Return flat rows, one for each claim and pair of settings of which the run has both.
 
-    ``verdict``: "holds" or "does not hold" if a measure of the pictures themselves (prompt accuracy and Fréchet
-    distance, or CLIP score) separates the two at ``LEVEL``, paired by picture; "mixed" if two measures contradict each
-    other, "undecided" if no measure separates them, "not comparable" if the FLOPs differ. ``likeness``: the same for
-    the likeness to the full model's pictures; it does not affect the verdict. ``claim_verdict``: over all pairs of the
-    claim.
+    ``verdict`` is "holds" or "does not hold" if a measure of the pictures themselves (prompt accuracy and Fréchet
+    distance, or CLIP score) separates the two settings at ``LEVEL``, paired by picture. It is "mixed" if two measures
+    contradict each other, "undecided" if no measure separates them, and "not comparable" if the FLOPs differ.
+    ``likeness`` says the same of the likeness to the full model's pictures; it does not affect the verdict.
+    ``claim_verdict`` sums up all pairs of the claim.
 
     Args:
-        samples: setting → measure → one number per picture, or bootstrap draws, see :class:`Measure`.
+        samples: setting → measure → one number per picture, or bootstrap draws (see :class:`Measure`).
     """
     by_name = {row["name"]: row for row in rows}
     found = []

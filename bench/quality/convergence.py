@@ -1,4 +1,4 @@
-"""How the power iteration behaves on real maps: when it converges, and how soon the kept set stops changing."""
+"""Studies the power iteration on real maps: when it converges, and how soon the kept set stops changing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 LIMIT = 60
 
-# Iterations from the scores that the ranking came to before, each time; a picture's first begins at uniform scores.
+# Numbers of iterations from the scores of the block's previous ranking. A picture's first ranking begins at uniform
+# scores.
 WARM_ITERATIONS = (1, 2, 3, 5)
 
-# With these limits, the study measures what stopping at each tolerance costs in overlap and saves in iterations.
+# With these limits on the iterations, the study measures what stopping at each tolerance costs in overlap and saves.
 STOP_LIMITS = (3, 5, 10)
 
 
 @dataclass
 class _Seen:
-    """One block at one step: iterations to each tolerance, per head; Jaccard index at each iteration, per batch row.
+    """What was seen of one block at one step.
 
-    ``stopped``: by (tolerance, limit), the iterations (per head) and the Jaccard index (per batch row). ``warm``: as
-    ``jaccard``, from the scores of the ranking before; nothing at a picture's first.
+    ``iterations``: by tolerance, the iterations until the scores change by less, per head. ``jaccard``: by number of
+    iterations, the Jaccard index with the converged kept set, per batch row. ``stopped``: by (tolerance, limit), the
+    iterations (per head) and the Jaccard index (per batch row). ``warm``: like ``jaccard``, but from the scores of the
+    previous ranking; empty at a picture's first ranking.
     """
 
     tokens: int = 0
@@ -48,13 +51,13 @@ class _Seen:
 
 
 def _kept(scores: Tensor, keep: int) -> Tensor:
-    """Mask ``[B, N]`` of the kept tokens; the root mean square combines the heads."""
+    """Return the mask ``[B, N]`` of the kept tokens; the root mean square combines the heads."""
     joined = scores.square().mean(1)
     return torch.zeros_like(joined, dtype=torch.bool).scatter_(1, joined.topk(keep, dim=1).indices, True)
 
 
 def _overlap(mask: Tensor, last: Tensor) -> Tensor:
-    """Jaccard index of the two kept sets, per batch row: ``[B]``."""
+    """Return the Jaccard index of the two kept sets, per batch row: ``[B]``."""
     return ((mask & last).sum(1) / (mask | last).sum(1)).cpu()
 
 
@@ -66,11 +69,11 @@ def _iterate(scores: Tensor, attention: Tensor, times: int = 1) -> Tensor:
 
 
 def _observe(q: Tensor, k: Tensor, lse: Tensor, keep: int, seen: _Seen, before: dict[int, Tensor]) -> Tensor:
-    """Iterate in float64 on the stored map and return the converged scores.
+    """Iterate in float64 on the stored map, note in ``seen`` what happens, and return the converged scores.
 
     Args:
-        before: by :data:`WARM_ITERATIONS`, the scores of the block's ranking before, which are replaced; empty at the
-            first one of a picture.
+        before: by number of :data:`WARM_ITERATIONS`, the scores of the block's previous ranking; they are replaced by
+            the new ones. Empty at a picture's first ranking.
     """
     scale = q.shape[3] ** -0.5
     attention = torch.exp(q.double() @ k.double().transpose(2, 3) * scale - lse.double()[..., None])
@@ -157,20 +160,20 @@ class RunningBlock:
         return remember
 
 
-# Which steps rank tokens. By the first, those of one block follow each other without a gap.
+# The runs to watch, by which steps rank tokens. In the first, a block ranks at every step.
 RUNS: dict[str, Options] = {"published, every step": replace(PUBLISHED, schedule=None), "default": Options()}
 
 
 def study(pipe: Any, cases: Sequence[PromptCase], ratio: float, sampling: Sampling) -> list[dict[str, Any]]:
-    """Make the pictures of ``cases``, pruned at ``ratio``, by each of :data:`RUNS`, and watch every ranking.
+    """Make the pictures of ``cases``, pruned at ``ratio``, in each of :data:`RUNS`, and watch every ranking.
 
     Returns:
         Flat rows, ``run`` by ``run``: one per block (its ``step`` is None), then one per block and step.
-        ``iterations_to_T``: iterations until the scores change by less than ``T``, mean over heads (60: never);
-        ``jaccard_n``: overlap between the sets kept after n and after 60 iterations, mean over pictures; ``_max`` and
-        ``_min`` are the worst cases. ``jaccard_warm_n``: the same after n iterations from the scores of the ranking
-        before, itself so begun; None at the first of a picture. ``stopped_T_of_n``: with tolerance ``T`` and at most n
-        iterations, the iterations taken and the overlap.
+        ``iterations_to_T``: iterations until the scores change by less than ``T``, mean over heads (60: never).
+        ``jaccard_n``: overlap between the sets kept after n and after 60 iterations, mean over pictures. ``_max`` and
+        ``_min`` are the worst cases. ``jaccard_warm_n``: the same after n iterations from the scores of the previous
+        ranking, which began in the same way; None at a picture's first ranking. ``stopped_T_of_n``: the iterations
+        taken and the overlap with tolerance ``T`` and at most n iterations.
     """
     return [
         {**row, "run": name}

@@ -1,4 +1,4 @@
-"""Makes a setting's pictures and knows where they are stored, and which kinds of steps they ran."""
+"""Makes a setting's pictures, and finds their files and the kinds of the steps that they ran."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from atedm_bench.scenes import Scene
 
 @dataclass(frozen=True)
 class SceneCase(PromptCase):
-    """A case with the scene that its prompt asks for."""
+    """A prompt case with the scene that its prompt asks for."""
 
     scene: Scene
 
 
 def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling, **more: Any) -> None:
-    """Denoise ``cases`` in one batch, to be observed meanwhile; ``more``: other pipeline arguments."""
+    """Denoise ``cases`` in one batch, for callers that watch the run. ``more``: other pipeline arguments."""
     arguments = {"num_inference_steps": sampling.steps, "output_type": "latent", **more}
     pipe(
         prompt=[case.prompt for case in cases],
@@ -41,7 +41,7 @@ def run_without_decoding(pipe: Any, cases: Sequence[PromptCase], sampling: Sampl
 
 
 class _Noting:
-    """A pipeline that leaves the kinds of a batch's steps beside its pictures.
+    """Wraps a pipeline, and writes the kinds of a batch's steps beside its pictures.
 
     It writes them before :func:`make_pictures` writes the pictures, so no picture of an interrupted run lacks them.
     """
@@ -49,7 +49,7 @@ class _Noting:
     def __init__(self, pipe: Any, folder: Path) -> None:
         self.pipe = pipe
         self.folder = folder
-        self.start = 0  # the batch's first picture
+        self.start = 0  # the number of the batch's first picture
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -63,17 +63,17 @@ class _Noting:
 
 
 def _kinds_path(folder: Path, start: int) -> Path:
-    """Where the kinds of the batch lie that begins with picture ``start``."""
+    """Return the file with the kinds of the batch that begins with picture ``start``."""
     return picture_path(folder, start).with_suffix(".kinds.json")
 
 
 def read_kinds(root: Path, setting: Setting, count: int, batch: int) -> list[tuple[str, ...]]:
-    """The kinds of the steps that each of ``count`` pictures ran, where a recording tells them.
+    """Read the kinds of the steps that each of ``count`` pictures ran, as :func:`make_setting` recorded them.
 
-    A batch's pictures run the same: a schedule that chooses as it runs goes by all of them.
+    The pictures of a batch run the same steps: a schedule that chooses as it runs looks at all of them.
 
     Raises:
-        OSError: a batch has no kinds. ValueError: they are damaged; the message names the file.
+        OSError: the file of a batch is missing. ValueError: it is damaged; the message names it.
     """
     found = []
     for n in range(count):
@@ -96,7 +96,7 @@ def make_setting(
     processes: int = 1,
     on_picture: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Make a setting's missing pictures, see :func:`atedm.app.prompts.make_pictures`.
+    """Make a setting's missing pictures; see :func:`atedm.app.prompts.make_pictures`.
 
     The random draws of tomesd and of random pruning depend on the batch.
     """
@@ -123,11 +123,11 @@ def make_setting(
 
 
 def picture_paths(root: Path, setting: Setting, count: int) -> list[Path]:
-    """The files of a setting's first ``count`` pictures."""
+    """Return the files of a setting's first ``count`` pictures."""
     return [picture_path(root / setting.folder, n) for n in range(count)]
 
 
 def load_pictures(paths: Sequence[Path]) -> Tensor:
-    """uint8 ``[N, 3, H, W]``; all pictures have one size."""
+    """Load pictures, all of one size, as uint8 ``[N, 3, H, W]``."""
     pixels = np.stack([np.asarray(open_image(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Does the picture show what was asked? Rules over what the checker sees."""
+"""Judges whether a picture shows what was asked, by rules over what the checker sees."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from atedm_bench.scenes.scene import holds
 
 @dataclass(frozen=True)
 class Verdict:
-    """``objects``: asked objects that are there, in shape and colour. ``relations``: asked relations that hold.
+    """What is right and wrong in a picture.
 
-    ``extra``: objects that nobody asked for.
+    ``objects``: number of the ``asked`` objects that are there, in shape and colour. ``relations``: number of the
+    ``relations_asked`` that hold. ``extra``: number of objects that nobody asked for.
     """
 
     asked: int
@@ -26,14 +27,14 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Every asked object is there and every asked relation holds."""
+        """Whether every asked object is there and every asked relation holds."""
         return self.objects == self.asked and self.relations == self.relations_asked
 
 
 def judge(scene: Scene, found: Sequence[Found]) -> Verdict:
-    """Compare what was asked, ``scene``, with what is there. Positions matter only for the asked relations.
+    """Compare what was asked (``scene``) with what was ``found``. Positions matter only for the asked relations.
 
-    Objects that look alike get the roles that fit the relations best.
+    Found objects that look alike are assigned so that most relations hold.
     """
     candidates = [
         [n for n, seen in enumerate(found) if (seen.shape, seen.color) == (item.shape, item.color)] + [None]

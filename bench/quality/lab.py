@@ -1,4 +1,4 @@
-"""The captions of the quality lab, and figures from the pictures that are made of them."""
+"""The captions of the quality lab, and the figures of the pictures that are made from them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from atedm_bench.scenes.split import scenes
 # Seed of the held-out captions.
 _CAPTIONS = 21
 
-# Choices are made on this many captions; what is reported is measured on those that follow.
+# Choices were made on this many captions. What is reported is measured on the captions after them.
 CHOSEN = 64
 
-# Held-out renders that the Fréchet distance compares with: this many per generated picture, within these bounds.
+# The Fréchet distance compares with held-out renders: this many per generated picture, within these bounds.
 _REFERENCES_PER_PICTURE = 8
 REFERENCES = (128, 2000)
 
 
 def scene_cases(count: int, seed: int = 0, skip: int = 0) -> list[SceneCase]:
-    """``count`` captions after the first ``skip`` of one endless list, which the model never trains on.
+    """Return ``count`` captions after the first ``skip`` of an endless list, on which the model was never trained.
 
     Case n of the list has noise seed ``seed + n``.
     """
@@ -42,9 +42,10 @@ def scene_cases(count: int, seed: int = 0, skip: int = 0) -> list[SceneCase]:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of one setting. ``row``: flat, for the table.
+    """The figures of one setting.
 
-    ``samples``: for some figures, one number per picture, or bootstrap draws (the Fréchet distance).
+    ``row``: flat, for the table. ``samples``: for some figures, one number per picture, or bootstrap draws (the
+    Fréchet distance).
     """
 
     row: dict[str, Any]
@@ -52,7 +53,7 @@ class Figures:
 
 
 class SceneFigures:
-    """Figures of scene pictures: the checker's verdicts and distances."""
+    """Computes the figures of scene pictures: the checker's verdicts, and distances."""
 
     def __init__(self, cases: Sequence[SceneCase], size: int, checker: Checker | None = None) -> None:
         self.cases = cases
@@ -61,12 +62,12 @@ class SceneFigures:
         self.distance = metrics.FeatureDistance(self.checker, held_out_renders(references, size)[1])
 
     def verdicts(self, pixels: Tensor) -> list[Verdict]:
-        """One verdict per picture, in the order of the cases."""
+        """Return one verdict per picture, in the order of the cases."""
         found = [seen for batch in pixels.split(metrics.BATCH) for seen in detect(self.checker, batch)]
         return [judge(case.scene, seen) for case, seen in zip(self.cases, found, strict=True)]
 
     def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> Figures:
-        """The figures of one setting's pictures; ``full``: the full model's pictures of the same seeds."""
+        """Return the figures of one setting's pictures. ``full``: the full model's pictures from the same seeds."""
         pixels = load_pictures(paths)
         verdicts = self.verdicts(pixels)
         samples = {"accuracy": np.array([float(v.right) for v in verdicts])}

@@ -1,4 +1,4 @@
-"""Figures of picture quality, from a well-maintained library where it has them."""
+"""Measures of picture quality, taken from torchmetrics where it has them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _FRECHET_BOOTSTRAP = 100
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson's)."""
+    """Return the 95 % interval of a proportion (Wilson's)."""
     interval = binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def _between(level: float) -> tuple[float, float]:
-    """The quantiles that enclose this fraction of a distribution."""
+    """Return the quantiles that enclose the fraction ``level`` of a distribution."""
     return (1 - level) / 2, (1 + level) / 2
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a mean, from a seeded bootstrap."""
+    """Return the interval of a mean, from a seeded bootstrap."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(1)
     return tuple(float(q) for q in np.quantile(means, _between(level)))
 
 
 def mean_of(name: str, values: np.ndarray) -> dict[str, float]:
-    """``name``: the mean, ``name_low`` and ``name_high``: its 95 % interval."""
+    """Return the mean as ``name``, and its 95 % interval as ``name_low`` and ``name_high``."""
     low, high = mean_interval(values)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of ``a − b`` and its interval; both hold one figure of the same pictures in the same order.
+    """Return the mean of ``a − b`` and its interval. Both hold one figure per picture, in the same order.
 
     Pictures of one prompt and seed have much in common, so this can separate settings whose own intervals overlap.
     """
@@ -51,7 +51,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tupl
 
 
 def accuracy_change(right: np.ndarray, full: np.ndarray) -> dict[str, float]:
-    """How many points of accuracy more than the full model, with the paired 95 % interval.
+    """Return the change in accuracy from the full model, in percentage points, with the paired 95 % interval.
 
     Args:
         right, full: 1 for each picture that shows what was asked, else 0.
@@ -61,7 +61,7 @@ def accuracy_change(right: np.ndarray, full: np.ndarray) -> dict[str, float]:
 
 
 def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """The same for two figures of whole sets, from bootstrap draws that took the same pictures for both.
+    """Like :func:`paired_difference`, but for figures of whole sets, from bootstrap draws that took the same pictures.
 
     Resampling biases both figures alike. There are too few draws for far quantiles, so a normal distribution is
     assumed.
@@ -71,12 +71,12 @@ def draws_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple
     return float(difference.mean()), float(difference.mean()) - half, float(difference.mean()) + half
 
 
-# dB, of two pictures that are equal: so that means stay finite.
+# The PSNR of two equal pictures, in dB; finite, so that means stay finite.
 EQUAL_PSNR = 99.0
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """dB, one per picture, ``EQUAL_PSNR`` at most; uint8 ``[B, 3, H, W]``."""
+    """Return the PSNR in dB, one per picture, at most ``EQUAL_PSNR``; pictures are uint8 ``[B, 3, H, W]``."""
     found = peak_signal_noise_ratio(
         pixels.double(), reference.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
@@ -84,7 +84,7 @@ def psnr(pixels: Tensor, reference: Tensor) -> np.ndarray:
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> np.ndarray:
-    """Structural similarity, one per picture; uint8 ``[B, 3, H, W]``."""
+    """Return the structural similarity, one per picture; pictures are uint8 ``[B, 3, H, W]``."""
     found = structural_similarity_index_measure(pixels.float(), reference.float(), data_range=255.0, reduction="none")
     return found.double().numpy()
 
@@ -104,7 +104,7 @@ def perceptual_distance(model: Checker, pixels: Tensor, reference: Tensor) -> np
 
 
 class _AsTheyAre(torch.nn.Module):
-    """The metric's feature extractor; the identity, because the input already is features."""
+    """The metric's feature extractor: the identity, because the inputs already are features."""
 
     num_features = FEATURES
 
@@ -135,7 +135,7 @@ class FeatureDistance:
         return float(self.metric.compute())
 
     def __call__(self, pixels: Tensor) -> tuple[float, np.ndarray]:
-        """The distance, and its seeded bootstrap draws over the pictures. Sets of equal size get the same draws."""
+        """Return the distance and its seeded bootstrap draws over the pictures; sets of equal size get equal draws."""
         features = self._features(pixels)
         rng = np.random.default_rng(0)
         draws = rng.integers(len(features), size=(_FRECHET_BOOTSTRAP, len(features)))
@@ -144,10 +144,9 @@ class FeatureDistance:
 
 
 def spread_of(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
-    """``name``: the value, ``name_low`` and ``name_high``: 95 % of its spread.
+    """Return the value as ``name``, and 95 % of its spread as ``name_low`` and ``name_high``.
 
-    A resampled set repeats pictures, which raises a Fréchet distance. The mean excess of the draws is therefore
-    removed.
+    A resampled set repeats pictures, which raises a Fréchet distance. So the mean excess of the draws is removed.
     """
     low, high = np.quantile(draws - draws.mean(), _between(0.95))
     return {name: value, f"{name}_low": max(0.0, value + float(low)), f"{name}_high": value + float(high)}

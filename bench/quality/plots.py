@@ -1,4 +1,4 @@
-"""Plots of a run: quality against FLOPs, contact sheets, and the power iteration's convergence."""
+"""Draws the plots of a run: quality against FLOPs, contact sheets, and the power iteration's convergence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atedm_bench.quality.claims import MEASURES
 from atedm_bench.quality.images import picture_paths
 from atedm_bench.quality.settings import Setting
 
-# One line a method: see `Method.line`.
+# One colour per line of the plot; see `Method.line`.
 _COLORS = {
     "full": "black",
     "reuse alone": "tab:green",
@@ -54,9 +54,9 @@ _TITLE = 22
 
 
 def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each measure against the FLOPs of the mean UNet call, with the names of the presets.
+    """Plot each measure against the FLOPs of the mean UNet call, with the names of the presets.
 
-    A dot is a setting, with its interval. A method's line joins those that no cheaper setting of that method beats.
+    A dot is a setting, with its interval. A method's line joins the settings that no cheaper one of that method beats.
     """
     measures = [measure for measure in _LABELS if any(measure in row for row in rows)]
     figure, axes = plt.subplots(1, len(measures), figsize=(6.4 * len(measures), 5), squeeze=False)
@@ -69,7 +69,7 @@ def plot_trade_off(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 _draw(axis, dots, measure, color, _NAMES.get(line, line))
         presets = sorted((row for row in of_measure if row["group"] == "presets"), key=lambda row: row["flops_part"])
         for n, row in enumerate(presets):
-            # Above and below by turns, because presets may lie close to each other.
+            # Put names above and below in turn, because presets may be close to each other.
             place, offset = (row["flops_part"], row[measure]), (5, 6 if n % 2 else -13)
             axis.annotate(row["name"], place, offset, textcoords="offset points", fontsize=10, fontweight="bold")
         if measure in _LOG and any(row[measure] > 0 for row in of_measure):
@@ -102,7 +102,7 @@ def _draw(axis: Any, dots: Sequence[dict[str, Any]], measure: str, color: str, n
 
 
 def _front(points: Sequence[tuple[float, float]], more: bool) -> list[tuple[float, float]]:
-    """Those of ``points``, (FLOPs, figure), that no cheaper one equals or beats, by FLOPs."""
+    """Return the ``points`` (FLOPs, figure) that no cheaper point equals or beats, ordered by FLOPs."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1] if more else point[1])):
         if not best or (y > best[-1][1] if more else y < best[-1][1]):
@@ -111,16 +111,17 @@ def _front(points: Sequence[tuple[float, float]], more: bool) -> list[tuple[floa
 
 
 def plot_convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Overlap of the kept set after n iterations with the converged set, one line per block.
+    """Plot the overlap of the kept set after n iterations with the converged set, one line per block.
 
-    From uniform scores, mean and worst; from those of the ranking before, mean, by each of the runs.
+    The first two panels start from uniform scores (mean and worst case), the others from the scores of the previous
+    ranking (mean), one panel per run.
     """
     by_run = {run: [row for row in rows if row["step"] is None and row["run"] == run] for run in convergence.RUNS}
     every, *_ = by_run.values()
     panels = [("jaccard_{}", convergence.ITERATIONS, every, "mean")]
     panels += [("jaccard_{}_min", convergence.ITERATIONS, every, "worst picture and step")]
     panels += [
-        ("jaccard_warm_{}", convergence.WARM_ITERATIONS, blocks, f"mean, from the ranking before ({run})")
+        ("jaccard_warm_{}", convergence.WARM_ITERATIONS, blocks, f"mean, from the previous ranking ({run})")
         for run, blocks in by_run.items()
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
@@ -158,10 +159,10 @@ def contact_sheet(
     path: Path,
     side: int = 128,
 ) -> None:
-    """One row per setting, one column per prompt; the prompts stand on top.
+    """Draw a sheet with one row per setting and one column per prompt, the prompts on top.
 
     Args:
-        parts: of the full UNet's FLOPs, by setting. cases: the first ones of the run.
+        parts: the part of the full UNet's FLOPs, by setting. cases: the first cases of the run.
     """
     label = 170
     titles = ["\n".join(textwrap.wrap(case.prompt, _TITLE)) for case in cases]

@@ -1,4 +1,4 @@
-"""Figures of a real checkpoint's pictures: FID against real pictures, CLIP score against prompts (torchmetrics)."""
+"""Measures a real checkpoint's pictures: FID against real pictures, CLIP score against prompts (torchmetrics)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atedm_bench.quality.checker import FEATURES, load_checker, prepare
 from atedm_bench.quality.lab import Figures
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Pictures are resized to this for the Inception network, as FID is defined.
+# Pictures are resized to this size for the Inception network, as the definition of FID asks.
 _FID_SIZE = 299
 _BATCH = 16
 # If several processes share a run, only one measures, and it must not wait for the others.
@@ -29,7 +29,7 @@ _ALONE = {"sync_on_compute": False}
 
 
 def reference_paths(folder: Path) -> list[Path]:
-    """The pictures in ``folder`` and its subfolders.
+    """Return the pictures in ``folder`` and its subfolders.
 
     Raises:
         ValueError: there are fewer than two, so no distance can be computed.
@@ -78,17 +78,17 @@ def _load_clip(name: str, allow_pickled: bool) -> tuple[torch.nn.Module, Any]:
 
 
 def _square(path: Path) -> Tensor:
-    """uint8 ``[1, 3, 299, 299]``."""
+    """Load a picture as uint8 ``[1, 3, 299, 299]``."""
     resized = open_image(path).resize((_FID_SIZE, _FID_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
 
 
 class ReferenceFigures:
-    """``fid`` and ``clip_score``, and PSNR and SSIM to the full model's pictures.
+    """Computes ``fid`` and ``clip_score``, and PSNR and SSIM to the full model's pictures.
 
     Args:
         features: ``"inception"`` (downloads its weights once) or ``"checker"`` (offline, for tests: not an FID).
-        clip_model: hub id or folder of the CLIP model. allow_pickled: also where its weights are no safetensors.
+        clip_model: hub id or folder of the CLIP model. allow_pickled: whether its weights may be pickled.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
-"""What refills dropped tokens on real maps: how many share a source, how far and how similar it is; and whether a
-block keeps the same tokens step after step."""
+"""Studies what refills dropped tokens on real maps: how many share a source, how far away and how similar it is.
+
+It also measures whether a block keeps the same tokens step after step.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,13 @@ from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.quality.settings import PUBLISHED
 from atedm_bench.rankings import page_rank
 
-# This fraction of the kept tokens, the most used ones, counts as hubs; the study measures how many tokens they refill.
+# This fraction of the kept tokens, the most used ones, are hubs. The study measures how many tokens they refill.
 HUB_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to choose and refill tokens, as functions of ``q, k, lse`` and ``q, k, lse, index``."""
+    """One way to choose and refill tokens: ``rank(q, k, lse)`` and ``find_sources(q, k, lse, index)``."""
 
     rank: Callable[[Tensor, Tensor, Tensor], Tensor]
     find_sources: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -63,14 +65,14 @@ def study(
     sampling: Sampling,
     on_way: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Make the pictures of ``cases`` in each of :data:`WAYS`, with DSAP, and watch every refill; square maps only.
+    """Make the pictures of ``cases`` in each of :data:`WAYS`, with DSAP, and watch every refill. Needs square maps.
 
     Returns:
-        Flat rows, one per way and level; means over blocks, steps and pictures. ``from_most_used``: fraction of the
-        dropped tokens that the 5 % most used kept tokens refill. ``distance``: to the source, in tokens of a map with
-        sides of ``side``. ``key_cosine``: between a dropped token's keys and its source's, all heads as one vector.
-        ``kept_again``: fraction of the kept tokens that the step before also kept (``kept`` is the value expected by
-        chance).
+        Flat rows, one per way and level, with means over blocks, steps and pictures. ``from_most_used``: fraction of
+        the dropped tokens that the 5 % most used kept tokens refill. ``distance``: distance to the source, in tokens,
+        on a map of side ``side``. ``key_cosine``: cosine between a dropped token's keys and its source's, all heads as
+        one vector. ``kept_again``: fraction of the kept tokens that the previous step also kept (``kept`` is the value
+        expected by chance).
     """
     rows = []
     for name, way in WAYS.items():
@@ -87,7 +89,7 @@ def study(
 def _watched(
     pipe: Any, way: Way, cases: Sequence[PromptCase], ratio: float, sampling: Sampling
 ) -> dict[int, list[dict[str, float]]]:
-    """The figures of every refill, by level."""
+    """Return the figures of every refill, by level."""
     levels = {block.name: block.level for block in attention_blocks(pipe.unet)}
     found: dict[int, list[dict[str, float]]] = defaultdict(list)
     before: dict[str, Tensor] = {}
@@ -113,7 +115,7 @@ def _watched(
 
 
 def _described(k: Tensor, index: Tensor, source: Tensor, side: int) -> dict[str, float]:
-    """The figures of one call's refill; ``k`` ``[B, H, N, D]``, ``index`` ``[B, K]``, ``source`` ``[B, N]``."""
+    """Return the figures of one refill. ``k``: ``[B, H, N, D]``; ``index``: ``[B, K]``; ``source``: ``[B, N]``."""
     k, index, source = k.float().cpu(), index.cpu(), source.cpu()
     batch, keep = index.shape
     tokens = k.shape[2]

@@ -1,4 +1,4 @@
-"""One run, from a pipeline and prompts to rows, plots and contact sheets; several processes may share it."""
+"""One run, from a pipeline and prompts to pictures and rows. Several processes may share it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from atedm_bench.quality.settings import FULL, Setting
 
 @dataclass
 class Run:
-    """What to make. ``settings[0]`` is the full model; ``root``: the folder for everything that the run writes."""
+    """What to make. ``settings[0]`` is the full model; ``root`` is the folder for everything that the run writes."""
 
     pipe: Any
     model: str
@@ -38,7 +38,7 @@ class Run:
     root: Path
 
     def check_root(self) -> None:
-        """Claim ``root`` for this run, or check that it already belongs to it: pictures of two runs must not mix.
+        """Claim ``root`` for this run, or check that it already belongs to it. Pictures of two runs must not mix.
 
         Raises:
             ValueError: ``root`` holds pictures made with other settings; the message names the difference.
@@ -50,7 +50,7 @@ class Run:
         self.model = claim(self.root, self.model, described, described_cases(self.cases), settings)
 
     def make(self, on_picture: Callable[[str, int], None] = lambda name, count: None) -> None:
-        """Make every missing picture. Each process makes its part, and all wait for the last one."""
+        """Make every missing picture. Each process makes its share, and all wait for the last one."""
         state = PartialState()
         for setting in self.settings:
             make_setting(
@@ -73,11 +73,11 @@ class Run:
         on_setting: Callable[[str], None] = lambda name: None,
         against: Against | None = None,
     ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-        """One flat row per setting, and the samples behind each row by setting name.
+        """Return one flat row per setting, and the samples behind each row by setting name.
 
         Args:
-            seconds: UNet seconds per picture by setting name, one number per round; a row has their median and range.
-            against: another run, to compare the pictures with.
+            seconds: UNet seconds per picture by setting name, one number per round. A row has their median and range.
+            against: another run to compare the pictures with.
 
         Raises:
             ValueError: the first setting is not the full model.
@@ -109,7 +109,7 @@ class Run:
         return rows, samples
 
     def _cost(self, setting: Setting, costs: Costs) -> dict[str, Any]:
-        """The FLOPs of the mean call, over steps and pictures; the kinds that a typical picture ran, a letter each."""
+        """Return the FLOPs of the mean call, over steps and pictures, and the kinds of the most common run."""
         method, count = setting.method, len(self.cases)
         if method.records:
             kinds = Counter(read_kinds(self.root, setting, count, self.sampling.batch))

@@ -1,4 +1,4 @@
-"""The samplers that the lab compares under: each has its own full model, since another one makes other pictures."""
+"""The samplers of the lab. Each is compared with its own full model, because every sampler draws different pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEDULERS = (EULER, "dpm++", "dpm++-karras")
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Give ``pipe`` the scheduler that ``name`` of :data:`SCHEDULERS` stands for, from the configuration of its own."""
+    """Give ``pipe`` the scheduler ``name`` (one of :data:`SCHEDULERS`), with the configuration of its current one."""
     config = pipe.scheduler.config
     if name == EULER:
         pipe.scheduler = EulerDiscreteScheduler.from_config(config)
@@ -22,7 +22,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def timesteps_of(pipe: Any, steps: int) -> Tensor:
-    """The timesteps of a run of ``steps`` steps."""
+    """Return the timesteps of a run of ``steps`` steps."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     return scheduler.timesteps

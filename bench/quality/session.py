@@ -1,4 +1,4 @@
-"""``atedm-bench quality`` from its options to its files: the embedded model's scenes or a real checkpoint."""
+"""Runs ``atedm-bench quality`` from its options to its files, on the embedded model's scenes or a real checkpoint."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
-# Which captions of the endless list: those that choices are made on, or those after them.
+# The captions of the endless list: those on which choices were made, or those after them.
 CAPTIONS = ("chosen", "held-out")
 HELD_OUT = CAPTIONS[1]
 
-# What is studied beside the pictures, on some of them.
+# The studies made in addition to the pictures, on some of the cases.
 STUDIES = ("convergence", "refills")
 _WATCHED, _QUICK_WATCHED = 8, 2
 
-# Columns of the contact sheets, and the groups of settings whose pictures each shows below the full model's.
+# Columns of the contact sheets, and the groups of settings that each sheet shows below the full model's pictures.
 _SHEET_PICTURES = 8
 SHEETS = {
     "sheet-presets": ("presets", "peers"),
@@ -68,7 +68,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class LabRequest:
-    """The command's options, see its help; None if the default depends on the device or the model."""
+    """The command's options (see its help). None if the default depends on the device or the model."""
 
     quick: bool = False
     images: int | None = None
@@ -95,7 +95,7 @@ class LabRequest:
 
 
 def resolved(request: LabRequest, device: torch.device) -> LabRequest:
-    """``request`` with all defaults filled in."""
+    """Return ``request`` with all defaults filled in."""
     real, gpu = request.model is not None, device.type == "cuda"
     captions = None if real else request.captions or HELD_OUT
     defaults = {
@@ -114,14 +114,14 @@ def resolved(request: LabRequest, device: torch.device) -> LabRequest:
 
 
 def _folder(request: LabRequest) -> str:
-    """One for each kind of run, because pictures of two must not mix."""
+    """Return the name of the output folder: one per kind of run, because pictures of two runs must not mix."""
     parts = ["quality"] + ["quick"] * request.quick + ["chosen"] * (request.captions == "chosen")
     return "-".join(parts + [request.scheduler] * (request.scheduler != EULER))
 
 
 def flops_of(pipe: Any, width: int, height: int) -> UNetFlops:
-    """The FLOP counter for ``pipe``'s UNet at a size in pixels, cached so that equal arguments share its counts."""
-    # The counter expects pixels of an autoencoder with SDXL's scale.
+    """Return the FLOP counter of ``pipe``'s UNet at a size in pixels. Equal arguments share one counter."""
+    # The counter expects the pixels of an autoencoder with SDXL's scale.
     sides = [side * LATENT_SCALE // pipe.vae_scale_factor for side in (width, height)]
     config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
     return _flops_of(json.dumps(config), *sides, pipe.tokenizer_2.model_max_length)
@@ -133,10 +133,10 @@ def _flops_of(config: str, width: int, height: int, tokens: int) -> UNetFlops:
 
 
 def run_embedded(request: LabRequest, device: torch.device) -> None:
-    """The lab on the embedded model.
+    """Run the lab on the embedded model.
 
     Raises:
-        ValueError: more pictures than there are captions to choose on, or settings that do not fit.
+        ValueError: more pictures are asked for than there are chosen captions, or the settings are invalid.
     """
     from atedm.embedded import embedded_pipeline
 
@@ -153,7 +153,7 @@ def run_embedded(request: LabRequest, device: torch.device) -> None:
 
 
 def run_checkpoint(request: LabRequest, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
-    """The lab on a real checkpoint: FID and CLIP score."""
+    """Run the lab on a real checkpoint, with FID and CLIP score."""
     prompts = read_prompts(request.prompts)[: QUICK_IMAGES if request.quick else request.images]
     cases = [PromptCase(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
@@ -218,7 +218,7 @@ def _run(
 
 
 def _studies(request: LabRequest, run: Run, progress: Progress) -> dict[str, list[dict[str, Any]]]:
-    """The power iteration and the refills, at the ratio of the published method."""
+    """Study the power iteration and the refills, at the ratio of the published method."""
     task = progress.add_task("the power iteration", total=1 + len(refills.WAYS))
     published = next((s.method.options for s in run.settings if s.name == f"ours {MAIN}"), PUBLISHED)
     asked = (run.cases[: _QUICK_WATCHED if request.quick else _WATCHED], published.ratio, run.sampling)
@@ -245,7 +245,7 @@ def _seconds(request: LabRequest, run: Run, progress: Progress) -> dict[str, lis
 
 
 def figures_beside(path: Path) -> list[Path]:
-    """The files that are written beside the rows in ``path``: of the claims, and of each study."""
+    """Return the files that are written beside the rows in ``path``: the claims, and each study."""
     return [path.with_name(f"{path.stem}-{name}.json") for name in ("claims", *STUDIES)]
 
 
@@ -339,7 +339,7 @@ def _print(
 
 
 def _shown_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each claim, followed by what was compared: "better / worse"."""
+    """Return a table row for each claim, followed by one for each pair that was compared: "better / worse"."""
     shown = []
     for n, row in enumerate(claims):
         if n == 0 or claims[n - 1]["name"] != row["name"]:

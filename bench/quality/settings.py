@@ -1,4 +1,4 @@
-"""What the lab compares, by name and group: the presets, their peers, a plane of our options, the paper's method."""
+"""The settings that the lab compares, by name and group: presets, peers, a plane of our options, the paper's method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from atedm_bench.peers import tomesd_flops
 BUDGETS = {"a": 2.9 / 6.7, "b": 3.6 / 6.7, "c": 4.1 / 6.7, "d": 4.5 / 6.7}
 MAIN = "c"
 
-# Percent of the full UNet's FLOPs that peers, and tokens alone, are compared at.
+# Percentages of the full UNet's FLOPs at which the peers, and our settings that only drop tokens, are compared.
 SHARES = (65, 55, 50)
 TOKEN_SHARES = (65, 55)
 INTERVALS = (2, 3, 5)
 
-# Tokens that keep their own last update; without a schedule, every step but the first is pruned.
+# Dropped tokens keep their own last update. Without a schedule, every step but the first is pruned.
 _CACHED = replace(PUBLISHED, schedule=None, recovery="cached")
 _RANKINGS = {"drift": None, "PageRank × drift": "self", "keys × drift": "keys"}
 TOKENS = {name: replace(_CACHED, ranking=ranking, staleness="drift") for name, ranking in _RANKINGS.items()}
@@ -38,7 +38,7 @@ _PLANE = {
     },
 }
 
-# What one part of the published method is exchanged for, at the ratio of ours at MAIN.
+# Replacements for one part of the published method, at the ratio of ours at MAIN.
 _ABLATIONS = {
     "recovery: zeros": {"recovery": "zeros"},
     "recovery: bicubic": {"recovery": "bicubic"},
@@ -46,13 +46,13 @@ _ABLATIONS = {
     "ranking: cross-attention": {"ranking": "cross"},
 }
 
-# At the ratio that gives the FLOPs of ours at MAIN.
+# Replacements at the ratio that gives the FLOPs of ours at MAIN.
 _AT_EQUAL_FLOPS = {"DSAP off": {"schedule": None}, "level 2 whole": {"levels": (3,)}}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. ``group``: its part of the table."""
+    """One row of the table. ``group``: the part of the table to which it belongs."""
 
     name: str
     group: str
@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def folder(self) -> str:
-        """Its name as that of a folder."""
+        """The setting's name as a folder name."""
         return _plain(self.name)
 
 
@@ -76,12 +76,13 @@ _Build = Callable[[], tuple[Method, str]]
 
 
 class Plan:
-    """Every setting of a run, by group and name. A ratio is solved for on demand, on the UNet that ``costs`` counts.
+    """Every setting of a run, by group and name. Ratios are solved for on demand, on the UNet that ``costs`` counts.
 
-    Groups: ``presets`` and the default; ``peers``; ``plane``, ours over schedule, ratio and what tokens are chosen by;
-    ``budget``, the published method at the paper's four budgets beside tomesd and random tokens; ``ablation``, its
-    parts exchanged at budget ``MAIN``; ``tried``, the caller's own. FLOPs are those of the mean call of a run. Only
-    a budget is, as in the paper, the part of the FLOPs of a call that prunes every block.
+    Groups: ``presets``, which include the default; ``peers``; ``plane``, our options varied by schedule, ratio and
+    ranking; ``budget``, the published method at the paper's four budgets, with tomesd and random tokens at the same
+    FLOPs; ``ablation``, the published method at budget ``MAIN`` with one part replaced; ``tried``, the caller's own
+    settings. FLOPs are those of the mean call of a run. Only for a budget are they, as in the paper, those of a call
+    that prunes every block.
     """
 
     def __init__(self, costs: Costs, tried: Mapping[str, Options] | None = None) -> None:
@@ -97,9 +98,9 @@ class Plan:
         }
 
     def settings(self, wanted: Sequence[str] | None = None) -> list[Setting]:
-        """The settings that ``wanted`` lists by name or group, the full model first, and all that are tried.
+        """Return the full model, the settings that ``wanted`` lists by name or group, and all that are tried.
 
-        Default: all; only those that are tried, if any is.
+        Without ``wanted``, return all settings, or only the tried ones if there are any.
 
         Raises:
             ValueError: a name is unknown, or two settings have one name.
@@ -108,7 +109,7 @@ class Plan:
         folders = [_plain(name) for name in names]
         for name in self.groups["tried"]:
             if not _plain(name) or folders.count(_plain(name)) > 1:
-                raise ValueError(f"try names {name!r}, which cannot be told from another setting; expected a new name")
+                raise ValueError(f"try names {name!r}, which is not distinct from another setting; expected a new name")
         for word in wanted or ():
             if word not in names and word not in self.groups:
                 expected = ", ".join([*self.groups, *map(repr, names)])
@@ -168,7 +169,7 @@ class Plan:
         )
 
     def _at(self, target: float, options: Options, method: type[Ours] = Ours) -> tuple[Ours, str]:
-        """At the ratio with which the mean call of a run has ``target`` FLOPs."""
+        """Return ``options`` at the ratio with which the mean call of a run has ``target`` FLOPs."""
         return self._solved(target, options, self._mean, method)
 
     def _mean(self, options: Options) -> int:
@@ -181,11 +182,11 @@ class Plan:
             return count(replace(options, ratio=ratio))
 
         if of_ratio(MAX_RATIO) > target:
-            return method(replace(options, ratio=MAX_RATIO)), "its FLOPs are out of reach: the largest ratio"
+            return method(replace(options, ratio=MAX_RATIO)), "these FLOPs are out of reach; this is the largest ratio"
         return method(replace(options, ratio=solve_decreasing(of_ratio, target, 0.0, MAX_RATIO))), ""
 
     def _tomesd(self, target: float) -> tuple[ToMe, str]:
         merged = tomesd_flops(self.costs.counter)
         ratio = merged.nearest_ratio(target)
         is_near = abs(merged.at(ratio).unet / target - 1) < 0.02
-        return ToMe(ratio), "" if is_near else "tomesd cannot come closer to these FLOPs"
+        return ToMe(ratio), "" if is_near else "tomesd cannot get closer to these FLOPs"

@@ -1,4 +1,4 @@
-"""UNet time of every setting: in turn in one process, separate from making pictures, which processes may share."""
+"""Times the UNet in every setting, in turn in one process. Making pictures is separate: processes may share that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atedm.app.run_record import naming_damage
 from atedm_bench.quality.images import run_without_decoding
 from atedm_bench.quality.settings import Setting
 
-# A whole run each, because its steps differ in kind.
+# Each round times a whole run, because the steps of a run differ in kind.
 PICTURES, ROUNDS = 4, 5
 
 
@@ -28,13 +28,13 @@ def unet_seconds(
     rounds: int = ROUNDS,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """UNet seconds per picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
+    """Return the UNet seconds per picture of ``sampling.steps`` steps, by setting, in each of ``rounds``.
 
-    A round runs every setting on the same prompts, and starts with a different setting each time.
+    A round runs every setting on the same prompts. Each round starts with a different setting.
 
     Args:
-        path: file that stores every time, so that an interrupted run can resume. Times of another device, size or
-            batch in it are ignored.
+        path: file that stores every time, so that an interrupted run can resume. Times in it that were measured on
+            another device, size or batch are ignored.
     """
     pictures = min(PICTURES, sampling.batch, len(cases))
     pipe.set_progress_bar_config(disable=True)

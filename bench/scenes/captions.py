@@ -1,4 +1,4 @@
-"""Captions of scenes in varied wording. A caption never mentions what the scene does not contain."""
+"""Writes captions of scenes in varied wording. A caption never mentions what the scene does not contain."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _noun(rng: np.random.Generator, item: Object) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many captions of ``scene``; lower case, at most 30 words. It always states relations and place."""
+    """Return one of many captions of ``scene``: lower case, at most 30 words. It always states relations and place."""
     nouns = [_noun(rng, item) for item in scene.objects]
     if len(nouns) == 1:
         text = nouns[0] if scene.place is None else f"{nouns[0]} {scene.place}"

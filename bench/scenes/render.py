@@ -16,7 +16,7 @@ _STAR_INNER = 0.45
 
 
 def _polygon(corners: int, inner: float | None = None) -> tuple[tuple[float, float], ...]:
-    """Corners on the unit circle, the first on top; with ``inner``, a star with that inner radius."""
+    """Return corners on the unit circle, the first on top; with ``inner``, of a star with that inner radius."""
     count = corners if inner is None else 2 * corners
     radii = [1.0 if inner is None or n % 2 == 0 else inner for n in range(count)]
     return tuple(
@@ -43,7 +43,7 @@ _POLYGONS = {
 
 
 def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Signed distance to a polygon's nearest edge, negative inside by the even-odd rule."""
+    """Return the signed distance to a polygon's nearest edge, negative inside by the even-odd rule."""
     nearest = np.full(x.shape, np.inf, np.float32)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, (*corners[1:], corners[0]), strict=True):
@@ -57,7 +57,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: tuple[tuple[float, 
 
 
 def _distance(item: Object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance of points to ``item``, in units of its radius."""
+    """Return the signed distance of points to ``item``, in units of its radius."""
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     dx, dy = (x - item.x) / item.radius, (y - item.y) / item.radius
     dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
@@ -75,7 +75,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(background: Background, size: int) -> np.ndarray:
-    """``[size, size, 3]`` in 0 … 1: the colour, and a darker or lighter tone for the texture."""
+    """Paint a background ``[size, size, 3]`` in 0 … 1: the colour, and a darker or lighter tone for the texture."""
     x, y = _grid(size)
     color = np.array(BACKGROUND_COLORS[background.color], np.float32) / 255
     tone = color * 0.72 if color.mean() > 0.35 else color + 0.2

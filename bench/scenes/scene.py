@@ -1,4 +1,4 @@
-"""What a scene is, and how to draw one at random. Lengths are fractions of the picture's side; y points down."""
+"""Defines scenes and draws them at random. Lengths are fractions of the picture's side; y points down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-# RGB, 8 bits. Different enough to distinguish after a diffusion model has drawn them.
+# RGB, 8 bits. Different enough to be distinguished after a diffusion model has drawn them.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (216, 30, 36),
     "orange": (246, 132, 20),
@@ -110,8 +110,8 @@ class Scene:
     """Objects that do not touch, on a background.
 
     Attributes:
-        relations: those that the caption states; all hold.
-        place: of a single object, one of ``PLACES``, or None if the caption does not state it.
+        relations: the relations that the caption states; all hold.
+        place: the place of a single object, one of ``PLACES``; None if the caption does not state it.
     """
 
     objects: tuple[Object, ...]
@@ -121,12 +121,12 @@ class Scene:
 
 
 def one_of(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    """One of ``choices``, all equally likely (many times faster than ``rng.choice``)."""
+    """Return one of ``choices``, all equally likely (many times faster than ``rng.choice``)."""
     return choices[int(rng.random() * len(choices))]
 
 
 def _weighted(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
-    """One of the keys, with probability proportional to its value."""
+    """Return one of the keys, with probability proportional to its value."""
     drawn = rng.random() * sum(weights.values())
     return next(
         key for key, up_to in zip(weights, itertools.accumulate(weights.values()), strict=True) if drawn < up_to
@@ -144,7 +144,7 @@ def _position(rng: np.random.Generator, radius: float) -> tuple[float, float, fl
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float], gap: float = 0.0) -> bool:
-    """Whether the centre ``first`` is ``relation`` the centre ``second`` by more than ``gap``; ``(x, y)``, y down."""
+    """Whether the centre ``first`` is ``relation`` the centre ``second``, by more than ``gap``; ``(x, y)``, y down."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] > gap
 
@@ -158,7 +158,11 @@ def _clearly(relation: str, first: tuple[float, ...], second: tuple[float, ...])
 def _positions(
     rng: np.random.Generator, radii: list[float], relation: str | None
 ) -> list[tuple[float, float, float, int]] | None:
-    """Circles that do not touch, ``(x, y, radius, index in radii)``, each ``relation`` the next; None on failure."""
+    """Draw circles that do not touch, each ``relation`` the next; None on failure.
+
+    Returns:
+        ``(x, y, radius, index in radii)`` for each.
+    """
     found: list[tuple[float, float, float]] = []
     for radius in radii:
         low, high = radius + _MARGIN, 1 - radius - _MARGIN

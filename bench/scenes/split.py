@@ -1,4 +1,4 @@
-"""Splits scenes into training and held-out ones: a tenth of all contents, never seen in training."""
+"""Splits scenes into training and held-out ones. A tenth of all contents is held out and never seen in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = 10
 def held_out(scene: Scene) -> bool:
     """Whether ``scene``'s content (shapes, colours, their relations or place, background colour) is held out.
 
-    Depends on the content alone, so training never sees that content in other wording or positions either.
+    This depends only on the content, so training never sees it in other wording or positions either.
     """
     things = [f"{item.color} {item.shape}" for item in scene.objects]
     if not scene.relations:
@@ -25,7 +25,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def scenes(rng: np.random.Generator, *, test: bool) -> Iterator[Scene]:
-    """Endless scenes, either for training or (``test``) held out."""
+    """Yield endless scenes, either for training or (``test``) held out."""
     while True:
         scene = sample_scene(rng)
         if held_out(scene) == test:

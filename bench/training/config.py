@@ -1,4 +1,4 @@
-"""The recipe as typed values; the default is ``config.yaml`` beside this file."""
+"""The training recipe as typed values. The default is ``config.yaml`` beside this file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Phase:
-    """Training at one size. ``latent``: elements per side; ``learning_rate``: at the start and at the end."""
+    """Training at one size. ``latent``: elements per side. ``learning_rate``: at the start and at the end."""
 
     latent: int
     images: int

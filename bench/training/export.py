@@ -1,4 +1,4 @@
-"""Writes the trained parts as one half-precision pipeline folder, which the package ships."""
+"""Writes the trained parts as one pipeline folder in half precision, which the package ships."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atedm_bench.training.models import sampling_scheduler
 
 
 def export(config: Config, folder: Path, target: Path) -> Counter:
-    """Write the pipeline with the newest moving average to ``target``; returns its training progress.
+    """Write the pipeline with the newest moving average to ``target``. Returns its training progress.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
@@ -47,7 +47,7 @@ def export(config: Config, folder: Path, target: Path) -> Counter:
 
 
 def _suit_older_releases(folder: Path, target: Path) -> None:
-    """Add what transformers before 5 needs: a tokenizer's own files, and a prefix in the first encoder's names."""
+    """Add what transformers before 5 needs: the tokenizer's own files, and a prefix in the first encoder's names."""
     for tokenizer in ("tokenizer", "tokenizer_2"):
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(folder / "tokenizer" / name, target / tokenizer / name)

@@ -1,4 +1,4 @@
-"""One training stage: steps, a progress bar, a log, checkpoints to resume from; accelerate does the rest."""
+"""Runs one training stage: steps, a progress bar, a log, checkpoints to resume from. accelerate does the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOTE_SECONDS = 20.0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of the stage in ``folder``."""
+    """Return the newest complete checkpoint of the stage in ``folder``, if any."""
     for name in (_CHECKPOINT, _CHECKPOINT + "-before"):
         if folder.joinpath(name, "done").is_file():
             return folder / name
@@ -28,7 +28,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def counter_of(checkpoint: Path) -> Counter:
-    """The progress of the stage that wrote ``checkpoint``."""
+    """Return the progress of the stage that wrote ``checkpoint``."""
     counter = Counter()
     counter.load_state_dict(torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
     return counter
@@ -53,8 +53,8 @@ class Stage:
     """Trains up to a number of images, from the last checkpoint in ``folder`` if there is one.
 
     Args:
-        folder: of this stage's checkpoint and log.
-        checkpoint_seconds: between two checkpoints.
+        folder: holds this stage's checkpoints and log.
+        checkpoint_seconds: time between two checkpoints.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, name: str, checkpoint_seconds: float = 300.0) -> None:
@@ -73,7 +73,7 @@ class Stage:
             self.accelerator.load_state(str(found))
 
     def save(self) -> None:
-        """Write a checkpoint; the previous one stays until the new one is complete."""
+        """Write a checkpoint. The previous one stays until the new one is complete."""
         new, old = self.folder / _CHECKPOINT, self.folder / (_CHECKPOINT + "-before")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and new.is_dir():
@@ -87,10 +87,10 @@ class Stage:
             new.joinpath("done").touch()
 
     def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, Any]]]) -> None:
-        """Call ``step`` until ``images`` are seen.
+        """Call ``step`` until ``images`` have been seen.
 
-        ``step`` does one optimiser step, given the counter before it. It returns the images seen by all processes and
-        figures for the log.
+        ``step`` gets the counter and does one optimiser step. It returns the number of images seen by all processes,
+        and figures for the log.
         """
         main, counter = self.accelerator.is_main_process, self.counter
         columns = (
@@ -132,7 +132,7 @@ class Stage:
         self.save()
 
     def _together(self, flag: bool) -> bool:
-        """The main process decides for all, because their clocks differ."""
+        """Return the main process's ``flag`` in all processes, because their clocks differ."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(broadcast_object_list([flag])[0])

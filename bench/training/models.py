@@ -1,4 +1,4 @@
-"""The untrained parts of the pipeline: SDXL's classes and structure, but small."""
+"""Builds the untrained parts of the pipeline, with SDXL's classes and structure, but small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _TIME_EMBEDDING = 32
 _TIME_IDS = 6
 
-# SDXL's noise schedule, stretched to end in pure noise. Otherwise flat backgrounds would reveal their colour.
+# SDXL's noise schedule, stretched so that it ends in pure noise. Otherwise flat backgrounds would reveal their colour.
 _NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -69,7 +69,7 @@ def build_tokenizer(config: Config, folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two encoders of different widths; the second one's projection is the pooled embedding, as in SDXL."""
+    """Build two encoders of different widths. The second one's projection is the pooled embedding, as in SDXL."""
     first, second = (
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -89,7 +89,10 @@ def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPT
 
 
 def build_unet(config: Config) -> UNet2DConditionModel:
-    """SDXL's levels: no attention, depth 2, deep; linear projections; text and size added to the time embedding."""
+    """Build the UNet with SDXL's levels: no attention, depth 2, deep.
+
+    Its projections are linear, and text and size are added to the time embedding.
+    """
     unet = config.unet
     return UNet2DConditionModel(
         sample_size=unet.sample_size,
@@ -112,7 +115,7 @@ def build_unet(config: Config) -> UNet2DConditionModel:
 
 
 def build_vae(config: Config) -> AutoencoderKL:
-    """Four latent channels, as in SDXL; no attention, which would depend on the picture's size."""
+    """Build the autoencoder: four latent channels, as in SDXL; no attention, which would depend on the image size."""
     vae = config.vae
     return AutoencoderKL(
         in_channels=3,
@@ -130,10 +133,10 @@ def build_vae(config: Config) -> AutoencoderKL:
 
 
 def sampling_scheduler() -> EulerDiscreteScheduler:
-    """The pipeline's scheduler."""
+    """Return the pipeline's scheduler."""
     return EulerDiscreteScheduler(**_NOISE)
 
 
 def training_scheduler() -> DDPMScheduler:
-    """The same noise, for training."""
+    """Return a scheduler with the same noise, for training."""
     return DDPMScheduler(**_NOISE)

@@ -1,4 +1,4 @@
-"""The training record for the model card: each stage's progress, device and loss curve."""
+"""Collects the training record for the model card: each stage's progress, device and loss curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POINTS = 60
 
 
 def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, Any]]:
-    """The notes up to ``last_step``; steps that a resumed run repeated replace those of the interrupted run."""
+    """Return the notes up to ``last_step``. Steps that a resumed run repeated replace those of the interrupted run."""
     kept: list[dict[str, Any]] = []
     for note in reversed(notes):
         if note["step"] <= last_step and (not kept or note["step"] < kept[-1]["step"]):
@@ -26,7 +26,7 @@ def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, A
 
 
 def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over stretches of the log, because single batches are noisy."""
+    """Return means over stretches of the log, because single batches are noisy."""
     size = -(-len(notes) // _POINTS)
     stretches = [notes[n : n + size] for n in range(0, len(notes), size)]
     measures = [name for name in notes[0] if name not in ("step", "images", "seconds", "lr", "norm")]
@@ -40,7 +40,7 @@ def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def record(folders: Sequence[Path]) -> dict[str, Any]:
-    """The training in ``folders`` up to their newest checkpoints; each continues from the previous one's weights.
+    """Record the training in ``folders`` up to their newest checkpoints. Each started from the previous one's weights.
 
     Raises:
         FileNotFoundError: a folder holds no log or no checkpoint.
@@ -66,6 +66,6 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
                     "curve": _thinned(lineage(notes, counter.step)),
                 }
             )
-    # This is the machine that trained: the record is made where the checkpoints are.
+    # This is assumed to be the machine that trained, because the checkpoints are here.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"device": device_name(device), "versions": versions(), "stages": stages}

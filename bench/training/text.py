@@ -1,6 +1,6 @@
-"""Stage 2: trains the text encoders on captions alone, to predict from the embeddings what the caption says.
+"""Stage 2: trains the text encoders only on captions, to predict from the embeddings what the caption says.
 
-This is far cheaper than teaching them everything through the UNet's loss. They keep learning with the UNet.
+This is far cheaper than teaching them everything through the UNet's loss. They continue to learn with the UNet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atedm_bench.training.models import build_text_encoders, build_tokenizer
 _STAGE = 3
 _MAX_OBJECTS = 3
 
-# Facts and their values. Each has one more class, not listed: "not mentioned".
+# Facts and their values. Each fact has one more class that is not listed: "not mentioned".
 _FACTS: dict[str, tuple[str, ...]] = {
     **{f"shape {n}": SHAPES for n in range(_MAX_OBJECTS)},
     **{f"color {n}": tuple(COLORS) for n in range(_MAX_OBJECTS)},
@@ -36,7 +36,7 @@ _FACTS: dict[str, tuple[str, ...]] = {
 
 
 class TextEncoders(nn.Module):
-    """Both encoders as the pipeline uses them."""
+    """Both text encoders, as the pipeline uses them."""
 
     def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection) -> None:
         super().__init__()
@@ -48,14 +48,14 @@ class TextEncoders(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 ``[B, T]`` → ``[B, T, widths]``, pooled ``[B, width of the second]``."""
+        """Encode int64 ``[B, T]`` to states ``[B, T, widths]`` and pooled ``[B, width of the second]``."""
         first = self.first(ids, output_hidden_states=True)
         second = self.second(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
 class _Reader(nn.Module):
-    """Reads the facts from the pooled embedding and from the end token's states, by one linear map each."""
+    """Reads the facts from the pooled embedding and from the end token's states, with one linear map for each."""
 
     def __init__(self, encoders: TextEncoders, config: Config) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def _facts(scene: Scene, caption: str) -> list[int]:
 
 
 def train_text(config: Config, folder: Path, accelerator: Accelerator, workers: int = 0) -> None:
-    """Train and save to ``folder/text_encoder``, ``folder/text_encoder_2`` and ``folder/tokenizer``."""
+    """Train the encoders; save to ``folder/text_encoder``, ``folder/text_encoder_2`` and ``folder/tokenizer``."""
     recipe = config.text
     if accelerator.is_main_process:
         build_tokenizer(config, folder / "tokenizer")

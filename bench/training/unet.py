@@ -26,13 +26,13 @@ from atedm_bench.training.text import TextEncoders
 
 _STAGE = 4
 _FOLDER = "unet-training"
-# Steps at the start of every phase.
+# Steps of warm-up at the start of every phase.
 _WARM_UP_STEPS = 100
 
-# Timesteps of 1000: sigma 5.
+# Below this timestep (of 1000), which is sigma 5, the noise no longer hides where objects are.
 _PLACED_BELOW = 740
 
-# Channels of a layout: shapes and "none", colours and "none".
+# Channels of a layout: the shapes and "none", then the colours and "none".
 _LAYOUT = [len(SHAPES) + 1, len(COLORS) + 1]
 
 # Up to this many latent elements per side, the backward of unfused attention is faster on a CPU.
@@ -43,9 +43,9 @@ class Denoiser(nn.Module):
     """Maps captions and noisy latents to predictions: everything that learns, in one module.
 
     ``layout`` predicts, from the decoder's output at each of its two transformer levels, which shape and which colour
-    cover each element of the clean picture. It exists only in training. The squared error tells the transformers little
-    about shapes, and mixes it with everything else. The layout is known here, so it serves as a target (the idea of
-    representation alignment, REPA, with the scene in place of another network's features).
+    cover each element of the clean picture. It exists only in training. From the squared error, the transformers learn
+    little about shapes, and only mixed with everything else. The layout is known here, so it serves as a target. This
+    is the idea of representation alignment (REPA), with the scene in place of another network's features.
     """
 
     def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
@@ -64,9 +64,9 @@ class Denoiser(nn.Module):
     def forward(
         self, noisy: Tensor, timesteps: Tensor, ids: Tensor, said: Tensor, size: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """The prediction, and the layout's logits ``[B, S + 1 + C + 1, h, w]``, shapes before colours, by level.
+        """Return the prediction and, by level, the layout's logits ``[B, S + 1 + C + 1, h, w]``, shapes before colours.
 
-        ``said`` float ``[B]``: 0 if the caption is dropped, as the pipeline drops it for guidance.
+        ``said``: float ``[B]``, 0 where the caption is dropped, as the pipeline drops it for guidance.
         """
         states, pooled = self.encoders(ids)
         time_ids = noisy.new_tensor([size, size, 0, 0, size, size]).expand(len(noisy), -1)
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
 
 
 def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
-    """``[S + C + 2, cells, cells]``: the fraction of each cell that each shape (or none) covers; then colours."""
+    """Return ``[S + C + 2, cells, cells]``: the fraction of a cell that each shape (or none) covers, then colours."""
     shapes = [SHAPES.index(item.shape) for item in scene.objects] + [len(SHAPES)]
     colors = [list(COLORS).index(item.color) for item in scene.objects] + [len(COLORS)]
     side = len(owner) // cells
@@ -94,7 +94,7 @@ def _layout(scene: Scene, owner: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _reading_loss(logits: list[Tensor], covered: Tensor) -> Tensor:
-    """Cross-entropy of the layout ``[B, S + C + 2, h, w]`` at each level, summed over shapes and colours."""
+    """Return the cross-entropy of the layout ``[B, S + C + 2, h, w]``, summed over levels, shapes and colours."""
     loss = covered.new_zeros(())
     for read in logits:
         there = F.adaptive_avg_pool2d(covered, read.shape[2:])
@@ -104,9 +104,10 @@ def _reading_loss(logits: list[Tensor], covered: Tensor) -> Tensor:
 
 
 def _weights(covered: Tensor, timesteps: Tensor, weight: float) -> Tensor:
-    """``[B, 1, h, w]`` of mean 1: ``weight`` on and around the objects if the noise no longer hides their place.
+    """Return loss weights ``[B, 1, h, w]`` of mean 1, ``weight`` times as high on and around the objects.
 
-    With more noise the weights would mislead: the predicted mean would show more than is really there.
+    With so much noise that it hides where the objects are, all weights are 1. Higher ones would mislead: the predicted
+    mean would show more than is really there.
     """
     near = F.max_pool2d(1 - covered[:, len(SHAPES) : len(SHAPES) + 1], 3, stride=1, padding=1) > 0
     placed = (timesteps < _PLACED_BELOW)[:, None, None, None]
@@ -115,7 +116,7 @@ def _weights(covered: Tensor, timesteps: Tensor, weight: float) -> Tensor:
 
 
 def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tensor:
-    """``[count]`` in 0 … 1: logit-normal around where a picture takes shape, sometimes uniform."""
+    """Draw ``[count]`` timesteps in 0 … 1: logit-normal around where a picture takes shape, sometimes uniform."""
     # One draw per stratum: the same mean as independent draws, with less noise in the loss.
     spread = (torch.arange(count) + torch.rand(count, generator=random)) / count
     normal = torch.special.expit(recipe.timestep_mean + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
@@ -124,7 +125,7 @@ def _timesteps(recipe: UnetRecipe, count: int, random: torch.Generator) -> Tenso
 
 
 def _phase_at(config: Config, step: int) -> tuple[Phase, float, int]:
-    """The phase of a step, the fraction of it that is done (0 … 1), and its steps before this one."""
+    """Return the phase of a step, the fraction of the phase that is done (0 … 1), and its number of earlier steps."""
     for phase in config.unet.phases:
         steps = -(-phase.images // phase.batch)
         if step < steps:
@@ -134,7 +135,7 @@ def _phase_at(config: Config, step: int) -> tuple[Phase, float, int]:
 
 
 def _optimizers(model: Denoiser, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the transformers' matrices, AdamW for the rest; the learning rate is set at each step."""
+    """Return Muon for the transformers' matrices and AdamW for the rest. The learning rate is set at each step."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -153,7 +154,7 @@ def _build(config: Config, folder: Path) -> Denoiser:
         CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
     )
-    # An exported pipeline as the starting point also has a UNet.
+    # If training starts from an exported pipeline, that has a UNet too.
     started = (folder / "unet").is_dir()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet") if started else build_unet(config)
     # Exported weights are in half precision.
@@ -165,7 +166,7 @@ def _average(model: Denoiser, config: Config) -> EMAModel:
 
 
 def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
-    """The moving average of the newest checkpoint, and its training progress.
+    """Load the moving average of the newest checkpoint, and its training progress.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint of the UNet.
@@ -187,7 +188,7 @@ def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
 def train_unet(
     config: Config, folder: Path, accelerator: Accelerator, workers: int = 0, compiled: bool = False
 ) -> None:
-    """Train from the encoders in ``folder``. The last checkpoint holds the result and its moving average."""
+    """Train from the encoders in ``folder``. The last checkpoint contains the result and its moving average."""
     recipe = config.unet
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False).to(accelerator.device)

@@ -1,4 +1,4 @@
-"""Stage 1: trains the autoencoder on crops of pictures of several sizes."""
+"""Stage 1: trains the autoencoder on crops of pictures in several sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STAGE = 2
 
 
 class _Autoencoder(nn.Module):
-    """Reconstruction and divergence in one call, so that data-parallel training sees one forward."""
+    """Computes reconstruction and divergence in one call, so that data-parallel training sees one forward."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def _crops(found: list[Scene], rng: np.random.Generator, size: int, crop: int) -
 
 
 def train_vae(config: Config, folder: Path, accelerator: Accelerator, workers: int = 0) -> None:
-    """Train and save to ``folder/vae``, with the scaling factor that gives its latents unit variance."""
+    """Train the autoencoder; save to ``folder/vae``, with the scaling factor that gives its latents unit variance."""
     recipe = config.vae
     stage = Stage(accelerator, folder / "vae-training", "autoencoder")
     model = _Autoencoder(build_vae(config))

@@ -1,6 +1,6 @@
-"""The base install in an environment of its own: it holds the wheel, torch, triton and numpy, and runs every op.
+"""Checks the base install in its own environment, which has only the wheel, torch, triton and numpy: every op runs.
 
-``make test`` runs this file with that environment's Python. It imports nothing of the checkout.
+``make test`` runs this file with that environment's Python. It imports nothing from the checkout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMANDS = {"atedm": "diffusers", "atedm-bench": "bench"}
 
 
 def results() -> dict[str, torch.Tensor]:
-    """Every op, on two images of 35 tokens whose heads are strided as in diffusers."""
+    """Run every op on two images of 35 tokens, with heads strided as in diffusers, and return the results by op."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def results() -> dict[str, torch.Tensor]:
 def main() -> None:
     assert Path(sys.prefix) in Path(ak.__file__).parents, f"atedm_kernels is imported from {ak.__file__}"
     present = [name for name in ABSENT if importlib.util.find_spec(name) is not None]
-    assert not present, f"the base install brings {', '.join(present)}"
+    assert not present, f"the base install installs {', '.join(present)}"
 
     has_compiler = os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))
     assert native.why_not() is None or not has_compiler, native.why_not()
@@ -71,7 +71,7 @@ def main() -> None:
     done = subprocess.run([sys.executable, "-c", "import atedm"], capture_output=True, text=True)
     last = "ModuleNotFoundError: diffusers not installed; pip install 'atedm-kernels[diffusers]'"
     assert done.stderr.splitlines()[-1] == last, done.stderr
-    print(f"base install: {len(found)} ops ran; commands and import name the extra that they lack")
+    print(f"base install: {len(found)} ops ran; the commands and `import atedm` name the missing extra")
 
 
 if __name__ == "__main__":

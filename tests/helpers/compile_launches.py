@@ -1,8 +1,8 @@
-"""Compile the launches of every op ahead of time and report what the compiler made of them, as JSON.
+"""Compiles the launches of every op ahead of time and reports what the compiler made of them, as JSON.
 
-Run it in its own process, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90,… [REGEX]``,
-which the names of cases must match.
-No GPU is needed: the launches are built from meta tensors, and Triton ships the assemblers.
+Run it in its own process, without ``TRITON_INTERPRET``: ``python -m tests.helpers.compile_launches sm_90,… [REGEX]``.
+REGEX selects cases by name. No GPU is needed: the launches are built from meta tensors, and Triton ships the
+assemblers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ POINTERS = {
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-# A map cut out of a wider one: its rows do not follow one another.
+# A map that is cut out of a wider one, so that its rows are not contiguous.
 CUT_OUT = "cut-out"
 
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
@@ -74,11 +74,14 @@ def page_rank_launches(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor) -> l
 def attention_launches(
     op: str, dtype: str, head_dim: int, tokens: int, heads: int, *, is_first: bool = False
 ) -> list[Launch]:
-    """Queries and keys as a diffusers block has them: ``[B, N, H, D]`` transposed; every variant if ``is_first``."""
+    """Launch ``op`` on queries and keys as a diffusers block has them: ``[B, N, H, D]``, transposed.
+
+    ``is_first``: with every variant of the launches.
+    """
     q, k = (meta(2, tokens, heads, head_dim, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(2))
     lse = meta(2, heads, tokens)
     if op == "column_sums":
-        # Uniform weights are the same code less a factor: one shape stands for all.
+        # Uniform weights only leave out a factor, so one shape stands for all.
         weights = (None, lse) if is_first else (lse,)
         partial = column_sums.empty_partial_sums(q, k)
         return [column_sums.column_sums_launch(q, k, lse, partial, 0.125, weights=each) for each in weights]
@@ -90,7 +93,7 @@ def attention_launches(
         return [one for one in launches if one.kernel is page_rank_cross._rows_kernel]
     launches = source_launches(q, k, lse)
     if is_first:
-        # As with large batches: enough rows to fill a GPU with the kept tokens in one part.
+        # As with large batches, where there are enough rows to fill a GPU without splitting the kept tokens.
         tile = replace(tile_for(similarity.OP, q), programs=1)
         with tiles.assume(similarity_source=tile):
             launches += source_launches(q, k, lse)
@@ -104,7 +107,7 @@ def source_launches(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor) -> list
 
 
 def small_launches() -> list[Launch]:
-    """The kernels beside those over the map, which know nothing of its dtype and head dim."""
+    """Launch the kernels that do not read the map: its dtype and head dim do not change their code."""
     q, lse = meta(2, 10, 4096, 64, dtype=torch.bfloat16), meta(2, 10, 4096)
     over_map = (column_sums._column_sums_kernel, similarity._similarity_kernel)
     return [one for one in page_rank_launches(q, q, lse) + source_launches(q, q, lse) if one.kernel not in over_map]
@@ -144,7 +147,7 @@ def feature_map_launches(x_dtype: str, dtype: str, layout: str) -> list[Launch]:
 
 
 def smallest_launches() -> list[Launch]:
-    """Every size 1: Triton turns arguments of 1 into constants, whose code differs."""
+    """Launch every kernel with all sizes 1: Triton turns arguments of 1 into constants, which changes the code."""
     q = meta(1, 1, 1, 8, dtype=torch.float16)
     lse, x = meta(1, 1, 1), meta(1, 1, 1, dtype=torch.float16)
     index = meta(1, 1, dtype=torch.int64)
@@ -164,10 +167,10 @@ def smallest_launches() -> list[Launch]:
 
 
 def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
-    """Name → builder. The shapes are those of SDXL, with the head dims of earlier models too.
+    """Return the builder of each case, by name. The shapes are those of SDXL, with the head dims of earlier models too.
 
-    fp16 differs from bf16 by conversions alone: "smallest" is in fp16. What it adds, sizes of 1 as constants, is in the
-    code before it is a target's: one target of each maker compiles it.
+    fp16 differs from bf16 only by conversions, so only "smallest" is in fp16. "smallest" adds sizes of 1 as constants.
+    They change the code before it becomes specific to a target, so one target per vendor compiles it.
     """
     found: dict[str, Callable[[], list[Launch]]] = {"small": small_launches}
     if target in ("sm_90", "gfx942"):
@@ -175,7 +178,7 @@ def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
     sdxl = [("bf16", 64, 4096, 10), ("bf16", 64, 1024, 20), ("fp32", 64, 4096, 10)]
     others = [("bf16", head_dim, 1000, 8) for head_dim in (40, 80, 128, 160, 256)]
     others += [("fp32", head_dim, 1000, 8) for head_dim in (40, 256)]
-    # The ranking's column sums differ from the op's by where a weight comes from, so the op has one shape alone.
+    # The ranking's column sums differ from the op's only in where a weight comes from, so the op has only one shape.
     shapes_of = {"column_sums": sdxl[:1], "page_rank": [*sdxl, *others], "similarity": [*sdxl, *others]}
     shapes_of["page_rank_cross"] = [*sdxl, *(shape for shape in others if shape[:2] in (("bf16", 40), ("bf16", 256)))]
     for op, shapes in shapes_of.items():
@@ -196,7 +199,7 @@ def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """The launch as Triton specialises it at run time: on 1, on multiples of 16, on None."""
+    """Return the launch as Triton specialises it at run time: on 1, on multiples of 16, on None."""
     signature, constants, attributes = {}, {}, {}
     values = {**launch.arguments, **launch.constants}
     if set(values) != set(launch.kernel.arg_names):
@@ -242,7 +245,7 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 
 def access_bytes(assembly: str, kind: str) -> list[int]:
-    """Widths of the accesses to global memory in PTX or AMD assembly; ``kind`` is ``"load"`` or ``"store"``."""
+    """Return the widths of the accesses to global memory in PTX or AMD assembly. ``kind``: "load" or "store"."""
     nvidia = re.findall(rf"\b{'ld' if kind == 'load' else 'st'}\.global\S*?\.(?:v(\d)\.)?b(\d+)\b", assembly)
     amd = re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", assembly)
     return sorted({int(n or 1) * int(bits) // 8 for n, bits in nvidia} | {4 * int(n or 1) for n in amd})

@@ -1,4 +1,4 @@
-"""Counting FLOPs takes seconds; tests that count the same UNet again and again may share what is counted."""
+"""Shares FLOP counters between tests: counting takes seconds, and many tests count the same UNet."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from atedm.app.flops import UNetFlops
 
 
 def shared_counters() -> Callable[..., UNetFlops]:
-    """In the place of :class:`UNetFlops`: one counter for each UNet and size, which counts each question once."""
+    """Return a replacement for :class:`UNetFlops` that makes one counter per UNet and size, and counts only once."""
     counters: dict[str, UNetFlops] = {}
 
     def counter(config, **size):
-        # Without the folder that it was read from.
+        # Leave out private keys, such as the folder from which the configuration was read.
         plain = {name: value for name, value in config.items() if not name.startswith("_")}
         key = json.dumps([plain, size], sort_keys=True)
         if key not in counters:

@@ -1,4 +1,4 @@
-"""The ops by their definition: a dense attention map in float64 from the same rounded inputs."""
+"""The ops by their definition, with a dense attention map in float64 from the same rounded inputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def attention_inputs(
     layout: str = "heads first",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``q [B, H, M, D]``, ``k [B, H, N, D]`` and their float32 logsumexp, for ``shape`` = B, H, M, N, D.
+    """Return ``q [B, H, M, D]``, ``k [B, H, N, D]`` and their float32 logsumexp, for ``shape`` = B, H, M, N, D.
 
-    ``std`` is that of the logits. ``layout``: ``heads first`` is contiguous, ``tokens first`` a transposed
-    ``[B, N, H, D]``, ``every second`` a slice with a last stride of 2.
+    ``std``: standard deviation of the logits. ``layout``: ``heads first`` is contiguous, ``tokens first`` is a
+    transposed ``[B, N, H, D]``, and ``every second`` is a slice with a last stride of 2.
     """
     batch, heads, queries, keys, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def logits(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def attention_map(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
-    """The map that ``lse`` normalises: its own rounding is part of the input."""
+    """Return the map that ``lse`` normalises. The rounding of ``lse`` is part of the input."""
     return torch.exp(logits(q, k, scale) - lse.double()[..., None])
 
 
@@ -56,7 +56,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor | None) -> Te
 def page_rank(
     q: Tensor, k: Tensor, lse: Tensor, iterations: Tensor, cross: bool = False, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores after the given iterations ``[B, H]`` of each head, and the L1 change in each ``[steps, B, H]``."""
+    """Return each head's scores after its number of iterations (``[B, H]``), and the L1 changes ``[steps, B, H]``."""
     log_map = logits(q, k) - lse.double()[..., None]
     a = log_map.exp()
     entropy = -(a * log_map).sum(-1)
@@ -79,19 +79,19 @@ def joined_heads(scores: Tensor, reduction: str) -> Tensor:
 
 
 def mean_similarity(q: Tensor, k: Tensor, lse: Tensor, index: Tensor) -> Tensor:
-    """``[B, N, K]``: what each token gets of each kept one's attention, averaged over the heads."""
+    """Return ``[B, N, K]``: the attention that each token gets from each kept token, averaged over the heads."""
     a = attention_map(q, k, lse).mean(1)
     return a.gather(1, index[:, :, None].expand(-1, -1, a.shape[2])).mT
 
 
 def kept_tokens(batch: int, tokens: int, keep: int, device: torch.device) -> Tensor:
-    """Random kept tokens ``[B, K]``, ascending."""
+    """Return random kept tokens ``[B, K]``, ascending."""
     torch.manual_seed(keep)
     return torch.stack([torch.randperm(tokens)[:keep].sort().values for _ in range(batch)]).to(device)
 
 
 def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
-    """Compare sources by the similarity that they pick: two may be equal up to rounding."""
+    """Compare sources by the similarity that they pick, because two candidates may be equal up to rounding."""
     keep = index.shape[1]
     assert source.dtype == torch.int64 and source.shape == (q.shape[0], q.shape[2])
     assert (source >= 0).all() and (source < keep).all()
@@ -106,7 +106,7 @@ def assert_sources(q, k, lse, index, source, tolerance: float) -> None:
 def assert_rounded_sum(out: Tensor, expected: Tensor, backend: str) -> None:
     assert out.dtype == expected.dtype
     if backend == "triton" and out.dtype == torch.bfloat16 and out.device.type == "cpu":
-        # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest.
+        # Triton's interpreter truncates to bfloat16; a GPU rounds to nearest.
         assert ((out.double() - expected.double()).abs() <= expected.double().abs() * 2**-7).all()
     else:
         assert torch.equal(out, expected)
@@ -115,7 +115,7 @@ def assert_rounded_sum(out: Tensor, expected: Tensor, backend: str) -> None:
 def update_inputs(
     shape: tuple[int, int, int, int], keep: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x, index, cache, residual`` for a residual of ``shape`` and ``dtype``."""
+    """Return ``x, index, cache, residual`` for a residual of ``shape`` and ``dtype``."""
     batch, channels, height, width = shape
     generator = torch.Generator().manual_seed(keep)
     sizes = (batch, keep, channels), (batch, height * width, channels), shape
@@ -125,7 +125,7 @@ def update_inputs(
 
 
 def updated(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The cache afterwards, and the sum of float64 values, rounded once to the promoted dtype."""
+    """Return the updated cache, and its float64 sum with the residual, rounded once to the promoted dtype."""
     cache = cache.clone()
     for b in range(cache.shape[0]):
         cache[b, index[b]] = x[b]
@@ -133,7 +133,7 @@ def updated(x: Tensor, index: Tensor, cache: Tensor, residual: Tensor) -> tuple[
     return cache, (residual.double() + added).to(torch.promote_types(x.dtype, residual.dtype))
 
 
-# Kept tokens of six that the op's checks refuse, and the slot that each token takes from them.
+# Invalid lists of kept tokens for a map of six, which the op's checks refuse; and the slot that each token gets.
 _WILD = {
     (-1, 2, 2**40): (None, None, 1, None, None, None),
     (-(2**62), -5, 5, 6): (None, None, None, None, None, 2),
@@ -143,7 +143,7 @@ _WILD = {
 
 
 def assert_wild_updates_stay_inside(update, device: torch.device) -> None:
-    """``update``: a backend's function, below the op and its checks."""
+    """Check that ``update``, a backend's function below the op's checks, writes only into the cache."""
     x = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0)).to(device)
     residual = torch.zeros(1, 24, 2, 3, device=device)
     for kept, slots in [*_WILD.items(), ((5, 0, 2**40, -1), None)]:

@@ -1,4 +1,4 @@
-"""Run a pipeline, and check what must hold for each."""
+"""Runs a pipeline, and checks what must hold for every pipeline."""
 
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -9,31 +9,33 @@ from atedm.policy.options import PUBLISHED
 PROMPT = "a red circle left of a blue square"
 STEPS = 4
 
-# The default schedule computes all steps of so short a run.
+# The schedule of the checks. The default one would compute all steps of such a short run.
 OWN_KINDS = ["whole", "pruned", "reused", "pruned"]
 
 
 def timesteps_of(steps):
-    """Of a picture of so many steps, which has them for itself."""
+    """Return the timesteps of a new picture of ``steps`` steps. No other picture shares the tensor."""
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
     return scheduler.timesteps
 
 
 def latents(pipe, **arguments):
-    """What ``pipe`` returns for a prompt and a seed, before decoding."""
+    """Return what ``pipe`` makes for a prompt and a seed, before decoding."""
     defaults = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
     return pipe(**{**defaults, "generator": generator, **arguments}).images
 
 
 def check(pipe, call=None, alike=0.5, **changes):
-    """Pruning takes effect, ratio 0 changes nothing, removal restores every bit; returns full, pruned, recording.
+    """Check that pruning takes effect, that ratio 0 changes nothing, and that removal restores every bit.
 
-    Both for the published method, which ``recording`` is of, and for the default recovery and staleness in steps of
-    ``OWN_KINDS``, with ``changes``.
+    It checks the published method, and the default recovery and staleness in steps of ``OWN_KINDS``, with ``changes``.
 
     ``call``: runs ``pipe`` and returns a tensor; :func:`latents` by default. ``alike``: minimum cosine similarity.
+
+    Returns:
+        The full result, the pruned one of the published method, and the latter's recording.
     """
     call = call or (lambda: latents(pipe))
     full = call()

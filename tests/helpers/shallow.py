@@ -1,4 +1,4 @@
-"""The embedded model with fewer layers, for tests that ask how a pipeline behaves and not how well it draws."""
+"""Builds the embedded model with fewer layers, for tests of how a pipeline behaves, not of how well it draws."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ import torch
 
 from atedm.embedded import embedded_pipeline
 
-# SDXL has 2 and 10 at its two levels, the embedded model 2 and 6. Two is the least that can be pruned between layers.
+# SDXL has 2 and 10 layers at its two levels, the embedded model 2 and 6. Pruning between layers needs at least two.
 LAYERS = (1, 2, 2)
 
 
 def shallow_pipeline(side: int | None = None, layers: Sequence[int] = LAYERS) -> Any:
-    """The embedded pipeline, its attention blocks cut to their first ``layers``, which keep their trained weights.
+    """Return the embedded pipeline with only the first ``layers`` of its attention blocks, with their trained weights.
 
-    ``side``: of its own pictures, in pixels; by default the embedded model's.
+    ``side``: the pipeline's default picture size in pixels; by default the embedded model's.
     """
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -35,8 +35,8 @@ def shallow_pipeline(side: int | None = None, layers: Sequence[int] = LAYERS) ->
 
 
 def save_shallow(folder: Path, side: int | None = None, layers: Sequence[int] = LAYERS) -> None:
-    """Save :func:`shallow_pipeline` in half precision, as the embedded model's files are, so that it loads as exactly.
+    """Save :func:`shallow_pipeline` in half precision, as the embedded model is, so that it loads in the same way.
 
-    Weights that are float32 in a file stay where the file puts them in memory, and from there round otherwise.
+    Float32 weights would stay in memory where the file puts them, and sums over them would round differently.
     """
     shallow_pipeline(side, layers).to(dtype=torch.float16).save_pretrained(folder)

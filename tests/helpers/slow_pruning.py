@@ -1,4 +1,4 @@
-"""A pruned call of a UNet, as the paper has it, by an implementation that is slow and obvious."""
+"""A pruned call of a UNet as in the paper, in an implementation that is slow and obvious."""
 
 import math
 
@@ -90,7 +90,7 @@ def slow_transformer(module, x, text, keep, *, ranking, recovery, grid, iteratio
 
 
 def slow_unet(unet, inputs, ratio, levels, *, ranking="self", recovery="similarity", grid=None, iterations=5):
-    """The UNet with each block of ``levels`` replaced by the slow one."""
+    """Run the UNet with each block of ``levels`` replaced by the slow one."""
     level_of = {f"down_blocks.{i}": i + 1 for i in range(3)} | {f"up_blocks.{i}": 3 - i for i in range(3)}
     for name, module in unet.named_modules():
         if type(module).__name__ != "Transformer2DModel":

@@ -1,4 +1,4 @@
-"""Pruned and reused steps, by an implementation that is slow and obvious."""
+"""Pruned and reused steps, in an implementation that is slow and obvious."""
 
 import math
 
@@ -14,7 +14,7 @@ def split(x, heads):
 
 
 def page_rank(attention, tokens, iterations):
-    """``[N]`` for one picture: the heads' scores by their root mean square."""
+    """Return scores ``[N]`` for one picture: the root mean square of the heads' scores."""
     q, k = split(attention.to_q(tokens), attention.heads), split(attention.to_k(tokens), attention.heads)
     scores = []
     for matrix in torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)[0]:
@@ -27,7 +27,7 @@ def page_rank(attention, tokens, iterations):
 
 
 class SlowBlock:
-    """A ``Transformer2DModel`` that keeps what it last added to each token, one row of the batch after the other."""
+    """A ``Transformer2DModel`` that keeps what it last added to each token. It computes one batch row at a time."""
 
     def __init__(self, module, ranking, staleness):
         self.module, self.ranking, self.staleness = module, ranking, staleness
@@ -73,7 +73,7 @@ class SlowBlock:
 
 
 class SlowUNet:
-    """Steps of four kinds, each by hand."""
+    """Runs steps of all four kinds by hand."""
 
     def __init__(self, unet, ranking="self", staleness="drift"):
         self.unet, self.blocks = unet, {}

@@ -1,4 +1,4 @@
-"""Every op on small awkward shapes, for a memory checker.
+"""Runs every op on small awkward shapes, for a memory checker.
 
 ``compute-sanitizer python -m tests.helpers.small_calls [cpu]``.
 """
@@ -13,7 +13,7 @@ import atedm_kernels as ops
 from atedm_kernels.ops.sum_rows import sum_rows
 from atedm_kernels.ops.token_drift import token_drift
 
-# B, H, N, D, kept tokens; the last one is more than any kernel takes in a step.
+# B, H, N, D, kept tokens. The last shape has more tokens than any kernel takes in one step.
 SHAPES = [
     (1, 1, 1, 8, 1),
     (2, 3, 37, 40, 11),

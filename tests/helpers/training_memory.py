@@ -1,4 +1,4 @@
-"""What a training step of SDXL keeps from its forward for its backward, counted with tensors that have no memory.
+"""Counts what a training step of SDXL keeps from its forward for its backward, with tensors that have no memory.
 
 ``python -m tests.helpers.training_memory`` prints the table of docs/training.md.
 """
@@ -22,9 +22,9 @@ RATIO = 0.63
 
 
 def saved_bytes(unet: nn.Module, call: Callable[[], torch.Tensor]) -> int:
-    """Bytes of all storages that ``call`` saves for its backward, each once and without the weights of ``unet``."""
+    """Return the bytes of all storages that ``call`` saves for its backward, each once, without ``unet``'s weights."""
     weights = {x.untyped_storage()._cdata for x in (*unet.parameters(), *unet.buffers())}
-    found: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets the address of one
+    found: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is used twice
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         found[x.untyped_storage()._cdata] = x.untyped_storage()
@@ -43,11 +43,11 @@ def add_lora(unet: UNet2DConditionModel) -> None:
 
 def add_checkpoints(unet: UNet2DConditionModel) -> None:
     add_lora(unet)
-    # This kind saves what it is called with where the hooks see it.
+    # The reentrant kind saves its inputs where the hooks see them.
     unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
 
 
-# What is trained, as the page names it.
+# What is trained, by the names in docs/training.md.
 STEPS: dict[str, Callable[[UNet2DConditionModel], object]] = {
     "LoRA": add_lora,
     "LoRA, with checkpoints": add_checkpoints,
@@ -56,7 +56,7 @@ STEPS: dict[str, Callable[[UNet2DConditionModel], object]] = {
 
 
 def _on_a_cpu(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """``unet`` with fake weights that say they are on a CPU: attention is fused there, on the meta device it is not."""
+    """Give ``unet`` fake weights that claim to be on a CPU: attention is fused there, but not on the meta device."""
     for module in unet.modules():
         for name, old in module._parameters.items():
             if old is not None:
@@ -66,7 +66,7 @@ def _on_a_cpu(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def sdxl_step(prepare: Callable[[UNet2DConditionModel], object]) -> tuple[int, int]:
-    """Bytes that a step at 1024² keeps, batch 1 in bfloat16: whole, and pruned as the paper does in every step."""
+    """Return the bytes that a step keeps at 1024², batch 1, bfloat16: whole, and pruned as published, in every step."""
     unet = meta_unet(SDXL_UNET, torch.bfloat16)
     prepare(unet)
     with FakeTensorMode():
