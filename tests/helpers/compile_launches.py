@@ -169,14 +169,18 @@ def smallest_launches() -> list[Launch]:
 def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
     """Return the builder of each case, by name. The shapes are those of SDXL, with the head dims of earlier models too.
 
-    fp16 differs from bf16 only by conversions, so only "smallest" is in fp16. "smallest" adds sizes of 1 as constants.
-    They change the code before it becomes specific to a target, so one target per vendor compiles it.
+    fp16 differs from bf16 only by conversions, so only "smallest" is in fp16. What changes the code before it becomes
+    specific to a target is compiled for one target per vendor: sizes of 1, which are constants, other dtypes and
+    layouts of what is only moved, head dims and lengths between others.
     """
+    takes_all = target in ("sm_90", "gfx942")
     found: dict[str, Callable[[], list[Launch]]] = {"small": small_launches}
-    if target in ("sm_90", "gfx942"):
+    if takes_all:
         found["smallest"] = smallest_launches
     sdxl = [("bf16", 64, 4096, 10), ("bf16", 64, 1024, 20), ("fp32", 64, 4096, 10)]
-    others = [("bf16", head_dim, 1000, 8) for head_dim in (40, 80, 128, 160, 256)]
+    others = [
+        ("bf16", head_dim, 1000, 8) for head_dim in ((40, 80, 128, 160, 256) if takes_all else (40, 80, 160, 256))
+    ]
     others += [("fp32", head_dim, 1000, 8) for head_dim in (40, 256)]
     # The ranking's column sums differ from the op's only in where a weight comes from, so the op has only one shape.
     shapes_of = {"column_sums": sdxl[:1], "page_rank": [*sdxl, *others], "similarity": [*sdxl, *others]}
@@ -187,14 +191,18 @@ def cases(target: str) -> dict[str, Callable[[], list[Launch]]]:
             shape = dtype, head_dim, tokens, heads
             found[name] = lambda op=op, s=shape: attention_launches(op, *s, is_first=s == sdxl[0])
     for tokens, heads, keep in ((4096, 10, 1536), (8192, 10, 3000), (16384, 10, 6000), (77, 1, 1)):
-        found[f"select-rms-n{tokens}"] = lambda a=(tokens, heads, keep): select_launches("rms", *a)
+        if takes_all or tokens != 8192:
+            found[f"select-rms-n{tokens}"] = lambda a=(tokens, heads, keep): select_launches("rms", *a)
     found["select-mean-n1024"] = lambda: select_launches("mean", 1024, 20, 384)
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp32") if takes_all else ("bf16",):
         found[f"gather-{dtype}-c640"] = lambda dtype=dtype: gather_launches(dtype, 640)
         found[f"sum_rows-{dtype}-c640"] = lambda dtype=dtype: sum_rows_launches(dtype, 640)
-        for layout in (*LAYOUTS, CUT_OUT) if dtype == "bf16" else ("contiguous",):
-            found[f"feature_map-{dtype}-{layout}"] = lambda a=(dtype, dtype, layout): feature_map_launches(*a)
-    found["feature_map-bf16+fp32"] = lambda: feature_map_launches("bf16", "fp32", "contiguous")
+    feature_maps = [("bf16", "bf16", "contiguous")]
+    if takes_all:
+        feature_maps += [("bf16", "bf16", "channels-last"), ("bf16", "bf16", CUT_OUT)]
+        feature_maps += [("fp32", "fp32", "contiguous"), ("bf16", "fp32", "contiguous")]
+    for dtypes_and_layout in feature_maps:
+        found[f"feature_map-{'-'.join(dtypes_and_layout)}"] = lambda a=dtypes_and_layout: feature_map_launches(*a)
     return found
 
 

@@ -33,7 +33,7 @@ class SlowBlock:
         self.module, self.ranking, self.staleness = module, ranking, staleness
         self.update = self.seen = self.age = None
         self.is_whole = True
-        self.projection = Drift().start((1, 1, module.in_channels), torch.float64, "cpu")["projection"][..., 0, 0]
+        self.projection = Drift().start((1, 1, module.in_channels), torch.float64, "cpu")["projection"]
 
     def whole(self, x, text):
         return type(self.module).forward(self.module, x, encoder_hidden_states=text, return_dict=False)[0] - x
