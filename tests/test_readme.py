@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CARD = ROOT / "python" / "atedm" / "embedded" / "README.md"
 PAGES = [README, *ROOT.glob("C*.md"), ROOT / "bench" / "README.md", CARD, *sorted(ROOT.glob("docs/*.md"))]
-# Minutes of training, which tests/test_training_page.py runs.
+# Minutes of training, which tests/pipelines/test_training_page.py runs.
 TRAINING = ROOT / "docs" / "training.md"
 
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)

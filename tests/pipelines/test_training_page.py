@@ -8,7 +8,7 @@ import pytest
 import atedm
 from tests.helpers.training_memory import STEPS, sdxl_step
 
-PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def text():
 
 
 def run_block(text):
-    (code,) = re.findall(r"<!-- run by tests/test_training_page.py -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"<!-- run by tests/pipelines/test_training_page.py -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     names = {}
     exec(compile(code, str(PAGE), "exec"), names)
     return names
