@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from atedm_kernels._after_import import after_import
@@ -90,11 +91,24 @@ class Op:
                 arguments = tuple(map(plain_number, arguments))
                 self._check(*arguments)
                 break
-        if self.is_differentiable and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.is_differentiable:
+            return self.overload(*arguments)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
+        if not torch.is_grad_enabled():
             # register_autograd runs a Python function, which takes some 15 microseconds to record nothing.
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*arguments)
         return self.overload(*arguments)
+
+    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
+        """Forward-mode gradients, which torch would drop in silence."""
+        for declared, argument in zip(self._declared, arguments, strict=False):
+            if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+                raise NotImplementedError(
+                    f"{declared.name} carries a tangent of forward-mode differentiation; expected none, as {self.name} "
+                    "is differentiable in reverse mode only"
+                )
 
     def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments of the schema, in order. torch omits defaults, and passes keywords to a fake kernel."""

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import atedm_kernels as ak
 from atedm_kernels.ops.sum_rows import sum_rows
@@ -287,3 +288,15 @@ def test_without_gradients_none_are_recorded():
             assert not ak.gather_tokens(x, index).requires_grad
             assert not ops.gather_tokens(x, index).requires_grad
     assert not ak.gather_tokens(x.detach(), index).requires_grad
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_tangents_are_refused_not_dropped(device, enabled):
+    x, index = torch.randn(2, 9, 5, device=device), rows(2, 4, 9).to(device)
+    with torch.set_grad_enabled(enabled):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="x carries a tangent"):
+            ak.gather_tokens(forward_ad.make_dual(x, torch.ones_like(x)), index)
+        with pytest.raises(NotImplementedError, match="x carries a tangent"):
+            torch.func.jvp(lambda x: ak.gather_tokens(x, index), (x,), (torch.ones_like(x),))
+        with forward_ad.dual_level():
+            assert ak.gather_tokens(x, index).shape == (2, 4, 5)

@@ -17,7 +17,9 @@ def text():
 
 
 def run_block(text):
-    (code,) = re.findall(r"<!-- run by tests/pipelines/test_training_page.py -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(
+        r"<!-- run by tests/pipelines/test_training_page.py -->\n```python\n(.*?)```", text, flags=re.DOTALL
+    )
     names = {}
     exec(compile(code, str(PAGE), "exec"), names)
     return names

@@ -5,21 +5,24 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch.utils.checkpoint import checkpoint
 
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.unet import attention
+from tests.helpers.running import timesteps_of
 from tests.helpers.slow_pruning import slow_unet
 
 FIXED = {"schedule": None, "tolerance": 0, "max_iterations": 5}
 
 
 def gradients(unet, inputs, run=None):
-    """Of the squared output, by every parameter and by the latent."""
-    inputs = {**inputs, "sample": inputs["sample"].clone().requires_grad_()}
+    """Of the squared output, by every parameter, the latent and the text."""
+    wanted = {name: inputs[name].clone().requires_grad_() for name in ("sample", "encoder_hidden_states")}
+    inputs = {**inputs, **wanted}
     out = unet(**inputs).sample if run is None else run(unet, inputs)
-    named = {**dict(unet.named_parameters()), "sample": inputs["sample"]}
+    named = {**dict(unet.named_parameters()), **wanted}
     unet.zero_grad()
     out.square().sum().backward()
     return {name: each.grad for name, each in named.items()}
@@ -138,7 +141,8 @@ def test_two_calls_with_checkpoints_before_one_backward(trainable, make_inputs, 
     atedm.apply(trainable, PUBLISHED, schedule=atedm.DSAP(0.3))
 
     def both(unet, inputs):
-        first, second = (unet(**{**call, "sample": call["sample"] + inputs["sample"].mean()}).sample for call in calls)
+        of_all = inputs["sample"].mean() + inputs["encoder_hidden_states"].mean()
+        first, second = (unet(**{**call, "sample": call["sample"] + of_all}).sample for call in calls)
         return torch.cat([first.flatten(), second.flatten()])
 
     plain = gradients(trainable, calls[0], both)
@@ -166,17 +170,14 @@ def test_where_something_is_remembered_a_call_for_gradients_is_whole(trainable, 
     assert len(said) == len(caplog.messages) == 1 and said[0].endswith("it is computed whole")
 
 
-def test_it_touches_nothing_that_is_remembered(trainable, make_inputs):
-    from diffusers import EulerDiscreteScheduler
-
+@pytest.mark.parametrize(("name", "kinds"), [("cached", "wppp"), ("reused", "wrwr")])
+def test_it_touches_nothing_that_is_remembered(trainable, make_inputs, name, kinds):
     inputs = make_inputs(torch.float64)
-    atedm.apply(trainable, PUBLISHED, **MEMORY["cached"])
+    atedm.apply(trainable, PUBLISHED, **MEMORY[name])
 
     def run(interrupts):
-        scheduler = EulerDiscreteScheduler()
-        scheduler.set_timesteps(4)
         outs = []
-        for n, timestep in enumerate(scheduler.timesteps):
+        for n, timestep in enumerate(timesteps_of(4)):
             call = {**inputs, "sample": inputs["sample"] + n, "timestep": timestep}
             with torch.no_grad():
                 outs.append(trainable(**call).sample)
@@ -184,10 +185,87 @@ def test_it_touches_nothing_that_is_remembered(trainable, make_inputs):
                 gradients(trainable, {**call, "sample": call["sample"] + 1})
         return outs
 
-    with atedm.record(trainable) as recording:
+    with atedm.record(trainable, tokens=False) as recording:
         plain = run(False)
-    assert recording.kinds == ["whole", "pruned", "pruned", "pruned"]
-    assert all(torch.equal(a, b) for a, b in zip(run(True), plain, strict=True))
+    assert "".join(kind[0] for kind in recording.kinds) == kinds
+    with atedm.record(trainable, tokens=False) as interrupted:
+        assert all(torch.equal(a, b) for a, b in zip(run(True), plain, strict=True))
+    assert interrupted.kinds[1::2] == ["whole"] * 4
+    assert interrupted.schedule() == recording.schedule() == recording.kinds
+
+
+def test_after_a_last_step_for_gradients_the_timesteps_may_serve_again(trainable, make_inputs, caplog):
+    inputs, timesteps = make_inputs(torch.float64), timesteps_of(4)
+    atedm.apply(trainable, PUBLISHED, **MEMORY["reused"])
+    with atedm.record(trainable, tokens=False) as recording:
+        for n, timestep in [*enumerate(timesteps)] * 2:
+            with torch.set_grad_enabled(n == 3):
+                trainable(**{**inputs, "timestep": timestep})
+    assert "".join(kind[0] for kind in recording.kinds) == "wrww" * 2
+    assert not [message for message in caplog.messages if "share these timesteps" in message]
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_gradients_that_come_in_unseen_are_refused_not_cut(unet, make_inputs, name):
+    """By a forward that brings in weights of its own, as some LoRA tools do. Without memory none is cut."""
+    inputs, timesteps = make_inputs(), timesteps_of(14)
+    added = torch.zeros(1, requires_grad=True)
+    linear = unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
+    linear.forward = lambda x: type(linear).forward(linear, x) * (1 + added)
+    atedm.apply(unet, PUBLISHED, **MEMORY[name])
+    with pytest.raises(RuntimeError, match="records gradients of something that is neither"):
+        unet(**{**inputs, "timestep": timesteps[0]})
+    with torch.no_grad():
+        for timestep in timesteps_of(14):
+            unet(**{**inputs, "timestep": timestep})
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    unet(**inputs).sample.sum().backward()
+    assert added.grad is not None
+
+
+def test_inputs_by_position_are_seen(unet, inputs, caplog):
+    atedm.apply(unet, PUBLISHED, **MEMORY["cached"])
+    sample = inputs["sample"].requires_grad_()
+    known = inputs["added_cond_kwargs"]
+    out = unet(sample, inputs["timestep"], inputs["encoder_hidden_states"], added_cond_kwargs=known).sample
+    assert out.requires_grad and "records gradients" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("name", ["cached", "reused"])
+def test_a_checkpoint_around_the_unet_is_right_or_refused(trainable, make_inputs, name):
+    inputs = make_inputs(torch.float64)
+    trainable.requires_grad_(False)
+    atedm.apply(trainable, PUBLISHED, **MEMORY[name])
+
+    def gradient(call):
+        x = start = inputs["sample"].clone().requires_grad_()
+        for timestep in timesteps_of(3):
+            x = call(lambda x, t=timestep: trainable(**{**inputs, "sample": x, "timestep": t}).sample, x)
+        x.square().sum().backward()
+        return start.grad
+
+    with pytest.raises(RuntimeError, match="a reentrant checkpoint computes the UNet again"):
+        gradient(partial(checkpoint, use_reentrant=True))
+    expected = gradient(lambda function, x: function(x))
+    torch.testing.assert_close(gradient(partial(checkpoint, use_reentrant=False)), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("ranking", ["cross", unforeseeable], ids=["cross", "random"])
+def test_a_checkpoint_draws_the_numbers_of_its_call(make_unet, make_inputs, ranking, use_reentrant):
+    """Also those after a choice that has drawn some itself, by the dropout of its projections."""
+    unet, inputs = make_unet(torch.float64, dropout=0.3).requires_grad_(True).train(), make_inputs(torch.float64)
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.to_q = torch.nn.Sequential(layer.to_q, torch.nn.Dropout(0.3))
+    atedm.apply(unet, PUBLISHED, ranking=ranking, schedule=None)
+    found = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+        torch.manual_seed(0)
+        found.append(gradients(unet, inputs))
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("options", [{"warm_start": True}, {"rank_every": 3}])

@@ -287,8 +287,9 @@ def test_a_block_that_was_left_out_of_the_first_call_has_no_earlier_pictures_mem
     assert_same(picture(True), expected)
 
 
-def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(unet, make_inputs):
-    """By what wraps it: then it chooses the first time that it is asked, also where other parts are compiled."""
+@pytest.mark.parametrize("compiled", ["up_blocks.0", "down_blocks.1", "down_blocks.1.attentions.0"])
+def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(unet, make_inputs, compiled):
+    """By what wraps it: then it chooses the first time that it is asked, also where parts are compiled."""
     atedm.apply(unet, PUBLISHED, **CHOICES)
     block = unet.down_blocks[1].attentions[0]
     first, second = make_inputs(seed=1), make_inputs(seed=2)
@@ -299,7 +300,7 @@ def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(un
         return run(unet, first)
 
     expected = picture()
-    unet.up_blocks[0].compile(backend="eager")  # then pictures share their memory
+    unet.get_submodule(compiled).compile(backend="eager")  # then pictures share their memory
     assert_same(picture(), expected)
     run(unet, second)
     assert_same(picture(), expected)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 import atedm
 from atedm.policy.options import PUBLISHED
+from tests.helpers.running import timesteps_of
 
 
 @pytest.fixture
@@ -69,3 +71,67 @@ def test_the_scale_of_an_attention_is_read_where_its_processor_reads_it(unet, in
         attention.scale /= 3
         attention.to_q.weight.data *= 3
     torch.testing.assert_close(scaled, unet(**inputs).sample)
+
+
+METHOD = "_get_output_for_continuous_inputs"
+
+
+def test_an_output_that_a_class_brings_along_is_refused(unet, monkeypatch):
+    """It would run in whole calls and not in pruned ones."""
+    block = unet.mid_block.attentions[0]
+    own = getattr(type(block), METHOD)
+    monkeypatch.setattr(type(block), METHOD, lambda *args, **kwargs: own(*args, **kwargs))
+    with pytest.raises(ValueError, match=f"cannot be pruned: its method {METHOD} is not diffusers'"):
+        atedm.apply(unet, PUBLISHED, schedule=None)
+
+
+def replace_on(unet, layer, name, monkeypatch):
+    attention = unet.mid_block.attentions[0].transformer_blocks[layer].get_submodule(name)
+    monkeypatch.setattr(attention, "get_attention_scores", lambda *args: None)
+
+
+def replace_in_class(unet, layer, name, monkeypatch):
+    monkeypatch.setattr(Attention, "get_attention_scores", lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("replace", "layer", "name"),
+    [(replace_on, 0, "attn1"), (replace_on, 0, "attn2"), (replace_on, 1, "attn1"), (replace_in_class, 0, "attn1")],
+)
+def test_a_replaced_method_of_any_attention_is_refused_in_either_order(unet, inputs, monkeypatch, replace, layer, name):
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    unet(**inputs)
+    replace(unet, layer, name, monkeypatch)
+    with pytest.raises(ValueError, match=r"can no longer be pruned: .*get_attention_scores"):
+        unet(**inputs)
+    atedm.remove(unet)
+    with pytest.raises(ValueError, match=r"cannot be pruned: .*get_attention_scores"):
+        atedm.apply(unet, PUBLISHED, schedule=None)
+
+
+@pytest.mark.parametrize("where", ["", "mid_block", "down_blocks.1"])
+def test_accelerates_hooks_may_come_after_apply(unet, inputs, where):
+    """On every module, as sequential offload puts them, or on a stage alone."""
+
+    def run():
+        return [unet(**{**inputs, "timestep": t}).sample for t in timesteps_of(4)]
+
+    full = unet(**inputs).sample
+    atedm.apply(unet, "quality", schedule=atedm.Every(2))
+    expected = run()
+    for name, module in unet.named_modules():
+        if name and (not where or name == where):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    atedm.remove(unet)
+    assert torch.equal(unet(**inputs).sample, full)
+
+
+def test_a_feed_forward_that_torch_compile_has_wrapped_is_diffusers_own(unet, inputs):
+    atedm.apply(unet, PUBLISHED, schedule=None)
+    expected = unet(**inputs).sample
+    layer = unet.mid_block.attentions[0].transformer_blocks[1]
+    layer.ff = torch.compile(layer.ff, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(unet(**inputs).sample, expected)
+        atedm.apply(unet, PUBLISHED, schedule=None)

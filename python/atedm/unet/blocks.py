@@ -227,6 +227,12 @@ def _inner_forward(module: nn.Module) -> str | None:
     return "_old_forward" if getattr(outer, "__module__", None) == "accelerate.hooks" else None
 
 
+def runs_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether ``module`` runs ``forward``, maybe under accelerate's hook."""
+    attribute = _inner_forward(module)
+    return attribute is not None and module.__dict__.get(attribute) is forward
+
+
 def why_stage_replaced(stage: nn.Module) -> str | None:
     """The part of a stage that runs another tool's forward, which may count on running in every step; None if no part
     does."""
@@ -256,7 +262,7 @@ def parts_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name in PARTS:
         part = getattr(layer, name, None)
         if part is not None:
-            yield f".{name}", part
+            yield f".{name}", unwrapped(part) if name == "ff" else part
 
 
 def why_not_tokenwise(module: nn.Module) -> str | None:
@@ -272,17 +278,18 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
                 reason = _why_not_for_some_tokens(part, is_ranked=i == 0 and name == ".attn1")
                 if reason is not None:
                     return f"its layer {i}{name} {reason}"
-            elif name == ".ff" and getattr(type(unwrapped(part)), "forward", None) is not FeedForward.forward:
+            elif name == ".ff" and getattr(type(part), "forward", None) is not FeedForward.forward:
                 return f"its layer {i}.ff is a {type(part).__name__}; expected the forward of a FeedForward"
             reason = _why_replaced(i, name, part)
             if reason is not None:
                 return reason
-    if METHOD in vars(module):
-        return f"its method {METHOD} has been replaced by another tool"
+    if METHOD in vars(module) or not _is_diffusers_own(getattr(type(module), METHOD)):
+        return f"its method {METHOD} is not diffusers'; expected that of a Transformer2DModel"
     for kind in (BasicTransformerBlock, Attention, FeedForward):
         if not _is_diffusers_own(kind.forward):
             return f"the forward of the class {kind.__name__} has been replaced by another tool"
-    return None
+    replaced = [name for name in METHODS if not _is_diffusers_own(getattr(Attention, name))]
+    return f"the method {replaced[0]} of the class Attention has been replaced by another tool" if replaced else None
 
 
 def why_not_skippable(module: nn.Module) -> str | None:
@@ -327,6 +334,9 @@ def _why_not_for_some_tokens(attention: nn.Module, is_ranked: bool) -> str | Non
     """
     if getattr(type(attention), "forward", None) is not Attention.forward:
         return f"is a {type(attention).__name__}; expected the forward of an Attention"
+    replaced = [name for name in METHODS if name in vars(attention)]
+    if replaced:
+        return f"has another tool's method {replaced[0]}"
     if is_ranked:
         return None
     processor = processor_of(attention)
@@ -419,9 +429,6 @@ def why_not_plain(attention: nn.Module) -> str | None:
     processor = processor_of(attention)
     if processor not in PLAIN_PROCESSORS and processor not in PERTURBING_PROCESSORS:
         return f"its self-attention runs through {processor}; expected one of {', '.join(sorted(PLAIN_PROCESSORS))}"
-    replaced = [name for name in METHODS if name in vars(attention)]
-    if replaced:
-        return f"the method {replaced[0]} of its self-attention has been replaced by another tool"
     if _has_norm(attention) or attention.residual_connection:
         return "its self-attention has a norm or residual of its own"
     if attention.rescale_output_factor != 1 or attention.is_cross_attention:

@@ -186,8 +186,7 @@ class UNetCalls:
 
     def _note(self, call: Call) -> None:
         for recording in self.recordings:
-            run = None if call.picture is None else call.picture.run
-            recording.note(call.step, call.total, call.kind, self.memory.nbytes, run)
+            recording.note(call.step, call.total, call.kind, self.memory.nbytes, call.run)
 
     def end(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook. It runs after an exception too; ``output`` is then None."""

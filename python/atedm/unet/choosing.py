@@ -40,6 +40,7 @@ class TokenChoice:
         self.size = tuple(hidden_states.shape[-2:])
         self.index: Tensor | None = None
         self.observed: Any = None
+        self._random: tuple[Tensor, Tensor | None] | None = None
         if block.staleness is not None:
             self.observed = block.staleness.observe(hidden_states.detach(), memory.staleness)
 
@@ -52,6 +53,7 @@ class TokenChoice:
             attention: makes the map that the ranking reads; None without a ranking.
         """
         if self.index is not None:
+            self._follow_random_numbers()
             return
         memory, call, iterations = self._memory, self._call, None
         if self._is_chosen_before():
@@ -68,13 +70,22 @@ class TokenChoice:
                 memory.has_chosen = True  # not the step: torch would guard a graph by it
         if call.recordings:
             self._record(scores, iterations)
+        if self._block.module.training and not torch.compiler.is_compiling():
+            device = self.index.device
+            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _follow_random_numbers(self) -> None:
+        """A checkpoint that runs again draws the numbers after the choice as its first run did, such as a dropout's."""
+        if self._random is not None:
+            of_cpu, of_gpu = self._random
+            torch.set_rng_state(of_cpu)
+            if of_gpu is not None:
+                torch.cuda.set_rng_state(of_gpu, self.index.device)
 
     def _is_chosen_before(self) -> bool:
-        memory, call = self._memory, self._call
-        if call.ranks or memory is None or memory.index is None:
-            return False
-        # Another tool may have skipped the block when the choice was due, but not in a graph.
-        return torch.compiler.is_compiling() or memory.choice == call.choice
+        # A block may have been left out when the choice was due.
+        memory = self._memory
+        return not self._call.ranks and memory is not None and memory.index is not None and memory.serves
 
     def _rank(self, attention: AttentionMap) -> tuple[Tensor, Tensor | None]:
         """The scores of the ranking, ``[B, H, N]``, and its iterations; None if it does not iterate."""

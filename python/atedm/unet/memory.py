@@ -26,7 +26,8 @@ class BlockMemory:
         ranks: float32 ``[B, H, N]``, the last scores of the ranking, from which the next one starts; uniform at first.
         choice: the step of the choice in ``index``. scores: ``[B, H, N]``, the scores of that choice; None if a graph
             made it.
-        has_chosen: whether the running call has written ``index``. is_filled: whether ``update`` is this picture's.
+        has_chosen: whether the running call has written ``index``. serves: whether ``index`` is the choice that the
+            running call uses. is_filled: whether ``update`` is this picture's.
     """
 
     size: tuple[int, int, int]
@@ -37,6 +38,7 @@ class BlockMemory:
     choice: int | None = None
     scores: Tensor | None = None
     has_chosen: bool = False
+    serves: bool = False
     is_filled: bool = False
 
     def tensors(self) -> Iterator[Tensor]:
@@ -141,6 +143,11 @@ class Picture:
         for block in self.slot.blocks.values():
             if block.has_chosen:
                 block.choice, block.has_chosen = choice, False
+
+    def look_up(self, choice: int | None) -> None:
+        """Note for each block whether ``index`` is the choice of step ``choice``, which the next call uses."""
+        for block in self.slot.blocks.values():
+            block.serves = block.choice == choice
 
     def break_off(self) -> None:
         """Forget what is remembered, because a call did not finish and may have written one part and not another."""

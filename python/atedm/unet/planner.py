@@ -15,7 +15,7 @@ from atedm.policy.options import Options
 from atedm.policy.schedule import PRUNING
 from atedm.unet.kinds import Kinds
 from atedm.unet.memory import Memory, Picture, Slot
-from atedm.unet.recording import Recording
+from atedm.unet.recording import BESIDE, Recording
 from atedm.unet.steps import Step, step_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Call:
             earlier step.
         slot: what is remembered of its picture; None if nothing is, or if the picture is not known.
         picture: the picture that it belongs to; None if not known. step: its denoising step, of ``total``; None if not
-            known.
+            known. for_gradients: whether it records gradients and leaves alone what is remembered.
         recordings: the recordings that collect its tokens, each with this call's index there.
         before: the call that was running when this one began, which continues afterwards: a UNet may call another.
     """
@@ -47,8 +47,14 @@ class Call:
     picture: Picture | None = None
     step: int | None = None
     total: int | None = None
+    for_gradients: bool = False
     recordings: list[tuple[Recording, int]] = field(default_factory=list)
     before: tuple[UNetCalls, Call] | None = None
+
+    @property
+    def run(self) -> int | None:
+        """The number of the picture's run; None if the picture is not known."""
+        return BESIDE if self.for_gradients else None if self.picture is None else self.picture.run
 
     def break_off(self) -> None:
         """Note that the call did not finish."""
@@ -86,6 +92,7 @@ class Planner:
         else:
             self._instead = "every ranking begins at uniform scores"
         self.forced: Call | None = None
+        self._records_gradients = False  # whether a call outside of any backward did
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
         if what not in self._said:
@@ -145,10 +152,21 @@ class Planner:
         ranks = kind in PRUNING and picture.is_choice_due(step.index, kind, options.rank_every)
         is_warm = self._starts_warm and ranks and picture.has_ranks_for(kind)
         choice = step.index if ranks else picture.chosen
+        picture.look_up(choice)
         return Call(kind, ranks, choice, is_warm, slot, picture, step.index, step.total)
 
     def _call_for_gradients(self, step: Step) -> Call:
         """A call that does not touch what is remembered: no gradient would reach the calls that computed it."""
+        if torch._C._current_graph_task_id() == -1:
+            self._records_gradients = True
+        elif not self._records_gradients:  # it runs inside a backward
+            raise RuntimeError(
+                "a reentrant checkpoint computes the UNet again to differentiate it, but the first time it ran without "
+                f"gradients, by what atedm remembers ({self.differ}); expected use_reentrant=False, or settings that "
+                "remember nothing, such as 'paper'"
+            )
+        if step.picture is not None and step.index == step.total - 1:
+            self.memory.picture(step.picture).is_over = True
         is_whole = self.options.remembers or self.options.steps.reads_past
         self.say_once(
             "gradients",
@@ -156,7 +174,9 @@ class Planner:
             self.differ,
             "it is computed whole" if is_whole else self._instead,
         )
-        return Call("whole" if is_whole else self._kinds.of_one(step), step=step.index, total=step.total)
+        return Call(
+            "whole" if is_whole else self._kinds.of_one(step), step=step.index, total=step.total, for_gradients=True
+        )
 
     def _picture(self, step: Step) -> Picture | None:
         """The picture of a call. If it cannot be known, return None and log the reason once."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+# The number of the run of a call that records gradients: such calls come between the steps of a run.
+BESIDE = -1
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -83,11 +86,13 @@ class Recording:
         if self._total is None:
             raise ValueError("no recorded call has a known step; expected calls with a scheduler's timesteps")
         kinds = ["whole"] * self._total
+        # Calls that record gradients are beside a run, unless there are only those.
+        last = ([run for run in self.runs if run != BESIDE] or self.runs)[-1]
         # If runs have no numbers, a run begins where the step falls.
         falls = [n for n in range(1, len(self.calls)) if (self.calls[n] or 0) < (self.calls[n - 1] or 0)]
-        start = max(falls, default=0) if self.runs[-1] is None else 0
+        start = max(falls, default=0) if last in (None, BESIDE) else 0
         for step, kind, run in list(zip(self.calls, self.kinds, self.runs, strict=True))[start:]:
-            if step is not None and step < self._total and run == self.runs[-1]:
+            if step is not None and step < self._total and run == last:
                 kinds[step] = kind
         return kinds
 

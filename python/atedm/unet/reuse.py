@@ -24,6 +24,7 @@ from atedm.unet.blocks import (
     why_stage_replaced,
 )
 from atedm.unet.calls import UNetCalls
+from atedm.unet.errors import refuse_gradients
 from atedm.unet.memory import Slot
 
 _DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D)
@@ -124,8 +125,10 @@ class LastStage(UNetStage):
         if call.kind != "reused":
             layers, residuals = _Layers(self.module, before), res_hidden_states_tuple[1:]
             hidden_states = self.forward(layers, hidden_states, residuals, *args, **kwargs)
-            _keep(call.slot, hidden_states.detach())
+            refuse_gradients(hidden_states)
+            _keep(call.slot, hidden_states)
         else:
+            refuse_gradients(*res_hidden_states_tuple[:1])
             hidden_states = call.slot.feature.to(hidden_states.dtype)
             if getattr(self.module, "s1", None):  # FreeU writes into its input
                 hidden_states = hidden_states.clone()

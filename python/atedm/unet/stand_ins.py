@@ -20,6 +20,7 @@ from atedm.policy.recovery import Refill
 from atedm.unet.attention import masks_of_kept, project, project_cross, project_out, project_out_kept, scale_of
 from atedm.unet.blocks import PERTURBING_PROCESSORS
 from atedm.unet.choosing import TokenChoice
+from atedm.unet.errors import refuse_gradients
 from atedm.unet.memory import BlockMemory
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class RememberingTransformer:
         """``[B, N, C]``, or ``[B, C, h, w]`` if the projection is a convolution."""
         projected = self._module.proj_out(x)
         if self._memory.update is not None:
+            refuse_gradients(projected)
             tokens = projected.flatten(2).transpose(1, 2) if projected.ndim == 4 else projected
             self._memory.update.copy_(tokens.detach())
         return projected
@@ -205,6 +207,8 @@ class CompactTransformer:
         else:
             # A 1×1 convolution, over a map whose height is the number of tokens and whose width is 1.
             compact = projection(compact.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+        if recovery.remembers:
+            refuse_gradients(compact, residual)
         return recovery.feature_map(compact, self._refill, residual)
 
 

@@ -20,6 +20,7 @@ from atedm.unet.blocks import (
     PARTS,
     PLAIN,
     parts_of,
+    runs_forward,
     runs_its_own_forward,
     unwrapped,
     why_not_rankable,
@@ -73,12 +74,14 @@ class Watch:
 
 def _check(block: PrunedBlock) -> None:
     first = next(iter(block.module.transformer_blocks), None)
-    reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
-    if reason is None and runs_its_own_forward(block.module):
+    if first is None:
+        reason = "it has no layers"
+    elif runs_its_own_forward(block.module):
         reason = "its forward is that of its class again"
-    if reason is None and not block.is_current:
+    elif not block.is_current:
         reason = "its class, or the forward of its class, has changed since atedm.apply"
-    reason = reason or why_not_rankable(first)
+    else:
+        reason = why_not_tokenwise(block.module) or why_not_rankable(first)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
@@ -99,7 +102,7 @@ def _check_stage(stage: UNetStage) -> None:
         )
     replaced = why_stage_replaced(stage.module)
     name = stage.name if replaced is None else f"{stage.name}.{replaced}"
-    if replaced is not None or stage.module.__dict__.get("forward") is not stage:
+    if replaced is not None or not runs_forward(stage.module, stage):
         raise ValueError(
             f"the features of {name} can no longer be reused: its forward has been replaced by another tool; "
             "undo that, or call atedm.remove first"
@@ -124,7 +127,6 @@ class _Places:
             *((module.transformer_blocks._modules, str(n)) for n in range(len(layers))),
             *((layer._modules, name) for layer in layers for name in PARTS),
             *((vars(module), name) for name in ("forward", METHOD)),
-            *((vars(first), name) for name in METHODS),
             *((vars(part), "forward") for part in parts),
             # Under an accelerate hook.
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
@@ -136,6 +138,7 @@ class _Places:
         ]
         self._typed = [module, *layers, *attentions, *forwards]  # tools replace their classes
         self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention, FeedForward}  # or the class's forward
+        self._attributes = [vars(part) for part in attentions]  # a method that replaces the class's is one more
         self._processors = {type(part.processor) for part in attentions}
         self._sized = [
             (vars(module.transformer_blocks), "_modules"),
@@ -148,5 +151,7 @@ class _Places:
         found += map(type, self._typed)
         found += [kind.forward for kind in self._kinds]
         found += [kind.__call__ for kind in self._processors]
+        found += [getattr(Attention, name) for name in METHODS]
+        found += map(len, self._attributes)
         found.append(getattr(type(self._typed[0]), METHOD, None))
         return found + [len(place[name]) for place, name in self._sized]
