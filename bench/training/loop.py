@@ -16,13 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LOG = "log.jsonl"
 _CHECKPOINT = "checkpoint"
+# The file that is written last.
+_DONE = "done"
 _NOTE_SECONDS = 20.0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of the stage in ``folder``, if any."""
     for name in (_CHECKPOINT, _CHECKPOINT + "-before"):
-        if folder.joinpath(name, "done").is_file():
+        if folder.joinpath(name, _DONE).is_file():
             return folder / name
     return None
 
@@ -77,14 +79,18 @@ class Stage:
         new, old = self.folder / _CHECKPOINT, self.folder / (_CHECKPOINT + "-before")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and new.is_dir():
-            if old.is_dir():
-                shutil.rmtree(old)
-            new.rename(old)
+            # If the last save was interrupted, the one before it is the only complete checkpoint.
+            is_complete = new.joinpath(_DONE).is_file()
+            dropped = old if is_complete else new
+            if dropped.is_dir():
+                shutil.rmtree(dropped)
+            if is_complete:
+                new.rename(old)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(new))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            new.joinpath("done").touch()
+            new.joinpath(_DONE).touch()
 
     def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, Any]]]) -> None:
         """Call ``step`` until ``images`` have been seen.

@@ -1,5 +1,6 @@
 """The training of the embedded model, at a size that takes seconds: all stages, a resumed run, the export."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -131,3 +132,36 @@ def test_record_follows_the_steps_that_counted(trained, tmp_path):
     assert all({"images", "loss", "layout"} == set(point) for point in unet["curve"])
     with pytest.raises(FileNotFoundError, match="no log"):
         record([tmp_path])
+
+
+class Saves:
+    """Saves a checkpoint in two parts, as accelerate does, or is killed between them."""
+
+    is_main_process, num_processes = True, 1
+
+    def __init__(self):
+        self.is_killed = False
+
+    def register_for_checkpointing(self, counter):
+        pass
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "model").touch()
+        if self.is_killed:
+            raise KeyboardInterrupt
+        Path(folder, "optimizer").touch()
+
+
+def test_a_complete_checkpoint_stays_however_often_a_save_is_interrupted(tmp_path):
+    saves = Saves()
+    stage = loop.Stage(saves, tmp_path, "stage")
+    for is_killed in (False, True, True, False, False, True):
+        saves.is_killed = is_killed
+        with pytest.raises(KeyboardInterrupt) if is_killed else contextlib.nullcontext():
+            stage.save()
+        assert (loop.newest_checkpoint(tmp_path) / "optimizer").is_file()
+        assert (loop.newest_checkpoint(tmp_path).name == "checkpoint") is not is_killed
