@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from atedm.files import raising_os_error
+
 LOG = "log.jsonl"
 _CHECKPOINT = "checkpoint"
 # The file that is written last.
@@ -87,7 +89,8 @@ class Stage:
             if is_complete:
                 new.rename(old)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
+        with raising_os_error(new):
+            self.accelerator.save_state(str(new))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             new.joinpath(_DONE).touch()

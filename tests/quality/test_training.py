@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from atedm_bench.training import config as recipe
@@ -154,6 +155,13 @@ class Saves:
         if self.is_killed:
             raise KeyboardInterrupt
         Path(folder, "optimizer").touch()
+
+
+def test_a_full_disk_is_named_when_a_checkpoint_is_saved(tmp_path, monkeypatch):
+    stage, full = loop.Stage(Saves(), tmp_path, "stage"), SafetensorError("No space left on device (os error 28)")
+    monkeypatch.setattr(stage.accelerator, "save_state", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"checkpoint cannot be written: No space left"):
+        stage.save()
 
 
 def test_a_complete_checkpoint_stays_however_often_a_save_is_interrupted(tmp_path):
