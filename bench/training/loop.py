@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from atedm.files import raising_os_error
 
@@ -34,8 +38,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def counter_of(checkpoint: Path) -> Counter:
     """Return the progress of the stage that wrote ``checkpoint``."""
     counter = Counter()
-    counter.load_state_dict(torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
+    counter.load_state_dict(load_part(checkpoint, 0))
     return counter
+
+
+def load_part(checkpoint: Path, n: int) -> dict[str, Any]:
+    """Return what the ``n``-th object that was registered for checkpointing has saved.
+
+    Raises:
+        OSError: the file is missing or damaged; the message names it.
+    """
+    file = checkpoint / f"custom_checkpoint_{n}.pkl"
+    with _loading(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file of a checkpoint raises into an OSError that names ``path``."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise OSError(f"{path} cannot be loaded: {reason}; is it damaged, or of another recipe?") from error
 
 
 class Counter:
@@ -71,10 +96,15 @@ class Stage:
         accelerator.register_for_checkpointing(self.counter)
 
     def resume(self) -> None:
-        """Load the last complete checkpoint, if any."""
+        """Load the last complete checkpoint, if any.
+
+        Raises:
+            OSError: it cannot be loaded, because it is damaged or of another recipe.
+        """
         found = newest_checkpoint(self.folder)
         if found is not None:
-            self.accelerator.load_state(str(found))
+            with _loading(found):
+                self.accelerator.load_state(str(found))
 
     def save(self) -> None:
         """Write a checkpoint. The previous one stays until the new one is complete."""
