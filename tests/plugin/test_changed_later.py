@@ -4,6 +4,7 @@ import asyncio
 import copy
 import functools
 import pickle
+import re
 import threading
 
 import pytest
@@ -17,7 +18,7 @@ from diffusers import (
     apply_pyramid_attention_broadcast,
 )
 from diffusers.hooks.layer_skip import apply_layer_skip
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
@@ -87,64 +88,118 @@ def merge(unet):
 
 OTHER_OF_THE_SAME_NAME = type("AttnProcessor2_0", (), {"__call__": lambda _, *args, **kwargs: args[1]})()
 
+BLOCK, FIRST_BLOCK = "mid_block.attentions.0", "down_blocks.1.attentions.0"
+OF_THE_FIRST = "the forward of its first layer or of the self-attention there has been replaced by another tool"
+PAIR = "its first layer has no pair of one self-attention and one cross-attention"
+METHODS = (
+    "get_attention_scores",
+    "prepare_attention_mask",
+    "head_to_batch_dim",
+    "batch_to_head_dim",
+    "norm_encoder_hidden_states",
+)
+
+
+def layer(unet, n):
+    return block_of(unet).transformer_blocks[n]
+
+
+# Each change, and the reason for which it is refused.
 CHANGES = {
-    "forward of the first layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[0]),
-    "forward of the first self-attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[0].attn1),
-    "forward of a later layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[2]),
-    "forward of a later attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[1].attn1),
-    "forward of every attention": lambda unet: [
-        replace_forward(module) for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))
-    ],
-    "pyramid attention broadcast": broadcast,
-    "layer skip, scores": lambda unet: skip(unet, skip_attention=False, skip_attention_scores=True, skip_ff=False),
-    "layer skip": skip,
-    "hook on the first layer": lambda unet: block_of(unet).transformer_blocks[0].register_forward_hook(lambda *_: None),
-    "processor of a cross-attention": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn2.set_processor(PlacedAttention())
+    "forward of the first layer": (lambda unet: replace_forward(layer(unet, 0)), OF_THE_FIRST),
+    "forward of the first self-attention": (lambda unet: replace_forward(layer(unet, 0).attn1), OF_THE_FIRST),
+    "forward of a later layer": (
+        lambda unet: replace_forward(layer(unet, 2)),
+        "the forward of its layer 2 has been replaced by another tool",
     ),
-    "processor of the first self-attention": lambda unet: (
-        block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
+    "forward of a later attention": (
+        lambda unet: replace_forward(layer(unet, 1).attn1),
+        "the forward of its layer 1.attn1 has been replaced by another tool",
     ),
-    "processor of a later self-attention": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn1.set_processor(PlacedAttention())
+    "forward of every attention": (
+        lambda unet: [
+            replace_forward(module) for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))
+        ],
+        OF_THE_FIRST,
     ),
-    "processor that is named as diffusers' own": lambda unet: (
-        block_of(unet).transformer_blocks[0].attn1.set_processor(OTHER_OF_THE_SAME_NAME)
+    "pyramid attention broadcast": (broadcast, "its layer 0.attn1 has diffusers' hook 'pyramid_attention_broadcast'"),
+    "layer skip, scores": (
+        lambda unet: skip(unet, skip_attention=False, skip_attention_scores=True, skip_ff=False),
+        "its layer 0.attn1 has diffusers' hook 'layer_skip_hook'",
     ),
-    "later processor that is named so": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn2.set_processor(OTHER_OF_THE_SAME_NAME)
+    "layer skip": (skip, "its layer 0 has diffusers' hook 'layer_skip_hook'"),
+    "hook on the first layer": (
+        lambda unet: layer(unet, 0).register_forward_hook(lambda *_: None),
+        "its first layer has forward hooks",
     ),
-    "method of the first self-attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0].attn1, "get_attention_scores", lambda *_: None
+    "processor of a cross-attention": (
+        lambda unet: layer(unet, 1).attn2.set_processor(PlacedAttention()),
+        "its layer 1.attn2 runs through PlacedAttention",
     ),
-    "output of a block": lambda unet: setattr(
-        block_of(unet), "_get_output_for_continuous_inputs", lambda *_, **__: None
+    "processor of the first self-attention": (
+        lambda unet: layer(unet, 0).attn1.set_processor(PlacedAttention()),
+        "its self-attention runs through PlacedAttention",
     ),
-    "feed-forward of another class": lambda unet: setattr(block_of(unet).transformer_blocks[1], "ff", nn.Identity()),
-    "class of a layer": exchange_layer,
-    "class of a later self-attention": lambda unet: double(block_of(unet).transformer_blocks[1].attn1),
-    "positions in the first layer": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0], "pos_embed", nn.Identity()
+    "processor of a later self-attention": (
+        lambda unet: layer(unet, 1).attn1.set_processor(PlacedAttention()),
+        "its layer 1.attn1 runs through PlacedAttention",
     ),
-    "positions in a later layer": lambda unet: setattr(
-        block_of(unet).transformer_blocks[1], "pos_embed", nn.Identity()
+    "processor that is named as diffusers' own": (
+        lambda unet: layer(unet, 0).attn1.set_processor(OTHER_OF_THE_SAME_NAME),
+        "its self-attention runs through AttnProcessor2_0 of another tool",
     ),
-    "norm of a later attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[1].attn2, "group_norm", nn.GroupNorm(4, 64)
+    "later processor that is named so": (
+        lambda unet: layer(unet, 1).attn2.set_processor(OTHER_OF_THE_SAME_NAME),
+        "its layer 1.attn2 runs through AttnProcessor2_0 of another tool",
     ),
-    "norm of the first self-attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0].attn1, "group_norm", nn.GroupNorm(4, 64)
+    **{
+        f"{name} of the first self-attention": (
+            lambda unet, name=name: setattr(layer(unet, 0).attn1, name, lambda *_: None),
+            f"the method {name} of its self-attention has been replaced by another tool",
+        )
+        for name in METHODS
+    },
+    "output of a block": (
+        lambda unet: setattr(block_of(unet), "_get_output_for_continuous_inputs", lambda *_, **__: None),
+        "its method _get_output_for_continuous_inputs has been replaced by another tool",
     ),
-    "forward over a hook of accelerate's": lambda unet: replace_hooked_forward(
-        block_of(unet).transformer_blocks[1].attn1
+    "feed-forward of another class": (
+        lambda unet: setattr(layer(unet, 1), "ff", nn.Identity()),
+        "its layer 1.ff is a Identity",
     ),
-    "pairs of self-attentions": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0], "double_self_attention", True
+    "class of a feed-forward": (lambda unet: double(layer(unet, 1).ff), "its layer 1.ff is a Doubled"),
+    "class of a layer": (exchange_layer, "its layer 1 is a Identity"),
+    "class of a later self-attention": (lambda unet: double(layer(unet, 1).attn1), "its layer 1.attn1 is a Doubled"),
+    "positions in the first layer": (
+        lambda unet: setattr(layer(unet, 0), "pos_embed", nn.Identity()),
+        "its layer 0 has positional embeddings",
     ),
-    "no self-attention": lambda unet: setattr(block_of(unet).transformer_blocks[0], "only_cross_attention", True),
-    "norms of the first layer": lambda unet: setattr(block_of(unet).transformer_blocks[0], "norm_type", "ada_norm"),
-    "tomesd": merge,
+    "positions in a later layer": (
+        lambda unet: setattr(layer(unet, 1), "pos_embed", nn.Identity()),
+        "its layer 1 has positional embeddings",
+    ),
+    "norm of a later attention": (
+        lambda unet: setattr(layer(unet, 1).attn2, "group_norm", nn.GroupNorm(4, 64)),
+        "its layer 1.attn2 has a norm over all tokens",
+    ),
+    "norm of the first self-attention": (
+        lambda unet: setattr(layer(unet, 0).attn1, "group_norm", nn.GroupNorm(4, 64)),
+        "its self-attention has a norm or residual of its own",
+    ),
+    "forward over a hook of accelerate's": (
+        lambda unet: replace_hooked_forward(layer(unet, 1).attn1),
+        "the forward of its layer 1.attn1 has been replaced by another tool",
+    ),
+    "pairs of self-attentions": (lambda unet: setattr(layer(unet, 0), "double_self_attention", True), PAIR),
+    "no self-attention": (lambda unet: setattr(layer(unet, 0), "only_cross_attention", True), PAIR),
+    "norms of the first layer": (
+        lambda unet: setattr(layer(unet, 0), "norm_type", "ada_norm"),
+        "its first layer has norm_type 'ada_norm'",
+    ),
+    "tomesd": (merge, "its layer 0 is a ToMeBlock"),
 }
+# These change every block, so the first is named.
+OF_EVERY_BLOCK = ("forward of every attention", "pyramid attention broadcast", "tomesd")
 
 
 def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeypatch):
@@ -159,32 +214,38 @@ def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeyp
     assert torch.equal(unet(**inputs).sample, expected)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_refused_in_either_order(unet, inputs, change):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_refused_in_either_order(unet, inputs, name):
+    change, reason = CHANGES[name]
+    block, reason = re.escape(FIRST_BLOCK if name in OF_EVERY_BLOCK else BLOCK), re.escape(reason)
     atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
-    CHANGES[change](unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned: its|the"):
+    change(unet)
+    with pytest.raises(ValueError, match=f"^{block} can no longer be pruned: {reason}.*; undo that, or call atedm"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d cannot be pruned: its|the"):
+    with pytest.raises(ValueError, match=f"^{block} cannot be pruned: {reason}"):
         atedm.apply(unet, PUBLISHED, schedule=None)
 
 
-@pytest.mark.parametrize("change", ["forward of every attention", "pyramid attention broadcast"])
-def test_so_is_what_counts_the_steps_where_steps_are_reused(unet, inputs, change):
+@pytest.mark.parametrize("name", ["forward of every attention", "pyramid attention broadcast"])
+def test_so_is_what_counts_the_steps_where_steps_are_reused(unet, inputs, name):
     options = {"schedule": ["whole", "reused"], "ratio": 0}
+    change, reason = CHANGES[name]
+    block, reason = re.escape(FIRST_BLOCK), re.escape(reason)
     atedm.apply(unet, PUBLISHED, **options)
     unet(**inputs)
-    CHANGES[change](unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be left out of reused steps: its|the"):
+    change(unet)
+    with pytest.raises(ValueError, match=f"^{block} can no longer be left out of reused steps: {reason}"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=r"cannot be reused: \S*attentions\.\d must run in every step: its|the"):
+    with pytest.raises(
+        ValueError, match=f"^the UNet's features cannot be reused: {block} must run in every step: {reason}"
+    ):
         atedm.apply(unet, PUBLISHED, **options)
 
 
-@pytest.mark.parametrize("kind", [BasicTransformerBlock, Attention])
+@pytest.mark.parametrize("kind", [BasicTransformerBlock, Attention, FeedForward])
 def test_a_forward_replaced_in_a_class_of_diffusers_is_refused_in_either_order(monkeypatch, unet, inputs, kind):
     atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
@@ -195,10 +256,11 @@ def test_a_forward_replaced_in_a_class_of_diffusers_is_refused_in_either_order(m
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(ValueError, match="can no longer be pruned: "):
+    reason = f"the forward of the class {kind.__name__} has been replaced by another tool"
+    with pytest.raises(ValueError, match=f"can no longer be pruned: {reason}"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=f"cannot be pruned: the forward of the class {kind.__name__} has been"):
+    with pytest.raises(ValueError, match=f"cannot be pruned: {reason}"):
         atedm.apply(unet, PUBLISHED, schedule=None)
     monkeypatch.undo()
     atedm.apply(unet, PUBLISHED, schedule=None)
@@ -243,7 +305,7 @@ def test_a_compiled_unet_refuses_it_too(unet_to_compile, fresh_compiler, inputs,
     if compiled != "UNet":
         COMPILED[compiled](unet)
     unet(**inputs)
-    CHANGES[change](unet)
+    CHANGES[change][0](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
         unet(**inputs)
 
@@ -256,6 +318,8 @@ def double(module):
     class Doubled(type(module)):
         def forward(self, *args, **kwargs):
             found = original(self, *args, **kwargs)  # a stand-in for self has no super()
+            if isinstance(found, torch.Tensor):
+                return 2 * found
             return tuple(2 * part if isinstance(part, torch.Tensor) else part for part in found)
 
     module.__class__ = Doubled
