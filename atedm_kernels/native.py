@@ -105,9 +105,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             None,
             f"{PATH.name} was not built: the installation found no working C++ compiler (see the installer's output)",
         )
-    if not _is_whole(PATH):
-        return None, f"{PATH.name} is truncated: reinstall it"
     try:
+        if not _is_whole(PATH):
+            return None, f"{PATH.name} is truncated: reinstall it"
         library = ctypes.CDLL(str(PATH))
         abi = library.atedm_abi()
     except (OSError, AttributeError) as error:

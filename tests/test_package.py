@@ -257,11 +257,18 @@ def test_what_hides_a_package_is_named(tmp_path, module, kind):
         assert ends("import atedm")[-1].startswith(f"ImportError: {other} hides the package {module}")
 
 
-def test_a_launcher_starts_the_command_where_a_folder_has_its_name(tmp_path):
+LAUNCHERS = {
+    "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "1", "--no_python"],
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "1", "--no-python"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_the_command_where_a_folder_has_its_name(tmp_path, launcher):
     (tmp_path / "atedm").mkdir()
     (tmp_path / "atedm.py").write_text("raise SystemExit('hidden')")
     bin = str(Path(sys.executable).parent)
-    words = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--no_python", "atedm", "--help"]
+    words = [*LAUNCHERS[launcher], "atedm", "--help"]
     environment = {**os.environ, "PATH": os.pathsep.join([bin, os.environ["PATH"]])}
     done = subprocess.run(
         [f"{bin}/{words[0]}", *words[1:]], capture_output=True, text=True, env=environment, cwd=tmp_path

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from atedm.app import report
 from atedm.cli import app
-from atedm.files import whole_file
+from atedm.files import whole_file, whole_folder
 from atedm_bench.cli import app as bench
 
 
@@ -77,6 +80,55 @@ def test_two_runs_that_write_one_file_do_not_meet(tmp_path):
         list(pool.map(run, (1, 2)))
     assert path.read_text() in ("1" * 100, "2" * 100)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_keeps_its_mode_and_does_not_replace_a_file(tmp_path):
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    folder.chmod(0o2770)
+    file.write_text("before")
+    with whole_folder(folder) as partial:
+        (partial / "new").touch()
+    assert folder.stat().st_mode & 0o7777 == 0o2770 and (folder / "new").exists()
+    with pytest.raises(NotADirectoryError, match="file"), whole_folder(file):
+        pass
+    assert file.read_text() == "before" and {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_a_folder_is_put_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "folder", Path.rename
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def stopped(path, target):
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+        (partial / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/old"]
+
+
+@pytest.fixture
+def full_disk():
+    """A disk on which no file grows beyond 4 KB."""
+    resource, before = pytest.importorskip("resource"), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_a_full_disk_is_an_error_of_the_file_whatever_library_writes(tmp_path, full_disk, write, whole):
+    tensors, path = {"weight": torch.zeros(10000)}, tmp_path / "weights"
+    with pytest.raises(OSError, match=f"{path} cannot be written"), whole(path) as partial:
+        write(tensors, partial if whole is whole_file else partial / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_figures_are_strict_json(tmp_path):

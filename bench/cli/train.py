@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +74,17 @@ def run(
         accelerator.end_training()
 
 
+@contextlib.contextmanager
+def _naming(option: str, path: Path) -> Iterator[None]:
+    """Raise a usage error that names ``option`` for whatever the checks of ``path`` raise."""
+    try:
+        yield
+    except typer.BadParameter as error:
+        raise bad(option, error.message) from None
+    except (OSError, RuntimeError) as error:  # links in a loop, names that are too long
+        raise bad(option, f"cannot write to {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _recipe(path: Path) -> Config:
     """Read the recipe in a file. Usage error if the file holds none."""
     import yaml
@@ -80,7 +93,7 @@ def _recipe(path: Path) -> Config:
 
     try:
         return config.load(path)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = str(error).partition("\n")[0]
         raise bad("config", f"{path} holds no recipe: {first}") from None
 
@@ -95,7 +108,8 @@ def export(
     require("quality", *_PACKAGES)
     from atedm_bench.training.export import export as export_pipeline
 
-    _check_target(to, out)
+    with _naming("to", to):
+        _check_target(to, out)
     with failing_clearly():
         counter = export_pipeline(_recipe(config), out, to)
     typer.echo(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
@@ -124,7 +138,8 @@ def record(
     from atedm.app.report import write_json
     from atedm_bench.training.record import record as record_runs
 
-    check_json(to, *runs)
+    with _naming("to", to):
+        check_json(to, *runs)
     with failing_clearly():
         document = record_runs(runs)
         write_json(document, to)
@@ -143,7 +158,13 @@ def checker(
     require("quality", *_PACKAGES)
     from atedm_bench.quality.checker_training import train_and_report
 
-    check_folder("out", out.parent)
-    check_json(out.with_suffix(".json"))
+    with _naming("out", out):
+        if not out.name or out.is_dir():
+            raise bad("out", f"{out} is a folder; expected a file")
+        check_folder("out", out.parent)
+        figures = out.with_suffix(".json")
+        if figures.resolve() == out.resolve():
+            raise bad("out", f"{out} is the file for the figures; expected a name such as checker.safetensors")
+        check_json(figures)
     with failing_clearly():
         train_and_report(steps, batch, test, out)

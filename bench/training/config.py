@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -79,33 +80,48 @@ class Config:
     unet: UnetRecipe
 
 
-def _build(kind: type, name: str, values: Any) -> Any:
+def _least(kind: type, name: str) -> int | None:
+    """The least value of a number in a recipe; None if it may be negative."""
+    if name == "unet.timestep_mean":
+        return None
+    return 0 if kind is float or name == "seed" else 1
+
+
+def _value(kind: Any, name: str, value: Any) -> Any:
+    """Return ``value`` as a ``kind``: a group of the recipe, a list or a number."""
+    if is_dataclass(kind):
+        return _group(kind, name, value)
+    if get_origin(kind) is tuple:
+        inner, *others = get_args(kind)
+        count = None if others == [...] else 1 + len(others)
+        if not isinstance(value, list) or not value or len(value) != (count or len(value)):
+            raise ValueError(f"{name} is {value!r}; expected a list of {count or 'one or more'} values")
+        return tuple(_value(inner, f"{name}[{n}]", each) for n, each in enumerate(value))
+    least = _least(kind, name)
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < math.inf
+    if not is_number or (least is not None and value < least):
+        expected = "a whole number" if kind is int else "a number such as 2.0e-3"
+        raise ValueError(f"{name} is {value!r}; expected {expected}{'' if least is None else f', at least {least}'}")
+    return value
+
+
+def _group(kind: type, name: str, values: Any) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{name} is {values!r}; expected a mapping")
-    known = {f.name for f in fields(kind)}
-    wrong = sorted(known ^ set(values))
+        raise ValueError(f"{name or 'the recipe'} is {values!r}; expected a mapping")
+    kinds = get_type_hints(kind)
+    wrong = sorted(kinds.keys() ^ values.keys(), key=str)
     if wrong:
-        raise ValueError(f"{name} and the recipe's form differ in {', '.join(wrong)}; expected {sorted(known)}")
-    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        raise ValueError(
+            f"{name or 'the recipe'} and the recipe's form differ in {', '.join(map(str, wrong))}; "
+            f"expected {sorted(kinds)}"
+        )
+    return kind(**{key: _value(kinds[key], f"{name}.{key}".lstrip("."), value) for key, value in values.items()})
 
 
 def load(path: Path = DEFAULT) -> Config:
     """Read a recipe.
 
     Raises:
-        ValueError: a key is missing or unknown; the message names it.
+        ValueError: a key is missing or unknown, or its value is no such number or list; the message names it.
     """
-    raw = yaml.safe_load(Path(path).read_text())
-    unet = dict(raw["unet"])
-    unet["phases"] = [_build(Phase, f"unet.phases[{n}]", phase) for n, phase in enumerate(unet["phases"])]
-    return _build(
-        Config,
-        "recipe",
-        {
-            **raw,
-            "tokenizer": _build(Tokenizer, "tokenizer", raw["tokenizer"]),
-            "text": _build(Text, "text", raw["text"]),
-            "vae": _build(Vae, "vae", raw["vae"]),
-            "unet": _build(UnetRecipe, "unet", unet),
-        },
-    )
+    return _group(Config, "", yaml.safe_load(Path(path).read_text(encoding="utf-8")))

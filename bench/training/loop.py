@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from atedm.files import raising_os_error
 
 LOG = "log.jsonl"
 _CHECKPOINT = "checkpoint"
+# The file that is written last.
+_DONE = "done"
 _NOTE_SECONDS = 20.0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of the stage in ``folder``, if any."""
     for name in (_CHECKPOINT, _CHECKPOINT + "-before"):
-        if folder.joinpath(name, "done").is_file():
+        if folder.joinpath(name, _DONE).is_file():
             return folder / name
     return None
 
@@ -30,8 +38,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def counter_of(checkpoint: Path) -> Counter:
     """Return the progress of the stage that wrote ``checkpoint``."""
     counter = Counter()
-    counter.load_state_dict(torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
+    counter.load_state_dict(load_part(checkpoint, 0))
     return counter
+
+
+def load_part(checkpoint: Path, n: int) -> dict[str, Any]:
+    """Return what the ``n``-th object that was registered for checkpointing has saved.
+
+    Raises:
+        OSError: the file is missing or damaged; the message names it.
+    """
+    file = checkpoint / f"custom_checkpoint_{n}.pkl"
+    with _loading(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file of a checkpoint raises into an OSError that names ``path``."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise OSError(f"{path} cannot be loaded: {reason}; is it damaged, or of another recipe?") from error
 
 
 class Counter:
@@ -67,24 +96,34 @@ class Stage:
         accelerator.register_for_checkpointing(self.counter)
 
     def resume(self) -> None:
-        """Load the last complete checkpoint, if any."""
+        """Load the last complete checkpoint, if any.
+
+        Raises:
+            OSError: it cannot be loaded, because it is damaged or of another recipe.
+        """
         found = newest_checkpoint(self.folder)
         if found is not None:
-            self.accelerator.load_state(str(found))
+            with _loading(found):
+                self.accelerator.load_state(str(found))
 
     def save(self) -> None:
         """Write a checkpoint. The previous one stays until the new one is complete."""
         new, old = self.folder / _CHECKPOINT, self.folder / (_CHECKPOINT + "-before")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and new.is_dir():
-            if old.is_dir():
-                shutil.rmtree(old)
-            new.rename(old)
+            # If the last save was interrupted, the one before it is the only complete checkpoint.
+            is_complete = new.joinpath(_DONE).is_file()
+            dropped = old if is_complete else new
+            if dropped.is_dir():
+                shutil.rmtree(dropped)
+            if is_complete:
+                new.rename(old)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
+        with raising_os_error(new):
+            self.accelerator.save_state(str(new))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            new.joinpath("done").touch()
+            new.joinpath(_DONE).touch()
 
     def run(self, images: int, step: Callable[[Counter], tuple[int, dict[str, Any]]]) -> None:
         """Call ``step`` until ``images`` have been seen.

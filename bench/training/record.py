@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,19 @@ def lineage(notes: Sequence[dict[str, Any]], last_step: int) -> list[dict[str, A
     return kept[::-1]
 
 
+def _notes(log: Path) -> list[dict[str, Any]]:
+    """Return the notes of a log, without lines that a killed run left unfinished."""
+    notes = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            notes.append(json.loads(line))
+    return notes
+
+
 def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return means over stretches of the log, because single batches are noisy."""
+    if not notes:
+        return []
     size = -(-len(notes) // _POINTS)
     stretches = [notes[n : n + size] for n in range(0, len(notes), size)]
     measures = [name for name in notes[0] if name not in ("step", "images", "seconds", "lr", "norm")]
@@ -43,7 +55,7 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
     """Record the training in ``folders`` up to their newest checkpoints. Each started from the previous one's weights.
 
     Raises:
-        FileNotFoundError: a folder holds no log or no checkpoint.
+        OSError: a folder holds no log or no checkpoint, or a damaged one.
     """
     stages = []
     for n, folder in enumerate(folders):
@@ -51,7 +63,6 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
         if not found:
             raise FileNotFoundError(f"{folder} holds no log of a training stage")
         for name in found:
-            notes = [json.loads(line) for line in (folder / name / LOG).read_text(encoding="utf-8").splitlines()]
             checkpoint = newest_checkpoint(folder / name)
             if checkpoint is None:
                 raise FileNotFoundError(f"{folder / name} holds no checkpoint")
@@ -63,7 +74,7 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
                     "steps": counter.step,
                     "images": counter.images,
                     "minutes": round(counter.seconds / 60, 1),
-                    "curve": _thinned(lineage(notes, counter.step)),
+                    "curve": _thinned(lineage(_notes(folder / name / LOG), counter.step)),
                 }
             )
     # This is assumed to be the machine that trained, because the checkpoints are here.

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from atedm_bench.scenes import COLORS, SHAPES, Scene, render
 from atedm_bench.training.config import Config, Phase, UnetRecipe
 from atedm_bench.training.data import as_tensor, batches, draw, tokenize
-from atedm_bench.training.loop import Counter, Stage, newest_checkpoint
+from atedm_bench.training.loop import Counter, Stage, load_part, newest_checkpoint
 from atedm_bench.training.models import build_unet, training_scheduler
 from atedm_bench.training.text import TextEncoders
 
@@ -178,9 +178,7 @@ def load_average(config: Config, folder: Path) -> tuple[Denoiser, Counter]:
     average, counter = _average(model, config), Counter()
     # ``train_unet`` registers them in this order, and accelerate numbers what it saves.
     for n, part in enumerate((counter, average)):
-        part.load_state_dict(
-            torch.load(checkpoint / f"custom_checkpoint_{n}.pkl", map_location="cpu", weights_only=True)
-        )
+        part.load_state_dict(load_part(checkpoint, n))
     average.copy_to(model.parameters())
     return model.eval(), counter
 

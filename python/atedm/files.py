@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -11,6 +12,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 # The records in a folder of pictures: how they were made, how long they took, and the lab's times of UNets.
 RUN, TIMES, UNET_TIMES = RECORDS = ("run.json", "times.json", "unet-seconds.json")
@@ -33,7 +36,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     # A unique name, because another run may write the same file at the same time.
     partial = (Path(tempfile.gettempdir()) if stream else target.parent) / f".{secrets.token_hex(8)}.partial"
     try:
-        yield partial
+        with raising_os_error(path):
+            yield partial
         if stream:
             _write_to_stream(partial, path)
         else:
@@ -52,18 +56,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to. When the block ends, it replaces the folder ``path``.
+    """Yield a temporary folder to write to. When the block ends, it replaces the folder ``path`` and gets its mode.
 
     Raises:
-        OSError: the folder cannot be written; ``path`` stays unchanged.
+        OSError: the folder cannot be written, or ``path`` is a file; it stays unchanged.
     """
     target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, before = (target.parent / f".{secrets.token_hex(8)}.{name}" for name in ("partial", "before"))
     partial.mkdir()
     try:
-        yield partial
+        with raising_os_error(path):
+            yield partial
         if target.exists():
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
             target.rename(before)
         partial.rename(target)
     finally:
@@ -71,6 +79,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
             before.rename(target)
         for left in (partial, before):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def raising_os_error(path: Path) -> Iterator[None]:
+    """Turn what safetensors and torch raise if they cannot write a file into an OSError that names ``path``."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        # torch's writer is in inline_container.cc. It has no type of error for what goes wrong there.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def is_stream(path: Path) -> bool:

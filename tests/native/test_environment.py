@@ -59,9 +59,13 @@ def test_levels_are_forced_in_process():
 def test_without_the_library_the_reference_serves(monkeypatch, tmp_path):
     monkeypatch.delenv("ATEDM_BACKEND", raising=False)
     monkeypatch.setattr(native, "PATH", tmp_path / "libatedm.so")
-    for content, reason in [(None, "was not built"), (b"no library", "cannot be loaded")]:
-        if content is not None:
-            native.PATH.write_bytes(content)
+    reasons = {"nothing": "was not built", "folder": "cannot be loaded", "text": "cannot be loaded"}
+    for found, reason in reasons.items():
+        if found == "folder":
+            native.PATH.mkdir()
+        elif found == "text":
+            native.PATH.rmdir()
+            native.PATH.write_bytes(b"no library")
         native._load.cache_clear()
         try:
             name, why = choose("op", ("triton", "native", "reference"), torch.device("cpu"), torch.float32)

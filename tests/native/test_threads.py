@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -101,31 +102,39 @@ def test_a_forked_child_computes(order):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_interpreter_goes_on(threads):
-    """Another Python thread counts while the library works."""
+def test_the_interpreter_goes_on(threads, monkeypatch):
+    """Another Python thread counts while the library works, not only before and after."""
     threads(1)
     q, k, lse = oracle.attention_inputs((1, 4, 2000, 2000, 64), torch.float32, torch.device("cpu"))
-    # The slowest ISA, so that the call far outlasts a turn of the interpreter.
-    with ak.backend("native"), native.forced_isa("portable"):
-        working, seen = threading.Event(), []
+    count, during, done = 0, [], threading.Event()
+    call = native.call
 
-        def count() -> None:
-            working.wait()
-            for i in range(50):
-                seen.append(i)
+    def tick() -> None:
+        nonlocal count
+        while not done.wait(1e-3):
+            count += 1
 
-        counter = threading.Thread(target=count)
+    def counting_call(*arguments: object) -> None:
+        before = count
+        call(*arguments)
+        during.append(count - before)
+
+    monkeypatch.setattr(native, "call", counting_call)
+    counter = threading.Thread(target=tick)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60.0)  # a thread keeps the lock unless it releases it
+    try:
         counter.start()
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(60.0)  # a thread keeps the lock unless it releases it
-        try:
-            working.set()
+        while count == 0:
+            time.sleep(1e-3)
+        # The slowest ISA, so that the call far outlasts a wait of the counter.
+        with ak.backend("native"), native.forced_isa("portable"):
             ak.attention_column_sums(q, k, lse)
-            during = len(seen)
-        finally:
-            sys.setswitchinterval(interval)
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
         counter.join()
-    assert during == 50
+    assert during and all(during)
 
 
 def test_calls_from_several_threads(problem):

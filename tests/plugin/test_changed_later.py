@@ -4,26 +4,21 @@ import asyncio
 import copy
 import functools
 import pickle
+import re
 import threading
 
 import pytest
-import tomesd
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from diffusers import (
-    LayerSkipConfig,
-    PyramidAttentionBroadcastConfig,
-    Transformer2DModel,
-    apply_pyramid_attention_broadcast,
-)
-from diffusers.hooks.layer_skip import apply_layer_skip
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers import Transformer2DModel
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.unet.block import PrunedBlock
+from tests.helpers.other_tools import BLOCK, CHANGES, FIRST_BLOCK, OF_EVERY_BLOCK, block_of, double
 
 
 @pytest.fixture
@@ -45,108 +40,6 @@ def unet_to_compile(make_unet):
     )
 
 
-def block_of(unet):
-    return unet.mid_block.attentions[0]
-
-
-def replace_forward(module):
-    module.forward = lambda *args, _old=module.forward, **kwargs: _old(*args, **kwargs)
-
-
-class PlacedAttention(AttnProcessor2_0):
-    """Counts on the places of its tokens."""
-
-
-def exchange_layer(unet):
-    block_of(unet).transformer_blocks[1] = nn.Identity()
-
-
-def broadcast(unet):
-    config = PyramidAttentionBroadcastConfig(
-        2, current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("transformer_blocks",)
-    )
-    apply_pyramid_attention_broadcast(unet, config)
-
-
-def skip(unet, **parts):
-    name = "mid_block.attentions.0.transformer_blocks"
-    apply_layer_skip(unet, LayerSkipConfig(indices=[0], fqn=name, **parts))
-
-
-def replace_hooked_forward(module):
-    """Over a hook of accelerate's, which alone would be harmless."""
-    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    replace_forward(module)
-
-
-def merge(unet):
-    tomesd.apply_patch(unet, ratio=0.5, max_downsample=4)
-    unet._tome_info["hooks"].pop().remove()  # it wants the sample by place, and tells the size of the image alone
-    unet._tome_info["size"] = (16, 24)
-
-
-OTHER_OF_THE_SAME_NAME = type("AttnProcessor2_0", (), {"__call__": lambda _, *args, **kwargs: args[1]})()
-
-CHANGES = {
-    "forward of the first layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[0]),
-    "forward of the first self-attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[0].attn1),
-    "forward of a later layer": lambda unet: replace_forward(block_of(unet).transformer_blocks[2]),
-    "forward of a later attention": lambda unet: replace_forward(block_of(unet).transformer_blocks[1].attn1),
-    "forward of every attention": lambda unet: [
-        replace_forward(module) for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))
-    ],
-    "pyramid attention broadcast": broadcast,
-    "layer skip, scores": lambda unet: skip(unet, skip_attention=False, skip_attention_scores=True, skip_ff=False),
-    "layer skip": skip,
-    "hook on the first layer": lambda unet: block_of(unet).transformer_blocks[0].register_forward_hook(lambda *_: None),
-    "processor of a cross-attention": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn2.set_processor(PlacedAttention())
-    ),
-    "processor of the first self-attention": lambda unet: (
-        block_of(unet).transformer_blocks[0].attn1.set_processor(PlacedAttention())
-    ),
-    "processor of a later self-attention": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn1.set_processor(PlacedAttention())
-    ),
-    "processor that is named as diffusers' own": lambda unet: (
-        block_of(unet).transformer_blocks[0].attn1.set_processor(OTHER_OF_THE_SAME_NAME)
-    ),
-    "later processor that is named so": lambda unet: (
-        block_of(unet).transformer_blocks[1].attn2.set_processor(OTHER_OF_THE_SAME_NAME)
-    ),
-    "method of the first self-attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0].attn1, "get_attention_scores", lambda *_: None
-    ),
-    "output of a block": lambda unet: setattr(
-        block_of(unet), "_get_output_for_continuous_inputs", lambda *_, **__: None
-    ),
-    "feed-forward of another class": lambda unet: setattr(block_of(unet).transformer_blocks[1], "ff", nn.Identity()),
-    "class of a layer": exchange_layer,
-    "class of a later self-attention": lambda unet: double(block_of(unet).transformer_blocks[1].attn1),
-    "positions in the first layer": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0], "pos_embed", nn.Identity()
-    ),
-    "positions in a later layer": lambda unet: setattr(
-        block_of(unet).transformer_blocks[1], "pos_embed", nn.Identity()
-    ),
-    "norm of a later attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[1].attn2, "group_norm", nn.GroupNorm(4, 64)
-    ),
-    "norm of the first self-attention": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0].attn1, "group_norm", nn.GroupNorm(4, 64)
-    ),
-    "forward over a hook of accelerate's": lambda unet: replace_hooked_forward(
-        block_of(unet).transformer_blocks[1].attn1
-    ),
-    "pairs of self-attentions": lambda unet: setattr(
-        block_of(unet).transformer_blocks[0], "double_self_attention", True
-    ),
-    "no self-attention": lambda unet: setattr(block_of(unet).transformer_blocks[0], "only_cross_attention", True),
-    "norms of the first layer": lambda unet: setattr(block_of(unet).transformer_blocks[0], "norm_type", "ada_norm"),
-    "tomesd": merge,
-}
-
-
 def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeypatch):
     atedm.apply(unet, PUBLISHED, schedule=None)
     expected = unet(**inputs).sample
@@ -159,32 +52,38 @@ def test_another_output_of_the_blocks_class_is_refused_too(unet, inputs, monkeyp
     assert torch.equal(unet(**inputs).sample, expected)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_refused_in_either_order(unet, inputs, change):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_refused_in_either_order(unet, inputs, name):
+    change, reason = CHANGES[name]
+    block, reason = re.escape(FIRST_BLOCK if name in OF_EVERY_BLOCK else BLOCK), re.escape(reason)
     atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
-    CHANGES[change](unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned: its|the"):
+    change(unet)
+    with pytest.raises(ValueError, match=f"^{block} can no longer be pruned: {reason}.*; undo that, or call atedm"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d cannot be pruned: its|the"):
+    with pytest.raises(ValueError, match=f"^{block} cannot be pruned: {reason}"):
         atedm.apply(unet, PUBLISHED, schedule=None)
 
 
-@pytest.mark.parametrize("change", ["forward of every attention", "pyramid attention broadcast"])
-def test_so_is_what_counts_the_steps_where_steps_are_reused(unet, inputs, change):
+@pytest.mark.parametrize("name", ["forward of every attention", "pyramid attention broadcast"])
+def test_so_is_what_counts_the_steps_where_steps_are_reused(unet, inputs, name):
     options = {"schedule": ["whole", "reused"], "ratio": 0}
+    change, reason = CHANGES[name]
+    block, reason = re.escape(FIRST_BLOCK), re.escape(reason)
     atedm.apply(unet, PUBLISHED, **options)
     unet(**inputs)
-    CHANGES[change](unet)
-    with pytest.raises(ValueError, match=r"attentions\.\d can no longer be left out of reused steps: its|the"):
+    change(unet)
+    with pytest.raises(ValueError, match=f"^{block} can no longer be left out of reused steps: {reason}"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=r"cannot be reused: \S*attentions\.\d must run in every step: its|the"):
+    with pytest.raises(
+        ValueError, match=f"^the UNet's features cannot be reused: {block} must run in every step: {reason}"
+    ):
         atedm.apply(unet, PUBLISHED, **options)
 
 
-@pytest.mark.parametrize("kind", [BasicTransformerBlock, Attention])
+@pytest.mark.parametrize("kind", [BasicTransformerBlock, Attention, FeedForward])
 def test_a_forward_replaced_in_a_class_of_diffusers_is_refused_in_either_order(monkeypatch, unet, inputs, kind):
     atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs)
@@ -195,10 +94,11 @@ def test_a_forward_replaced_in_a_class_of_diffusers_is_refused_in_either_order(m
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(ValueError, match="can no longer be pruned: "):
+    reason = f"the forward of the class {kind.__name__} has been replaced by another tool"
+    with pytest.raises(ValueError, match=f"can no longer be pruned: {reason}"):
         unet(**inputs)
     atedm.remove(unet)
-    with pytest.raises(ValueError, match=f"cannot be pruned: the forward of the class {kind.__name__} has been"):
+    with pytest.raises(ValueError, match=f"cannot be pruned: {reason}"):
         atedm.apply(unet, PUBLISHED, schedule=None)
     monkeypatch.undo()
     atedm.apply(unet, PUBLISHED, schedule=None)
@@ -243,22 +143,9 @@ def test_a_compiled_unet_refuses_it_too(unet_to_compile, fresh_compiler, inputs,
     if compiled != "UNet":
         COMPILED[compiled](unet)
     unet(**inputs)
-    CHANGES[change](unet)
+    CHANGES[change][0](unet)
     with pytest.raises(ValueError, match=r"attentions\.\d can no longer be pruned"):
         unet(**inputs)
-
-
-def double(module):
-    """Exchange the class of a module for one whose forward does more."""
-
-    original = type(module).forward
-
-    class Doubled(type(module)):
-        def forward(self, *args, **kwargs):
-            found = original(self, *args, **kwargs)  # a stand-in for self has no super()
-            return tuple(2 * part if isinstance(part, torch.Tensor) else part for part in found)
-
-    module.__class__ = Doubled
 
 
 def test_an_exchanged_class_is_refused_or_taken_never_left_out(unet, inputs):

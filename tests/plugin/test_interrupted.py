@@ -304,6 +304,10 @@ def test_a_block_that_was_left_out_of_a_choice_has_no_earlier_pictures_choice(un
     assert_same(picture(), expected)
     run(unet, second)
     assert_same(picture(), expected)
+    raising_once(unet.up_blocks[-1], OSError("stop"))
+    with pytest.raises(OSError, match="stop"):  # after the block has chosen
+        run(unet, second)
+    assert_same(picture(), expected)
 
 
 def test_a_copy_of_a_unet_with_a_compiled_forward_is_refused(unet, inputs):

@@ -1,15 +1,21 @@
 """The training of the embedded model, at a size that takes seconds: all stages, a resumed run, the export."""
 
+import contextlib
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from atedm_bench.cli import app
 from atedm_bench.training import config as recipe
 from atedm_bench.training import loop
 from atedm_bench.training.data import draw, generator, pictures
@@ -25,6 +31,10 @@ def shortened(config, images):
     """``config`` stopped after ``images`` images of its first phase."""
     first = dataclasses.replace(config.unet.phases[0], images=images)
     return dataclasses.replace(config, unet=dataclasses.replace(config.unet, phases=(first,)))
+
+
+def train(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +83,6 @@ def test_vae_scaling_factor_gives_unit_variance(trained):
 
 
 def test_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path):
-    import shutil
-
     config, folder = trained
     whole, _ = load_average(config, folder)
     for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer"):
@@ -100,11 +108,29 @@ def test_the_log_tells_steps_images_and_loss(trained, monkeypatch, tmp_path):
     assert all(row["error"] > 0 for row in rows)
 
 
-def test_recipe_names_what_is_wrong(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  ema_decay: 0.9\n", "", "unet and the recipe's form differ in ema_decay"),
+        ("ema_decay: 0.9", "ema_decay: .nan", "unet.ema_decay is nan; expected a number such as 2.0e-3, at least 0"),
+        ("steps: 3, batch: 4", "steps: x, batch: 4", "vae.steps is 'x'; expected a whole number, at least 1"),
+        ("steps: 3, batch: 4", "steps: 3, batch: 0", "vae.batch is 0; expected a whole number, at least 1"),
+        ("depth: [1, 1, 2]", "depth: [1, 1]", "unet.depth is [1, 1]; expected a list of 3 values"),
+        ("latent: 16", "latent: true", "unet.phases[1].latent is True; expected a whole number"),
+        ("[8, 8, 8]", "8", "vae.channels is 8; expected a list of one or more values"),
+    ],
+)
+def test_recipe_names_what_is_wrong(tmp_path, old, new, message):
     path = tmp_path / "recipe.yaml"
-    path.write_text(TINY.read_text().replace("  ema_decay: 0.9\n", ""))
-    with pytest.raises(ValueError, match="ema_decay"):
+    path.write_text(TINY.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(message)):
         recipe.load(path)
+
+
+def test_a_recipe_nested_too_deeply_is_a_usage_error(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("[" * 500)
+    done = train("run", "--out", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert done.exit_code == 2 and "--config" in done.stderr
 
 
 def test_the_committed_recipe_is_well_formed():
@@ -131,3 +157,92 @@ def test_record_follows_the_steps_that_counted(trained, tmp_path):
     assert all({"images", "loss", "layout"} == set(point) for point in unet["curve"])
     with pytest.raises(FileNotFoundError, match="no log"):
         record([tmp_path])
+
+
+@pytest.fixture
+def interrupted(trained, tmp_path):
+    """The folder of a training that was killed."""
+    shutil.copytree(trained[1] / "vae-training", tmp_path / "run" / "vae-training")
+    return tmp_path / "run" / "vae-training"
+
+
+def test_a_log_is_read_up_to_where_a_run_was_killed(interrupted):
+    from atedm_bench.training.record import record
+
+    log = interrupted / loop.LOG
+    note = {"step": 3, "images": 12, "seconds": 1.0, "error": 0.5}
+    for text, count in (("", 0), ('{"step": 2, "ima', 0), (json.dumps(note) + '\n{"step": 4, "ima', 1)):
+        log.write_text(text)
+        (stage,) = record([interrupted.parent])["stages"]
+        assert len(stage["curve"]) == count and stage["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "model.safetensors"])
+def test_a_damaged_checkpoint_is_named(interrupted, name):
+    file = interrupted / "checkpoint" / name
+    file.write_bytes(file.read_bytes()[:300])
+    folder = interrupted.parent
+    done = train("run", "--out", folder, "--precision", "no", "--config", TINY, "vae")
+    assert done.exit_code == 1 and f"{file.parent} cannot be loaded" in done.stderr
+    if name.startswith("custom"):
+        done = train("record", folder, "--to", folder.parent / "record.json")
+        assert done.exit_code == 1 and f"{file} cannot be loaded" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--out", ["checker", "--out", "{folder}/weights.json"]),
+        ("--out", ["checker", "--out", "{folder}"]),
+        ("--out", ["checker", "--out", "."]),
+        ("--out", ["checker", "--out", "{folder}/run.safetensors"]),
+        ("--to", ["record", "runs", "--to", "{folder}"]),
+        ("--to", ["export", "--out", "runs", "--to", "{folder}/loop"]),
+        ("--to", ["export", "--out", "runs", "--to", "{folder}/" + "n" * 300]),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_blamed_on_its_option(tmp_path, option, arguments):
+    (tmp_path / "loop").symlink_to("loop")
+    done = train(*(each.format(folder=tmp_path) for each in arguments))
+    assert done.exit_code == 2 and f"Invalid value for {option}:" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+class Saves:
+    """Saves a checkpoint in two parts, as accelerate does, or is killed between them."""
+
+    is_main_process, num_processes = True, 1
+
+    def __init__(self):
+        self.is_killed = False
+
+    def register_for_checkpointing(self, counter):
+        pass
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "model").touch()
+        if self.is_killed:
+            raise KeyboardInterrupt
+        Path(folder, "optimizer").touch()
+
+
+def test_a_full_disk_is_named_when_a_checkpoint_is_saved(tmp_path, monkeypatch):
+    stage, full = loop.Stage(Saves(), tmp_path, "stage"), SafetensorError("No space left on device (os error 28)")
+    monkeypatch.setattr(stage.accelerator, "save_state", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"checkpoint cannot be written: No space left"):
+        stage.save()
+
+
+def test_a_complete_checkpoint_stays_however_often_a_save_is_interrupted(tmp_path):
+    saves = Saves()
+    stage = loop.Stage(saves, tmp_path, "stage")
+    for is_killed in (False, True, True, False, False, True):
+        saves.is_killed = is_killed
+        with pytest.raises(KeyboardInterrupt) if is_killed else contextlib.nullcontext():
+            stage.save()
+        assert (loop.newest_checkpoint(tmp_path) / "optimizer").is_file()
+        assert (loop.newest_checkpoint(tmp_path).name == "checkpoint") is not is_killed
