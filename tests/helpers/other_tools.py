@@ -133,7 +133,7 @@ CHANGES = {
     **{
         f"{name} of the first self-attention": (
             lambda unet, name=name: setattr(layer(unet, 0).attn1, name, lambda *_: None),
-            f"the method {name} of its self-attention has been replaced by another tool",
+            f"its layer 0.attn1 has another tool's method {name}",
         )
         for name in METHODS
     },

@@ -283,8 +283,8 @@ def why_not_tokenwise(module: nn.Module) -> str | None:
             reason = _why_replaced(i, name, part)
             if reason is not None:
                 return reason
-    if METHOD in vars(module) or not _is_diffusers_own(getattr(type(module), METHOD)):
-        return f"its method {METHOD} is not diffusers'; expected that of a Transformer2DModel"
+    if METHOD in vars(module):
+        return f"its method {METHOD} has been replaced by another tool"
     for kind in (BasicTransformerBlock, Attention, FeedForward):
         if not _is_diffusers_own(kind.forward):
             return f"the forward of the class {kind.__name__} has been replaced by another tool"
@@ -363,6 +363,8 @@ def why_not_prunable(module: nn.Module, ratio: float, is_pruned: bool) -> str | 
         return "its input is not a feature map"
     if "__class__" in getattr(type(module).forward, "__code__", _NO_CODE).co_freevars:
         return f"the forward of its class {type(module).__name__} calls super(), which a stand-in for it lacks"
+    if not _is_diffusers_own(getattr(type(module), METHOD)):
+        return f"the method {METHOD} of its class {type(module).__name__} is not diffusers' own"
     for i, layer in enumerate(module.transformer_blocks):
         if hasattr(layer, "fuser"):
             return f"its layer {i} has GLIGEN's fuser, which attends to positions of the full image"

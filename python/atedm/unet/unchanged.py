@@ -74,14 +74,12 @@ class Watch:
 
 def _check(block: PrunedBlock) -> None:
     first = next(iter(block.module.transformer_blocks), None)
-    if first is None:
-        reason = "it has no layers"
-    elif runs_its_own_forward(block.module):
+    reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
+    if reason is None and runs_its_own_forward(block.module):
         reason = "its forward is that of its class again"
-    elif not block.is_current:
+    if reason is None and not block.is_current:
         reason = "its class, or the forward of its class, has changed since atedm.apply"
-    else:
-        reason = why_not_tokenwise(block.module) or why_not_rankable(first)
+    reason = reason or why_not_rankable(first)
     if reason is not None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
