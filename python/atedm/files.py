@@ -52,7 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to. When the block ends, it replaces the folder ``path``.
+    """Yield a temporary folder to write to. When the block ends, it replaces the folder ``path``, whose mode it keeps.
 
     Raises:
         OSError: the folder cannot be written; ``path`` stays unchanged.
@@ -64,6 +64,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if target.exists():
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
             target.rename(before)
         partial.rename(target)
     finally:
@@ -95,6 +96,7 @@ def _printed_to(found: os.stat_result) -> int | None:
 def _write_to_stream(partial: Path, path: Path) -> None:
     # If a file that the output is redirected to were opened by name, it would be overwritten from its start.
     descriptor = _printed_to(path.stat())
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it is None if the caller closed it
+        sys.stdout.flush()
     with partial.open("rb") as source, open(path if descriptor is None else os.dup(descriptor), "wb") as stream:
         shutil.copyfileobj(source, stream)
