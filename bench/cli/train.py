@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.checks import bad, check_folder, check_json, failing_clearly
+from atedm.cli.checks import bad, check_file, check_folder, failing_clearly, naming_path
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _recipe(path: Path) -> Config:
 
     try:
         return config.load(path)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
         first = str(error).partition("\n")[0]
         raise bad("config", f"{path} holds no recipe: {first}") from None
 
@@ -103,12 +103,13 @@ def export(
 
 def _check_target(to: Path, out: Path) -> None:
     """Usage error for a folder that must not be replaced: one with the training in it, or anything but a model."""
-    target, source = to.resolve(), out.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise bad("to", f"{to} and the training in {out} contain one another; expected another folder")
-    is_model = (target / "model_index.json").is_file()
-    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
-        raise bad("to", f"{to} exists and is not a model; expected an earlier export, an empty folder or none")
+    with naming_path("to", to):
+        target, source = to.resolve(), out.resolve()
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise bad("to", f"{to} and the training in {out} contain one another; expected another folder")
+        is_model = (target / "model_index.json").is_file()
+        if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
+            raise bad("to", f"{to} exists and is not a model; expected an earlier export, an empty folder or none")
     check_folder("to", target.parent)
 
 
@@ -124,7 +125,7 @@ def record(
     from atedm.app.report import write_json
     from atedm_bench.training.record import record as record_runs
 
-    check_json(to, *runs)
+    check_file("to", to, *runs)
     with failing_clearly():
         document = record_runs(runs)
         write_json(document, to)
@@ -143,7 +144,10 @@ def checker(
     require("quality", *_PACKAGES)
     from atedm_bench.quality.checker_training import train_and_report
 
-    check_folder("out", out.parent)
-    check_json(out.with_suffix(".json"))
+    check_file("out", out)
+    figures = out.with_suffix(".json")
+    if figures == out:
+        raise bad("out", f"{out} is where the figures go; expected another name")
+    check_file("out", figures)
     with failing_clearly():
         train_and_report(steps, batch, test, out)

@@ -54,7 +54,6 @@ def demo(
         from atedm.app import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
 
-        typer.echo(ABOUT)
         unknown = unknown_words(prompt)
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
@@ -65,3 +64,4 @@ def demo(
         described = comparison.describe(request, pruning, model="embedded", dtype="fp32")
         title = f"embedded model, {images} × {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)
+        typer.echo(ABOUT)  # last, as the standard output may be closed or full
