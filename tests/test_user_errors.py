@@ -274,7 +274,8 @@ KEPT = [
 def test_figures_never_take_the_place_of_what_a_run_keeps(model, tmp_path, name):
     (tmp_path / "prompts.txt").write_text("a star\n")
     for what in (["a star"], ["--prompts", tmp_path / "prompts.txt"]):
-        words = ["generate", *what, "--model", model, "--output", tmp_path / "out", "--json", tmp_path / "out" / name]
+        words = ["generate", *what, "--model", model, "--size", "64", "--steps", "1", "--output", tmp_path / "out"]
+        words += ["--json", tmp_path / "out" / name]
         ends(words, 2, "--json", "would take the place of" if "." in name else "expected one with an ending")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "prompts.txt"]
 
@@ -288,6 +289,7 @@ def test_figures_never_take_the_place_of_a_record_through_a_link(model, tmp_path
     (out / link).symlink_to(out / kept)
     (tmp_path / "prompts.txt").write_text("a star\n")
     words = ["generate", "--prompts", tmp_path / "prompts.txt", "--model", model, "--output", out]
+    words += ["--size", "64", "--steps", "1"]  # in case it draws
     ends([*words, *([] if link == "comparison.json" else ["--json", out / link])], 2, "--json", "take the place of")
     assert (out / kept).read_text() == "mine"
 
