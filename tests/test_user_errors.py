@@ -201,6 +201,11 @@ def test_numbers_beyond_all_that_is_computed(arguments, option):
     ends(["flops", *arguments], 2, option)
 
 
+def test_more_pictures_than_any_memory_holds(tmp_path):
+    ends(["demo", "--images", 10**15, "--output", tmp_path], 2, "--images")
+    ends(["unet", "--device", "cpu", "--batch", 10**30, "--json", tmp_path / "x.json"], 2, "--batch", runner=bench)
+
+
 def test_a_prompt_that_is_no_text(model, tmp_path):
     words = ["generate", "--model", model, "--output", tmp_path]
     ends([*words, "c\udcff"], 2, "PROMPT", "is not UTF-8 text")

@@ -32,7 +32,7 @@ def unet(
     device: Device = None,
     dtype: Dtype = "bf16",
     size: Size = "1024",
-    batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
     minutes: Annotated[
         float, typer.Option(callback=finite, help="Time limit for the whole run; the first round always runs.")

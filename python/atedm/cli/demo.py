@@ -30,7 +30,7 @@ WHY_SLOWER = "Not faster here: the embedded model is tiny, so atedm adds more ti
 def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Steps = 50,
-    images: Annotated[int, typer.Option(min=1, help="How many images to draw at once.")] = 4,
+    images: Annotated[int, typer.Option(min=1, max=65_536, help="How many images to draw at once.")] = 4,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image's noise; image n has seed + n.")
     ] = 0,
