@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import atedm_kernels as ops
+from atedm_bench.cli import ops as cli_ops
+from atedm_bench.cli import unet as cli_unet
 from atedm_bench.measure import seconds_of
 from atedm_bench.ops import plain, run
 from atedm_bench.ops.cases import ATTENTION, OpInputs, attention_case, cases
@@ -227,6 +231,27 @@ def test_command_writes_rows_and_a_picture(tmp_path, quick):
     assert {row["level"] for row in document["rows"]} == {2, 3}
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "similarity_source" in result.output and "B1 H10 N16 D64" in result.output
+
+
+def test_what_is_no_file_is_written_once_at_the_end(tmp_path, quick):
+    reader = subprocess.Popen(["cat", "/dev/stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    options = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--batch", "1", "--repeats", "1", "--no-compile")
+    path = f"/proc/self/fd/{reader.stdin.fileno()}"
+    result = _run(*options, "--op", "select_tokens", "--json", path, "--plot", str(tmp_path / "x.png"))
+    assert result.exit_code == 0, result.output
+    printed, _ = reader.communicate()
+    assert json.loads(printed)["settings"]["finished"]
+
+
+def test_errors_are_printed_as_they_are(capsys):
+    text = "cannot read [/usr/lib/x.so], expected [B, C], got [red]"
+    row = {"shape": "s", "size": "1", "level": 2, "dtype": "bf16", "name": "n", "variant": "v", "error": text}
+    document = {"rows": [row], "settings": {"device": "cpu"}, "device": "d"}
+    console = Console(width=200)
+    cli_ops._print(document, console)
+    document["settings"] = dict.fromkeys(("model", "size", "batch", "dtype", "memory_format", "rounds"))
+    cli_unet._print(document, console)
+    assert capsys.readouterr().out.count(text) == 2
 
 
 @pytest.mark.parametrize(

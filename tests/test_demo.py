@@ -129,6 +129,7 @@ def test_demo_names_words_that_the_model_never_saw(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "compare", stop)
     result = run("demo", "--prompt", "a red fox above a blue wolf", "--output", tmp_path)
     assert "never saw these words: fox, wolf\n" in result.stderr
+    assert result.stdout == ""  # it may be closed or full, which must not cost the pictures
 
 
 def test_generate_on_a_saved_folder_gives_the_demo_images(demo_folder, model, side, tmp_path):

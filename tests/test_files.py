@@ -2,19 +2,21 @@
 
 import errno
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import atedm
 from atedm.app import prompts as many
-from atedm.app.fingerprint import fingerprint
+from atedm.app import report
 from atedm.app.run_record import Times, claim
 from atedm.cli import app
 from atedm.files import whole_file, whole_folder
@@ -52,6 +54,37 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, before):
     with whole_folder(folder) as partial:
         (partial / "new.txt").write_text("whole")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new.txt"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_one_before(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir(mode=0o700)
+    (folder / "old.txt").touch()
+    rename = Path.rename
+
+    def fail(path, to):
+        if path.suffix == ".partial":
+            raise OSError(errno.EIO, "the disk is gone")
+        return rename(path, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="the disk is gone"), whole_folder(folder):
+            pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old.txt"]
+    with whole_folder(folder):
+        pass
+    assert folder.stat().st_mode & 0o777 == 0o700 and not list(folder.iterdir())
+
+
+def test_a_pipe_is_written_to_where_nothing_can_be_printed(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(sys, "stdout", None)
+    with whole_file(tmp_path / "pipe") as partial:
+        partial.write_text("figures")
+    assert os.read(reader, 100) == b"figures"
+    os.close(reader)
 
 
 def test_options_cannot_be_saved_where_there_is_no_folder(tmp_path):
@@ -265,12 +298,22 @@ def test_a_run_goes_on_with_the_same_model_under_any_name_and_with_no_other(comm
     assert everything(tmp_path / "out") == before
 
 
-def test_a_model_that_has_drawn_is_the_same_model(model):
-    pipe = StableDiffusionXLPipeline.from_pretrained(model)
-    before = fingerprint(pipe)
-    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
-        tokenizer("a star", padding="max_length", truncation=True, max_length=9)  # as a pipeline calls it
-    assert fingerprint(pipe) == before
+def test_a_finished_run_changes_nothing_on_another_device(command, tmp_path, monkeypatch):
+    """Its report holds the times of the device that drew last, though there are times of both."""
+    prompts = tmp_path / "prompts.txt"
+    for device, n in (("one", 2), ("two", 3)):
+        monkeypatch.setattr(report, "device_name", lambda _, name=device: name)
+        prompts.write_text("".join(f"star {place}\n" for place in range(n)))
+        assert CliRunner().invoke(app, command).exit_code == 0
+    before = everything(tmp_path / "out")
+    for device in ("one", "three"):
+        monkeypatch.setattr(report, "device_name", lambda _, name=device: name)
+        assert CliRunner().invoke(app, command).exit_code == 0
+        assert everything(tmp_path / "out") == before
+    (tmp_path / "out" / "pruned" / "00000.png").unlink()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["rows"][0]["unet_seconds_per_image"] == Times.read(tmp_path / "out", "three").median("pruned")
 
 
 @pytest.mark.parametrize("text", ['{"a":1', "[]", '{"seconds": [1]}', '{"seconds": {"full": ["x"]}}'])
@@ -292,6 +335,9 @@ def test_a_command_names_a_damaged_record(command, tmp_path):
 def test_prompts_with_a_byte_order_mark_and_other_line_ends(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red circle\r\n\r\na blue ring\r\n".encode())
     assert many.read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue ring"]
+    parts = "\u2028a\x0bstar\x0cand\x1ca\x85ring\u2029\r and more".strip()
+    (tmp_path / "prompts.txt").write_bytes(f"a{parts}\nanother\n".encode())
+    assert many.read_prompts(tmp_path / "prompts.txt") == [f"a{parts}", "another"]
 
 
 def truncate(folder):

@@ -155,6 +155,16 @@ def test_a_picture_that_ranks_nan_costs_no_other_and_is_tried_again(many, spoil,
     assert json.loads((tmp_path / "comparison.json").read_text())["failed"] == []
 
 
+def test_the_time_of_a_picture_counts_those_that_are_not_finite(many, counted, monkeypatch, tmp_path):
+    arguments, _ = many
+    images_of = prompts.images_of
+    monkeypatch.setattr(prompts, "images_of", lambda *given: [None, *images_of(*given)[1:]])
+    result = run(*arguments, "--batch", 3, "--output", tmp_path)
+    assert result.exit_code == 1, result.output
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert (row["images"], row["unet_seconds_per_image"]) == (2, STEPS / 3)
+
+
 def test_where_every_picture_ranks_nan_nothing_is_left_to_make(many, spoil, counted, monkeypatch, tmp_path):
     arguments, _ = many
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n")

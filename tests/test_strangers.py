@@ -65,6 +65,7 @@ def test_pickled_weights(own, trace, tmp_path, part, allowed):
     file.unlink()
     done = paint(own, tmp_path / "out", "a star", "--no-compare", *allowed)
     assert done.exit_code == 2 and "cannot be loaded" in done.stderr, done.output
+    assert ("--allow-pickled" in done.stderr) == (not allowed)
 
 
 def test_pickled_weights_of_the_model_that_scores(trace, tmp_path):

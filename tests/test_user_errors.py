@@ -102,14 +102,31 @@ def test_square_brackets_in_names_are_no_markup(tmp_path, capsys):
     assert path.is_file() and report.cell("[/]") == "[/]"
 
 
-def test_truncated_weights_are_not_answered_with_pickles(model, tmp_path):
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "another variant"])
+def test_damaged_weights_are_not_answered_with_pickles(model, tmp_path, part, damage):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:2000])
-    done = CliRunner().invoke(app, ["generate", "a star", "--model", str(folder), "--output", str(tmp_path / "out")])
+    (file,) = (folder / part).glob("*.safetensors")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif damage == "missing":
+        file.unlink()
+        (folder / "vae" / "diffusion_pytorch_model.bin").touch()  # of a part that is not missing
+    else:
+        shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    more = ["--variant", "fp"] if damage == "another variant" else []
+    words = ["generate", "a star", "--model", folder, "--output", tmp_path / "out", *more]
+    done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 2 and "cannot be loaded" in done.stderr
     assert "--allow-pickled" not in done.stderr
+
+
+def test_a_variant_beside_a_file_without_an_ending(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "LICENSE").touch()
+    words = ["generate", "a star", "--model", tmp_path / "model", "--variant", "fp16", "--output", tmp_path / "out"]
+    ends(words, 2, "--variant", "LICENSE has no ending")
 
 
 def test_an_id_that_is_not_on_disk(tmp_path, monkeypatch):
@@ -146,6 +163,7 @@ BROKEN = {
     "heads that do not fit": ("unet/config.json", {"attention_head_dim": 7}),
     "other inputs": ("unet/config.json", {"class_embed_type": "timestep"}),
     "no index": ("model_index.json", "{"),
+    "beyond 64 bits": ("unet/config.json", {"in_channels": 2**61}),
     "autoencoder": ("vae/config.json", {"block_out_channels": 5}),
     "scheduler": ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}),
     "tokenizer": ("tokenizer/tokenizer_config.json", "["),
@@ -183,8 +201,15 @@ def test_numbers_beyond_all_that_is_computed(arguments, option):
     ends(["flops", *arguments], 2, option)
 
 
+def test_more_pictures_than_any_memory_holds(tmp_path):
+    ends(["demo", "--images", 10**15, "--output", tmp_path], 2, "--images")
+    ends(["unet", "--device", "cpu", "--batch", 10**30, "--json", tmp_path / "x.json"], 2, "--batch", runner=bench)
+
+
 def test_a_prompt_that_is_no_text(model, tmp_path):
-    ends(["generate", "c\udcff", "--model", model, "--output", tmp_path], 2, "PROMPT", "is not UTF-8 text")
+    words = ["generate", "--model", model, "--output", tmp_path]
+    ends([*words, "c\udcff"], 2, "PROMPT", "is not UTF-8 text")
+    ends([*words, "a star", "--negative-prompt", "c\udcff"], 2, "--negative-prompt", "is not UTF-8 text")
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "folder"])
@@ -206,6 +231,13 @@ def test_figures_go_where_the_roofline_does_not(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_roofline_goes_where_it_can(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.png").symlink_to("same.png")
+    for plot, option in {"same.png": "--json", "link.png": "--json", ".": "--plot", "run.json": "--plot"}.items():
+        ends(["ops", "--device", "cpu", "--json", tmp_path / "same.png", "--plot", plot], 2, option, runner=bench)
+
+
 def test_a_recipe_that_is_none(tmp_path):
     for text in ("a: [", "[]", "unet: 3", "\x00"):
         (tmp_path / "recipe.yaml").write_text(text)
@@ -221,6 +253,9 @@ def test_training_that_cannot_be(tmp_path):
     ends(["train", "run", "--out", "/proc/x", "vae"], 2, "--out", "cannot write to /proc/x", runner=bench)
     ends(["train", "record", tmp_path / "absent", "--to", tmp_path / "x.json"], 1, "absent", runner=bench)
     ends(["train", "checker", "--out", "/proc/x/c.safetensors"], 2, "--out", "/proc/x", runner=bench)
+    ends(["train", "checker", "--out", "."], 2, "--out", "is a folder", runner=bench)
+    ends(["train", "checker", "--out", out / "c.json"], 2, "--out", "where the figures go", runner=bench)
+    ends(["train", "record", tmp_path, "--to", tmp_path], 2, "--to", "is a folder", runner=bench)
 
 
 @pytest.mark.parametrize("to", ["out", "out/unet", ".", "other", "file"])
@@ -234,13 +269,34 @@ def test_an_export_replaces_nothing_but_a_model(tmp_path, to):
     assert kept == {"out/unet/checkpoint", "other/thesis.txt", "file"}
 
 
-@pytest.mark.parametrize("name", ["run.json", "times.json", "unet-seconds.json", "pruned/00000.png", "pruned.png"])
+KEPT = [
+    *("run.json", "times.json", "unet-seconds.json", "pruned/00000.png", "pruned.png", "explain.html"),
+    *("pruned/00000.kinds.json", "pruned", "full"),
+]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_figures_never_take_the_place_of_what_a_run_keeps(model, tmp_path, name):
     (tmp_path / "prompts.txt").write_text("a star\n")
     for what in (["a star"], ["--prompts", tmp_path / "prompts.txt"]):
-        words = ["generate", *what, "--model", model, "--output", tmp_path / "out", "--json", tmp_path / "out" / name]
-        ends(words, 2, "--json", "would take the place of")
+        words = ["generate", *what, "--model", model, "--size", "64", "--steps", "1", "--output", tmp_path / "out"]
+        words += ["--json", tmp_path / "out" / name]
+        ends(words, 2, "--json", "would take the place of" if "." in name else "expected one with an ending")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "prompts.txt"]
+
+
+@pytest.mark.parametrize("kept", ["run.json", "times.json"])
+@pytest.mark.parametrize("link", ["comparison.json", "../link.json"])
+def test_figures_never_take_the_place_of_a_record_through_a_link(model, tmp_path, kept, link):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / kept).write_text("mine")
+    (out / link).symlink_to(out / kept)
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    words = ["generate", "--prompts", tmp_path / "prompts.txt", "--model", model, "--output", out]
+    words += ["--size", "64", "--steps", "1"]  # in case it draws
+    ends([*words, *([] if link == "comparison.json" else ["--json", out / link])], 2, "--json", "take the place of")
+    assert (out / kept).read_text() == "mine"
 
 
 def test_figures_never_take_the_place_of_a_models_configuration(model, tmp_path):
@@ -266,9 +322,60 @@ def test_names_that_lead_nowhere(tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "loop").symlink_to(tmp_path / "out" / "loop")
     ends(["demo", "--output", tmp_path / "out"], 2, "--output")
+    ends(["demo", "--output", tmp_path / "out" / name], 2, "--output", "cannot write to")
+    ends(["train", "export", "--out", tmp_path / "x", "--to", tmp_path / name], 2, "--to", runner=bench)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "n" * 300], ids=["home", "long"])
+def test_models_that_no_file_system_could_hold(tmp_path, name):
+    ends(["generate", "a star", "--model", name, "--output", tmp_path], 2, "--model", "cannot read")
+    ends(["flops", "--model", name], 2, "--model", "cannot read")
+    ends(["unet", "--device", "cpu", "--model", name], 2, "--model", "cannot read", runner=bench)
+
+
+def test_names_that_the_lab_cannot_read(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    lab = ["quality", "--device", "cpu", "--model", model]
+    ends([*lab, "--prompts", "n" * 300], 2, "--prompts", "cannot read", runner=bench)
+    ends([*lab, "--prompts", tmp_path / "prompts.txt", "--references", "n" * 300], 2, "--references", runner=bench)
+    ends(["quality", "--try", "a=" + "[" * 100_000], 2, "--try", runner=bench)
+
+
+@pytest.mark.parametrize("options", [{"grid": 10**30}, {"tolerance": 10**400}], ids=["grid", "tolerance"])
+def test_options_beyond_all_numbers(tmp_path, options):
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    ends(["flops", "--options", tmp_path / "options.json"], 2, "--options", next(iter(options)))
+
+
+def test_a_batch_beyond_all_memory(model):
+    ends(["flops", "--model", model, "--size", "32768", "--batch", "65536"], 2, "larger than any memory")
+
+
+def test_a_backend_that_the_device_lacks(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("ATEDM_BACKEND", "triton")
+    ends(["demo", "--preset", "paper", "--output", tmp_path], 2, "ATEDM_BACKEND", "triton serves CPU tensors only")
+    ends(["overview", "--output", tmp_path / "x.png"], 2, "ATEDM_BACKEND", runner=bench)
+
+
+def test_a_models_text_does_not_control_the_terminal(model, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    for file in (own / "model_index.json", own / "unet" / "config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": "\x1b]0;title\x07"}))
+    for command in (["generate", "a star", "--output", tmp_path / "out"], ["flops"]):
+        done = CliRunner().invoke(app, [str(each) for each in [*command, "--model", own]])
+        assert done.exit_code == 2 and "\\x1b]0;title\\x07" in done.stderr
+        assert not set(done.stderr) & {"\x1b", "\x07"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(MemoryError(), OSError(12, "Cannot allocate memory")),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_too_little_memory_for_a_model_is_no_wrong_model(model, tmp_path, monkeypatch, error):
     def load(*args, **kwargs):
         raise error
@@ -282,8 +389,9 @@ def test_a_full_disk_is_no_traceback(tmp_path):
     ends(["doctor", "--json", "/dev/full"], 1, "No space left on device")
 
 
-def test_a_terminal_that_shows_few_letters(tmp_path):
-    words = [sys.executable, "-m", "atedm", "flops", "--help"]
+def test_a_terminal_that_shows_few_letters(model):
+    words = [sys.executable, "-m", "atedm", "flops", "--model", str(model), "--size", "64"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout  # such as the lines of the table

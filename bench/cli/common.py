@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from atedm.cli.checks import bad
+from atedm.files import is_stream
 
 
 class Benchmark(Protocol):
@@ -28,12 +30,16 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
-def run(benchmark: Benchmark, save: Callable[[], None]) -> bool:
-    """Run ``benchmark`` under a progress bar and save after each step. Returns False if Ctrl-C ended the run."""
+def run(benchmark: Benchmark, save: Callable[[], None], path: Path) -> bool:
+    """Run ``benchmark`` under a progress bar. Returns False if Ctrl-C ended the run.
+
+    After each step it calls ``save``, which writes ``path``; not if ``path`` cannot be replaced, such as a pipe.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    saves = not is_stream(path)
     # On stderr, so that the tables can be piped. One refresh per second, because drawing the bar costs time.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as progress:
         task = progress.add_task("starting", total=benchmark.work())
@@ -41,7 +47,7 @@ def run(benchmark: Benchmark, save: Callable[[], None]) -> bool:
 
         def notify(what: str) -> None:
             nonlocal begun
-            if begun:
+            if begun and saves:
                 save()
             progress.update(task, advance=1 if begun else 0, description=what, refresh=True)
             begun = True

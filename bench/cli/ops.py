@@ -7,8 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from atedm.cli.checks import bad, check_folder, check_json, finite, parse_count, parse_device, parse_dtype, parse_size
+from atedm.cli.checks import (
+    bad,
+    check_file,
+    failing_clearly,
+    finite,
+    parse_count,
+    parse_device,
+    parse_dtype,
+    parse_size,
+)
 from atedm.cli.parameters import Device
+from atedm.files import is_stream
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
 
@@ -77,11 +87,11 @@ def ops(
         )
     )
     path = json or Path("outputs") / f"bench-ops-{place.type}.json"
-    check_json(path)
+    check_file("json", path)
     picture = plot or path.with_suffix(".png")
-    if picture == path:
+    check_file("plot", picture)
+    if picture.resolve() == path.resolve() and not is_stream(path):
         raise bad("json", f"{path} is where the roofline goes; expected another name")
-    check_folder("plot", picture.parent)
 
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
@@ -89,12 +99,13 @@ def ops(
         report.write_json(document, path)
         return document
 
-    finished = run(measured, save)
-    document = save(finished)
+    with failing_clearly():
+        finished = run(measured, save, path)
+        document = save(finished)
+        if any("seconds" in row for row in document["rows"]):
+            plot_roofline(document, picture)
     console = Console()
     _print(document, console)
-    if any("seconds" in row for row in document["rows"]):
-        plot_roofline(document, picture)
     console.print(
         f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path} and {picture}", markup=False
     )
@@ -133,7 +144,8 @@ def _print(document: dict[str, Any], console: Any) -> None:
             print_table(shown, columns, f"{title}, on {document['device']}", console)
         for row in rows:
             if "error" in row:
-                console.print(f"{row['name']}, {row['variant']}: could not be measured: {row['error']}", style="yellow")
+                failed = f"{row['name']}, {row['variant']}: could not be measured: {row['error']}"
+                console.print(failed, style="yellow", markup=False)
 
 
 def _shown(row: dict[str, Any], on_gpu: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.checks import check_folder, failing_clearly
+from atedm.cli.checks import check_environment, check_file, failing_clearly
 from atedm_extras import require
 
 
@@ -17,7 +17,10 @@ def overview(
 ) -> None:
     """Draw the embedded model's pictures, full and pruned, and the tokens that it computed at the last pruned step."""
     require("quality", "transformers", "matplotlib", "pillow")
-    check_folder("output", output.parent)
+    import torch
+
+    check_environment(torch.device("cpu"))
+    check_file("output", output)
     from atedm_bench.overview import write_overview
 
     with failing_clearly():

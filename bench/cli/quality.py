@@ -14,14 +14,16 @@ from atedm.cli.checks import (
     bad,
     check_dtype,
     check_installed,
-    check_json,
     check_output,
+    fail,
     failing_clearly,
     finite,
-    load_pipeline,
+    local_model,
+    naming_path,
     parse_device,
     parse_size,
 )
+from atedm.cli.loading import load_pipeline
 from atedm.cli.parameters import AllowPickled, Device
 from atedm_extras import require
 
@@ -146,11 +148,11 @@ def quality(
     _check(request)
     place = own_device(parse_device(device))
     request = session.resolved(request, place)
-    model = None if request.model is None else Path(request.model).expanduser()
-    inputs = request.prompts, request.references, request.against, model
+    inputs = request.prompts, request.references, request.against
+    inputs += tuple(local_model(each) for each in (request.model, request.clip_model) if each is not None)
     check_output(request.out, request.json, *inputs)
     for path in session.figures_beside(request.json):
-        check_json(path, *inputs)
+        check_output(request.out, path, *inputs)
     with failing_clearly():
         try:
             if request.model is None:
@@ -159,8 +161,7 @@ def quality(
                 pipe = load_pipeline(request.model, request.dtype, variant, place, allow_pickled)
                 session.run_checkpoint(request, place, pipe, parse_size(size))
         except ValueError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from None
+            fail(error, status=2)
         except KeyboardInterrupt:
             typer.echo(f"Interrupted; the same command resumes from the pictures in {request.out}", err=True)
             raise typer.Exit(130) from None
@@ -177,7 +178,7 @@ def _parsed(tried: Sequence[str]) -> dict[str, Options]:
             if not is_given or name in found:
                 raise ValueError("expected NAME=JSON, each name once")
             found[name] = Options.from_dict(json.loads(options))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise bad("try", f"{text!r}: {error}") from None
     return found
 
@@ -199,9 +200,11 @@ def _check(request: LabRequest) -> None:
             if getattr(request, name) is not None:
                 raise bad(name, "is for real checkpoints; expected --model too")
         return
-    if request.prompts is None or not request.prompts.is_file():
-        raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt per line")
-    if request.references is None or not request.references.is_dir():
-        raise bad("references", f"is {request.references}; expected a folder of pictures")
+    with naming_path("prompts", request.prompts, "read"):
+        if request.prompts is None or not request.prompts.is_file():
+            raise bad("prompts", f"is {request.prompts}; expected a text file with one prompt per line")
+    with naming_path("references", request.references, "read"):
+        if request.references is None or not request.references.is_dir():
+            raise bad("references", f"is {request.references}; expected a folder of pictures")
     if request.fid_features not in ("inception", "checker"):
         raise bad("fid-features", f"{request.fid_features!r}; expected inception or checker")

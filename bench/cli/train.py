@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.checks import bad, check_folder, check_json, failing_clearly
+from atedm.cli.checks import bad, check_file, check_folder, failing_clearly, naming_path
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -74,17 +72,6 @@ def run(
         accelerator.end_training()
 
 
-@contextlib.contextmanager
-def _naming(option: str, path: Path) -> Iterator[None]:
-    """Raise a usage error that names ``option`` for whatever the checks of ``path`` raise."""
-    try:
-        yield
-    except typer.BadParameter as error:
-        raise bad(option, error.message) from None
-    except (OSError, RuntimeError) as error:  # links in a loop, names that are too long
-        raise bad(option, f"cannot write to {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def _recipe(path: Path) -> Config:
     """Read the recipe in a file. Usage error if the file holds none."""
     import yaml
@@ -93,7 +80,7 @@ def _recipe(path: Path) -> Config:
 
     try:
         return config.load(path)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
         first = str(error).partition("\n")[0]
         raise bad("config", f"{path} holds no recipe: {first}") from None
 
@@ -108,8 +95,7 @@ def export(
     require("quality", *_PACKAGES)
     from atedm_bench.training.export import export as export_pipeline
 
-    with _naming("to", to):
-        _check_target(to, out)
+    _check_target(to, out)
     with failing_clearly():
         counter = export_pipeline(_recipe(config), out, to)
     typer.echo(f"{to}: {counter.step} steps, {counter.images} images, {counter.seconds / 60:.0f} min")
@@ -117,12 +103,13 @@ def export(
 
 def _check_target(to: Path, out: Path) -> None:
     """Usage error for a folder that must not be replaced: one with the training in it, or anything but a model."""
-    target, source = to.resolve(), out.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise bad("to", f"{to} and the training in {out} contain one another; expected another folder")
-    is_model = (target / "model_index.json").is_file()
-    if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
-        raise bad("to", f"{to} exists and is not a model; expected an earlier export, an empty folder or none")
+    with naming_path("to", to):
+        target, source = to.resolve(), out.resolve()
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise bad("to", f"{to} and the training in {out} contain one another; expected another folder")
+        is_model = (target / "model_index.json").is_file()
+        if target.exists() and not is_model and not (target.is_dir() and not any(target.iterdir())):
+            raise bad("to", f"{to} exists and is not a model; expected an earlier export, an empty folder or none")
     check_folder("to", target.parent)
 
 
@@ -138,8 +125,7 @@ def record(
     from atedm.app.report import write_json
     from atedm_bench.training.record import record as record_runs
 
-    with _naming("to", to):
-        check_json(to, *runs)
+    check_file("to", to, *runs)
     with failing_clearly():
         document = record_runs(runs)
         write_json(document, to)
@@ -158,13 +144,10 @@ def checker(
     require("quality", *_PACKAGES)
     from atedm_bench.quality.checker_training import train_and_report
 
-    with _naming("out", out):
-        if not out.name or out.is_dir():
-            raise bad("out", f"{out} is a folder; expected a file")
-        check_folder("out", out.parent)
-        figures = out.with_suffix(".json")
-        if figures.resolve() == out.resolve():
-            raise bad("out", f"{out} is the file for the figures; expected a name such as checker.safetensors")
-        check_json(figures)
+    check_file("out", out)
+    figures = out.with_suffix(".json")
+    if figures.resolve() == out.resolve():
+        raise bad("out", f"{out} is the file for the figures; expected a name such as checker.safetensors")
+    check_file("out", figures)
     with failing_clearly():
         train_and_report(steps, batch, test, out)

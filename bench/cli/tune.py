@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from atedm.cli.checks import bad
+from atedm.cli.checks import bad, parse_count
 
 
 def tune(
@@ -39,7 +40,7 @@ def tune(
 
 
 def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and round(int(part) ** 0.5) ** 2 == int(part) > 0 for part in parts):
+    counts = [parse_count(part.strip()) for part in text.split(",")]
+    if not all(count and math.isqrt(count) ** 2 == count for count in counts):
         raise bad("tokens", f"{text!r}; expected comma-separated squares, such as 1024,4096")
-    return sorted(int(part) for part in parts)
+    return sorted(counts)

@@ -13,13 +13,14 @@ from atedm.cli.checks import (
     check_applicable,
     check_json,
     check_options,
+    failing_clearly,
     finite,
-    load_config,
     local_model,
     parse_device,
     parse_dtype,
     parse_size,
 )
+from atedm.cli.loading import load_config
 from atedm.cli.parameters import Device, Dtype, Size
 from atedm_bench.cli.common import check_minutes, check_ratio, run
 from atedm_extras import require
@@ -31,7 +32,7 @@ def unet(
     device: Device = None,
     dtype: Dtype = "bf16",
     size: Size = "1024",
-    batch: Annotated[int, typer.Option(min=1, help="Batch of the call; guidance takes two per image.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Batch of the call; guidance takes two per image.")] = 1,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. Default: 5 on a CPU, 20 on a GPU.")] = None,
     minutes: Annotated[
         float, typer.Option(callback=finite, help="Time limit for the whole run; the first round always runs.")
@@ -113,8 +114,9 @@ def unet(
         report.write_json(document, path)
         return document
 
-    finished = run(measured, save)
-    document = save(finished)
+    with failing_clearly():
+        finished = run(measured, save, path)
+        document = save(finished)
     console = Console()
     _print(document, console)
     console.print(f"{'Written to' if finished else 'Interrupted; what was measured is in'} {path}", markup=False)
@@ -152,7 +154,7 @@ def _print(document: dict[str, Any], console: Any) -> None:
         print_table(stages, columns, "Stages, ms per call (sum: all but attention)", console)
     for row in rows:
         if "error" in row:
-            console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow")
+            console.print(f"{row['name']}: could not be measured: {row['error']}", style="yellow", markup=False)
         elif "full_host_seconds" in row:
             console.print(
                 f"{row['name']}: {1e3 * row['seconds']:.2f} ms of CPU time per call for Python and dispatch, on top of "

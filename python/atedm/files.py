@@ -115,6 +115,7 @@ def _printed_to(found: os.stat_result) -> int | None:
 def _write_to_stream(partial: Path, path: Path) -> None:
     # If a file that the output is redirected to were opened by name, it would be overwritten from its start.
     descriptor = _printed_to(path.stat())
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it is None if the caller closed it
+        sys.stdout.flush()
     with partial.open("rb") as source, open(path if descriptor is None else os.dup(descriptor), "wb") as stream:
         shutil.copyfileobj(source, stream)

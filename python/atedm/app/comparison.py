@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import atedm
 from atedm.app import report
-from atedm.app.images import images_of, psnr_db, save_image
+from atedm.app.images import images_of, psnr_db, save_image, unclamped
 from atedm.app.models import LATENT_SCALE
 from atedm.policy.options import Options
 from atedm.policy.selection import kept_tokens
@@ -144,7 +144,7 @@ def generate_image(
 ) -> Generated:
     """Run ``pipe`` once; ``on_step`` is called after each denoising step."""
     request = sized(request, pipe)
-    with UNetTimer(pipe.unet) as timer:
+    with UNetTimer(pipe.unet) as timer, unclamped(pipe):
         images = images_of(pipe, _run(pipe, request, on_step, output_type="pt").images)
     if None in images:
         raise FloatingPointError(

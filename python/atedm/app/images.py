@@ -16,15 +16,30 @@ from torch import Tensor
 from atedm.files import whole_file
 
 
+@contextlib.contextmanager
+def unclamped(pipe: Any) -> Iterator[None]:
+    """Let ``pipe`` return the pixels as its autoencoder decodes them, to see those that are not finite."""
+    processor = pipe.image_processor
+    before = processor.config.do_normalize
+    # Otherwise the processor clamps pixels to 0 and 1, which makes finite ones of infinite ones.
+    processor.register_to_config(do_normalize=False)
+    try:
+        yield
+    finally:
+        processor.register_to_config(do_normalize=before)
+
+
 def images_of(pipe: Any, pixels: Tensor) -> list[Image | None]:
-    """The images of ``output_type="pil"``; None for a picture with NaN or infinite pixels, which would be black.
+    """The images of ``output_type="pil"``; None for a picture with NaN or infinite pixels, which would be one colour.
 
     Args:
-        pipe: the pipeline. pixels: ``[B, 3, H, W]`` from 0 to 1, the pipeline's output with ``output_type="pt"``.
+        pipe: the pipeline. pixels: ``[B, 3, H, W]``, -1 for black and 1 for white: the pipeline's output with
+            ``output_type="pt"``, made in a block of :func:`unclamped`.
     """
     is_finite = pixels.flatten(1).isfinite().all(dim=1).cpu()
     processor = pipe.image_processor
-    images = iter(processor.numpy_to_pil(processor.pt_to_numpy(pixels[is_finite.to(pixels.device)])))
+    pixels = processor.denormalize(pixels[is_finite.to(pixels.device)])
+    images = iter(processor.numpy_to_pil(processor.pt_to_numpy(pixels)))
     return [next(images) if finite else None for finite in is_finite.tolist()]
 
 

@@ -21,7 +21,7 @@ import atedm
 from atedm.app import report
 from atedm.app.comparison import UNetTimer, advice, tflops_of, token_counts
 from atedm.app.fingerprint import fingerprint
-from atedm.app.images import check_image, images_of, save_image
+from atedm.app.images import check_image, images_of, save_image, unclamped
 from atedm.app.run_record import Cases, Times, claim
 from atedm.policy.options import Options
 from atedm.unet.errors import RankedNaN
@@ -161,17 +161,18 @@ def make_pictures(
 
 def _images(pipe: Any, cases: Sequence[PromptCase], sampling: Sampling) -> list[Image | None]:
     """Make one batch; None for a picture whose pixels are not finite."""
-    made = pipe(
-        prompt=[case.prompt for case in cases],
-        negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(cases),
-        # Drawn on the CPU, with one seed per picture: the same noise on every device and in every batch.
-        generator=[torch.Generator().manual_seed(case.seed) for case in cases],
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        width=sampling.width,
-        height=sampling.height,
-        output_type="pt",
-    )
+    with unclamped(pipe):
+        made = pipe(
+            prompt=[case.prompt for case in cases],
+            negative_prompt=sampling.negative_prompt and [sampling.negative_prompt] * len(cases),
+            # Drawn on the CPU, with one seed per picture: the same noise on every device and in every batch.
+            generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            width=sampling.width,
+            height=sampling.height,
+            output_type="pt",
+        )
     return images_of(pipe, made.images)
 
 
@@ -252,15 +253,21 @@ class PromptRun:
                 stack.enter_context(atedm.applied(self.pipe, self.options))
                 kinds = stack.enter_context(atedm.record(self.pipe, tokens=False)).kinds
             timer = stack.enter_context(UNetTimer(self.pipe.unet))
+            spoiled: list[Failure] = []  # pictures of the batch that were drawn but cannot be saved
 
             def begin(seed: int) -> None:
                 # Also discards what a failed batch left, which is not part of the time of a picture.
                 timer.seconds.clear()
                 kinds.clear()
+                spoiled.clear()
+
+            def fail(failure: Failure) -> None:
+                self.failed.append((name, failure))
+                spoiled.append(failure)
 
             def note(count: int) -> None:
                 if timer.seconds:
-                    self.times.note(name, sum(timer.seconds) / count, kinds)
+                    self.times.note(name, sum(timer.seconds) / (count + len(spoiled)), kinds)
                     if state.is_main_process:
                         self.times.write()  # now, so that the next start knows them, however this one ends
                 on_picture(count)
@@ -274,7 +281,7 @@ class PromptRun:
                 processes=state.num_processes,
                 before_batch=begin,
                 on_picture=note,
-                on_failure=lambda failure: self.failed.append((name, failure)),
+                on_failure=fail,
             )
 
     def _kinds_run(self) -> Counter[str] | None:
@@ -310,7 +317,9 @@ class PromptRun:
         described |= self.options.to_dict()
         failed = [{"name": name, **dataclasses.asdict(failure)} for name, failure in self.failed]
         document = report.report(report.command_line(), device, described, rows)
-        report.write_json({**document, "failed": failed}, path, keep_same=True)
+        # The median depends on the device, so a start that drew nothing keeps the one that is there.
+        ignored = () if self.times.has_new else ("unet_seconds_per_image",)
+        report.write_json({**document, "failed": failed}, path, keep_same=True, ignored=ignored)
         columns = {"name": "UNet", "images": "images", "unet_seconds_per_image": "UNet seconds per image"}
         hint = advice(self.options, token_counts(self.pipe, *size))
         if hint is not None:

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,15 @@ def report(command: str, device: torch.device | str, settings: dict[str, Any], r
     }
 
 
-def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
+def write_json(document: dict, path: Path, *, keep_same: bool = False, ignored: Collection[str] = ()) -> None:
     """Write atomically, so that a reader never sees half a file. NaN and infinity are written as null.
 
     Args:
         keep_same: keep an existing file that differs only in command, date, device and versions, so that starting a
-            finished run again changes nothing.
+            finished run again changes nothing. ignored: values of the rows that may differ too.
     """
     text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
-    if keep_same and _is_same(path, text):
+    if keep_same and _is_same(path, text, ignored):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
@@ -86,13 +86,16 @@ def write_json(document: dict, path: Path, *, keep_same: bool = False) -> None:
 _WRITTEN = dict.fromkeys(("command", "date", "device", "versions"))
 
 
-def _is_same(path: Path, text: str) -> bool:
+def _is_same(path: Path, text: str, ignored: Collection[str]) -> bool:
+    def compared(document: dict[str, Any]) -> dict[str, Any]:
+        return {**document, **_WRITTEN, "rows": [{**row, **dict.fromkeys(ignored)} for row in document["rows"]]}
+
     if not path.is_file():
         return False
     try:
         before, after = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        return {**before, **_WRITTEN} == {**after, **_WRITTEN}
-    except (ValueError, TypeError, RecursionError):  # not a report, so it is replaced
+        return compared(before) == compared(after)
+    except (ValueError, TypeError, KeyError, RecursionError):  # not a report, so it is replaced
         return False
 
 

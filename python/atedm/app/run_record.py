@@ -124,12 +124,14 @@ class Times:
 
     Attributes:
         device: the device of this run; times of other devices are kept separately. kinds: number of steps of each kind.
+        has_new: whether this run has added times.
     """
 
     root: Path
     device: str
     kinds: Counter[str] = field(default_factory=Counter)
     _seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    has_new: bool = field(default=False, init=False)
 
     @classmethod
     def read(cls, root: Path, device: str) -> Times:
@@ -154,6 +156,7 @@ class Times:
         """Add one batch of the UNet called ``name``."""
         self._seconds.setdefault(self.device, {}).setdefault(name, []).append(seconds_per_picture)
         self.kinds.update(kinds)
+        self.has_new = True
 
     def median(self, name: str) -> float | None:
         """Median seconds per picture of the UNet called ``name``, on this device; if it made none here, on others."""

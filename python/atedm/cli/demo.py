@@ -30,7 +30,7 @@ WHY_SLOWER = "Not faster here: the embedded model is tiny, so atedm adds more ti
 def demo(
     prompt: Annotated[str, typer.Option(help="What the image shows: shapes, their colours and places.")] = PROMPT,
     steps: Steps = 50,
-    images: Annotated[int, typer.Option(min=1, help="How many images to draw at once.")] = 4,
+    images: Annotated[int, typer.Option(min=1, max=65_536, help="How many images to draw at once.")] = 4,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image's noise; image n has seed + n.")
     ] = 0,
@@ -54,7 +54,6 @@ def demo(
         from atedm.app import comparison
         from atedm.embedded import ABOUT, embedded_pipeline, unknown_words
 
-        typer.echo(ABOUT)
         unknown = unknown_words(prompt)
         if unknown:
             typer.echo(f"Warning: the embedded model never saw these words: {', '.join(unknown)}", err=True)
@@ -65,3 +64,4 @@ def demo(
         described = comparison.describe(request, pruning, model="embedded", dtype="fp32")
         title = f"embedded model, {images} × {request.width}×{request.height}, {steps} steps"
         comparison.write_report(found, place, described, report_file, title, WHY_SLOWER)
+        typer.echo(ABOUT)  # last, as the standard output may be closed or full

@@ -17,11 +17,11 @@ from atedm.cli.checks import (
     chosen_settings,
     failing_clearly,
     finite,
-    load_config,
     local_model,
     parse_levels,
     parse_size,
 )
+from atedm.cli.loading import load_config
 from atedm.cli.parameters import Levels, OptionsFile, Ratio, Size
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ def flops(
         raise bad("paper", "the paper's rows are for --model sdxl --size 1024 --batch 1 --tokens 77, without --budget")
 
     progress = Console(stderr=True)
-    counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
-    check_applicable(base, counter.unet)
-    with progress.status("counting …") as status:
-        rows = _counted(counter, variants, settings, budget, paper, status)
-    if json is not None:
-        with failing_clearly():
+    with failing_clearly():
+        counter = UNetFlops(config, width=width, height=height, batch=batch, tokens=tokens)
+        check_applicable(base, counter.unet)
+        with progress.status("counting …") as status:
+            rows = _counted(counter, variants, settings, budget, paper, status)
+        if json is not None:
             report.write_json(report.report(report.command_line(), "meta", settings, rows), json)
     if paper:
         _print_paper(rows, settings)

@@ -17,14 +17,15 @@ from atedm.cli.checks import (
     check_options,
     check_output,
     check_prompt,
+    check_text,
     chosen_settings,
     failing_clearly,
-    load_pipeline,
     local_model,
     parse_device,
     parse_levels,
     parse_size,
 )
+from atedm.cli.loading import load_pipeline
 from atedm.cli.parameters import (
     AllowPickled,
     Comparison,
@@ -101,6 +102,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise bad("PROMPT", "expected either a prompt or --prompts FILE")
     check_dtype(dtype)
+    check_text(negative_prompt or "", "negative-prompt")
     if prompts is not None and explain:
         raise bad("explain", "is given with --prompts; expected it with a single PROMPT")
     report_file = check_output(output, json, prompts, options, local_model(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -83,6 +83,7 @@ class Options:
             object.__setattr__(self, "levels", tuple(map(plain_number, self.levels)))
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
         _check(self)
+        object.__setattr__(self, "tolerance", float(self.tolerance))  # ops take no integer beyond 64 bits
 
     @property
     def steps(self) -> Schedule:
@@ -232,8 +233,8 @@ def _check(options: Options) -> None:
     _one_of("staleness", options.staleness, (*STALENESS, None))
     _check_together(options)
     grid, tolerance = options.grid, options.tolerance
-    if grid is not None and (isinstance(grid, bool) or not isinstance(grid, int) or grid < 2):
-        raise ValueError(f"grid is {grid!r}; expected None or an integer of at least 2")
+    if grid is not None and (isinstance(grid, bool) or not isinstance(grid, int) or not 2 <= grid <= MAX_COUNT):
+        raise ValueError(f"grid is {grid!r}; expected None or an integer of at least 2, at most {MAX_COUNT}")
     _one_of("reduction", options.reduction, REDUCTIONS)
     if not isinstance(options.warm_start, bool):
         raise TypeError(f"warm_start is {options.warm_start!r}; expected True or False")
@@ -243,7 +244,7 @@ def _check(options: Options) -> None:
             raise ValueError(f"{name} is {value!r}; expected an integer, 1 to {MAX_COUNT}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
-    if not 0 <= tolerance < math.inf:
+    if not 0 <= tolerance <= sys.float_info.max:
         raise ValueError(f"tolerance is {tolerance!r}; expected a finite number of at least 0")
 
 
