@@ -254,7 +254,7 @@ def test_training_that_cannot_be(tmp_path):
     ends(["train", "record", tmp_path / "absent", "--to", tmp_path / "x.json"], 1, "absent", runner=bench)
     ends(["train", "checker", "--out", "/proc/x/c.safetensors"], 2, "--out", "/proc/x", runner=bench)
     ends(["train", "checker", "--out", "."], 2, "--out", "is a folder", runner=bench)
-    ends(["train", "checker", "--out", out / "c.json"], 2, "--out", "where the figures go", runner=bench)
+    ends(["train", "checker", "--out", out / "c.json"], 2, "--out", "is the file for the figures", runner=bench)
     ends(["train", "record", tmp_path, "--to", tmp_path], 2, "--to", "is a folder", runner=bench)
 
 
