@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet import running
+from atedm.unet.gradients import records_gradients
 from atedm.unet.graph_call import GraphCall
 from atedm.unet.graphs import check_own_forward, count_graphs, forward_is_compiled
 from atedm.unet.memory import Memory
@@ -222,15 +222,6 @@ class UNetCalls:
         call = self.told.running
         if call is not None:
             self._ended(call, is_complete)
-
-
-def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call records what the gradient of an input or of a parameter needs."""
-    if not torch.is_grad_enabled():
-        return False
-    inputs = tree_leaves((args, kwargs))
-    wanted = (x.requires_grad for x in (*inputs, *unet.parameters()) if isinstance(x, torch.Tensor))
-    return any(wanted)
 
 
 def latent_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -1,25 +1,6 @@
-"""Errors of a call that runs: scores that are NaN, and gradients that what is remembered would cut."""
+"""The error that names the rows of a batch whose scores are NaN, so that the other pictures can still be made."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
-
-
-def refuse_gradients(*tensors: Tensor) -> None:
-    """Refuse to continue from what earlier calls computed: no gradient goes through that.
-
-    Calls whose inputs or parameters require gradients remember nothing and do not get here.
-
-    Raises:
-        RuntimeError: one of ``tensors`` requires a gradient that is being recorded.
-    """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise RuntimeError(
-            "the call records gradients of something that is neither an input nor a parameter of the UNet, such as "
-            "weights that a hook or another tool's forward brings in, and none would go through what atedm remembers; "
-            "expected torch.no_grad(), or settings that remember nothing, such as 'paper'"
-        )
 
 
 class RankedNaN(ValueError):

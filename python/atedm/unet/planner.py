@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atedm.policy.options import Options
 from atedm.policy.schedule import PRUNING
+from atedm.unet.gradients import is_in_backward, refuse_reentrant
 from atedm.unet.kinds import Kinds
 from atedm.unet.memory import Memory, Picture, Slot
 from atedm.unet.recording import BESIDE, Recording
@@ -82,15 +83,7 @@ class Planner:
         self._kinds = Kinds(options.steps, self.say_once)
         self.differ = options.why_not_constant()
         self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
-        # In words: what a call does if nothing can be remembered of its picture.
-        if options.remembers:
-            self._instead = "every step is whole"
-        elif options.steps.reads_past:
-            self._instead = "a step's kind is judged only by the step"
-        elif options.rank_every > 1:
-            self._instead = "tokens are chosen in every call"
-        else:
-            self._instead = "every ranking begins at uniform scores"
+        self._instead = _without_memory(options)
         self.forced: Call | None = None
         self._records_gradients = False  # whether a call outside of any backward did
 
@@ -157,14 +150,10 @@ class Planner:
 
     def _call_for_gradients(self, step: Step) -> Call:
         """A call that does not touch what is remembered: no gradient would reach the calls that computed it."""
-        if torch._C._current_graph_task_id() == -1:
+        if not is_in_backward():
             self._records_gradients = True
-        elif not self._records_gradients:  # it runs inside a backward
-            raise RuntimeError(
-                "a reentrant checkpoint computes the UNet again to differentiate it, but the first time it ran without "
-                f"gradients, by what atedm remembers ({self.differ}); expected use_reentrant=False, or settings that "
-                "remember nothing, such as 'paper'"
-            )
+        elif not self._records_gradients:
+            refuse_reentrant(self.differ)
         if step.picture is not None and step.index == step.total - 1:
             self.memory.picture(step.picture).is_over = True
         is_whole = self.options.remembers or self.options.steps.reads_past
@@ -234,6 +223,15 @@ class Planner:
             self._kinds.look_back(picture, call.total)
             if call.slot.owner is None:
                 picture.restart()  # nothing reads it any more
+
+
+def _without_memory(options: Options) -> str:
+    """In words: what a call does if nothing can be remembered of its picture."""
+    if options.remembers:
+        return "every step is whole"
+    if options.steps.reads_past:
+        return "a step's kind is judged only by the step"
+    return "tokens are chosen in every call" if options.rank_every > 1 else "every ranking begins at uniform scores"
 
 
 def _key(sample: Tensor) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from atedm.unet.blocks import (
     why_stage_replaced,
 )
 from atedm.unet.calls import UNetCalls
-from atedm.unet.errors import refuse_gradients
+from atedm.unet.gradients import refuse_gradients
 from atedm.unet.memory import Slot
 
 _DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D)

@@ -20,7 +20,7 @@ from atedm.policy.recovery import Refill
 from atedm.unet.attention import masks_of_kept, project, project_cross, project_out, project_out_kept, scale_of
 from atedm.unet.blocks import PERTURBING_PROCESSORS
 from atedm.unet.choosing import TokenChoice
-from atedm.unet.errors import refuse_gradients
+from atedm.unet.gradients import refuse_gradients
 from atedm.unet.memory import BlockMemory
 
 if TYPE_CHECKING:
