@@ -112,6 +112,17 @@ def assert_rounded_sum(out: Tensor, expected: Tensor, backend: str) -> None:
         assert torch.equal(out, expected)
 
 
+def layouts_of_map(x: Tensor) -> list[Tensor]:
+    """The feature map ``x`` ``[B, C, h, w]`` in other places of memory, with NaN in the gaps."""
+    return [
+        x,
+        x.to(memory_format=torch.channels_last),
+        torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2],
+        torch.nn.functional.pad(x, (0, 3), value=float("nan"))[..., : x.shape[3]],
+        x.mT.contiguous().mT,
+    ]
+
+
 def update_inputs(
     shape: tuple[int, int, int, int], keep: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

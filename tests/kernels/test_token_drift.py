@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atedm_kernels as ak
 from atedm_kernels.ops.token_drift import token_drift
+from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # B, C, h, w and the width of the projection. A tile of the Triton kernel is 32 tokens by 64 channels.
@@ -29,24 +30,13 @@ def inputs(shape, width, x_dtype, dtype, device):
     return x.to(x_dtype), projection.to(dtype), seen.to(dtype)
 
 
-def layouts(x: torch.Tensor) -> list[torch.Tensor]:
-    """The same values of a feature map, in other places of memory."""
-    return [
-        x,
-        x.to(memory_format=torch.channels_last),
-        torch.nn.functional.pad(x, (0, 3), value=float("nan"))[..., : x.shape[3]],
-        torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2],
-        x.mT.contiguous().mT,
-    ]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
 def test_against_float64(backend, device, shape, width, dtype, poisoned_empty):
     x, projection, seen = inputs(shape, width, dtype, dtype, device)
     expected = projection.double() @ x.double().flatten(2)
     size = projection.double().abs() @ x.double().abs().flatten(2)
-    for view, before in zip(layouts(x), [seen, seen.mT.contiguous().mT, seen, seen, seen], strict=True):
+    for view, before in zip(oracle.layouts_of_map(x), [seen, seen.mT.contiguous().mT, seen, seen, seen], strict=True):
         with ak.backend(backend):
             observed, drift = token_drift(view, projection, before)
         assert observed.dtype == dtype and drift.dtype == torch.float32

@@ -30,16 +30,6 @@ CASES = [
 ]
 
 
-def layouts_of_map(residual: torch.Tensor) -> list[torch.Tensor]:
-    return [
-        residual,
-        residual.to(memory_format=torch.channels_last),
-        torch.stack([residual, -residual], -1).flatten(-2)[..., ::2],
-        torch.nn.functional.pad(residual, (0, 3))[..., : residual.shape[3]],
-        residual.mT.contiguous().mT,
-    ]
-
-
 def layouts_of_tokens(x: torch.Tensor) -> list[torch.Tensor]:
     """The same values, each time in memory of their own."""
     return [
@@ -55,7 +45,7 @@ def layouts_of_tokens(x: torch.Tensor) -> list[torch.Tensor]:
 def test_output_and_cache(backend, device, shape, keep, x_dtype, dtype, poisoned_empty):
     x, index, cache, residual = oracle.update_inputs(shape, keep, x_dtype, dtype, device)
     written, expected = oracle.updated(x, index, cache, residual)
-    views = zip(layouts_of_tokens(x), layouts_of_tokens(cache)[::-1], layouts_of_map(residual), strict=True)
+    views = zip(layouts_of_tokens(x), layouts_of_tokens(cache)[::-1], oracle.layouts_of_map(residual), strict=True)
     with ak.backend(backend):
         for new, into, added in views:
             out = ak.update_feature_map(new, index.mT.contiguous().mT, into, added)

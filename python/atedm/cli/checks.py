@@ -285,7 +285,7 @@ def lacks_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def failing_clearly() -> Iterator[None]:
     """Print a message instead of a traceback for what the user can fix: too little memory, a full disk, NaN."""
-    from safetensors import SafetensorError  # it says so if the disk is full
+    from safetensors import SafetensorError  # weights that are cut off; files.py names a full disk
 
     import atedm
 

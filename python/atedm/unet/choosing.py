@@ -70,7 +70,7 @@ class TokenChoice:
                 memory.has_chosen = True  # not the step: torch would guard a graph by it
         if call.recordings:
             self._record(scores, iterations)
-        if self._block.module.training and not torch.compiler.is_compiling():
+        if self._block.module.gradient_checkpointing and not torch.compiler.is_compiling():
             device = self.index.device
             self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
