@@ -49,7 +49,9 @@ export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=20
 unset TRITON_INTERPRET
 BENCH=("$PYTHON" -m atedm_bench)
 UNET=("${BENCH[@]}" unet --device cuda --repeats 10)
-PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib --durations 5)
+# Without the plug-ins that happen to be installed, which take longer to import than most tests run.
+PYTEST=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$PYTHON" -m pytest -q -p xdist.plugin -p tests.helpers.failures_at_once
+    -p no:cacheprovider -o addopts=--import-mode=importlib --durations 10)
 # The variants of a call: full, and pruned as published, with cached updates, and with tokens chosen earlier.
 CALLS=(--variant full --variant ours --variant "ours cached updates" --variant "ours tokens chosen before")
 # Whole runs of the presets and their peers, in the same process, because it has found tomesd's ratio.
@@ -63,9 +65,10 @@ if wanted doctor; then
     step doctor 60 "$PYTHON" -m atedm doctor --json "$RESULTS/doctor.json"
 fi
 if wanted tests; then
-    # Leave out what runs only on the CPU.
-    step tests 150 "${PYTEST[@]}" -n 8 tests/kernels tests/plugin/test_gpu.py \
-        --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_registry.py --junitxml "$RESULTS/tests.xml"
+    # Leave out what runs only on the CPU. The ops do not import diffusers, which takes a bare machine half a minute.
+    step tests 150 "${PYTEST[@]}" -n 14 tests/kernels --ignore tests/kernels/test_compile.py \
+        --ignore tests/kernels/test_registry.py
+    step "tests of the plug-in" 240 "${PYTEST[@]}" -n 8 tests/plugin/test_gpu.py
 fi
 if wanted tune; then
     # Writes the tables in place, so that the steps after it run with the new ones.

@@ -112,7 +112,7 @@ def test_the_order_of_a_sum_is_fixed(backend, device):
         first = sum_rows(x, source, 5)
         assert all(torch.equal(sum_rows(x, source, 5), first) for _ in range(3))
     if backend != "triton":  # there block by block
-        one_by_one = torch.zeros(2, 5, 40)
+        one_by_one = torch.zeros(2, 5, 40, device=device)
         for b in range(2):
             for n in range(300):
                 one_by_one[b, source[b, n]] += x[b, n]

@@ -127,10 +127,10 @@ def started(monkeypatch):
 
 # A small map is not split, so that there is nothing to join: one launch less than SDXL takes.
 @pytest.mark.parametrize(("recovery", "launches"), [("similarity", 9), ("cached", 7)])
-def test_a_pruned_block_takes_few_launches(started, recovery, launches):
+def test_a_pruned_block_takes_few_launches(started, device, recovery, launches):
     """At two passes. A pass is one kernel, which normalises the scores too."""
-    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
-    x, residual = torch.randn(2, 1, 40, 8, generator=torch.Generator().manual_seed(1))
+    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    x, residual = torch.randn(2, 1, 40, 8, generator=torch.Generator().manual_seed(1)).to(device)
     with ak.backend("triton"):
         _, lse = ak.attention_with_logsumexp(q, k, v)
         scores, _ = ak.weighted_page_rank(q, k, lse, max_iterations=2, tolerance=0)

@@ -339,7 +339,7 @@ def test_logits_beyond_what_float32_holds_are_refused_if_asked(monkeypatch, name
         lse = arguments["lse"].clone()
         lse[0, 0, 0] = large
         monkeypatch.setenv("ATEDM_CHECK", "1")
-        with pytest.raises(ValueError, match=r"lse reaches (2000|nan); expected at most 1000"):
+        with pytest.raises(ValueError, match=r"lse reaches (2000|nan); expected at most 300"):
             getattr(atedm_kernels, name)(**{**arguments, "lse": lse})
         monkeypatch.delenv("ATEDM_CHECK")
         if large > 0:
@@ -350,11 +350,11 @@ def test_up_to_that_the_promised_accuracy_holds(backend, device):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, 64, 64, generator=generator) * 1.5 for _ in range(2))
     for x in (q, k):  # one direction that all have in common
-        x[..., 0] = (990 * 8) ** 0.5
+        x[..., 0] = (290 * 8) ** 0.5
     q, k = q.to(device), k.to(device)
     exact = torch.softmax(q.double() @ k.double().mT / 8, -1)
     with atedm_kernels.backend(backend):
         _, lse = atedm_kernels.attention_with_logsumexp(q, k, k)
         sums = atedm_kernels.attention_column_sums(q, k, lse)
-    assert 950 < lse.abs().max() < 1000
+    assert 280 < lse.abs().max() < 300
     torch.testing.assert_close(sums.double(), exact.mean(-2), rtol=2e-4, atol=0)

@@ -26,7 +26,7 @@ def attention_backward_torch(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Gradients:
     """Gradients by torch's fused kernel, or by the reference if no fused kernel serves the inputs."""
-    fused = _fused_backward(tokens_first(gradient), q, k, v, out, lse, scale)
+    fused = _fused_backward(gradient, q, k, v, out, lse, scale)
     if fused is None:
         return attention_backward_reference(gradient, q, k, v, out, lse, scale)
     of_q, of_k, of_v = (tokens_first(x[..., : q.shape[-1]]) for x in fused)
@@ -38,6 +38,8 @@ def _fused_backward(
 ) -> Gradients | None:
     """Gradients of the padded heads, in the kernel's layouts, or None if no fused kernel serves the inputs."""
     gradient, q, k, v, out = pad_head_dims(gradient, q, k, v, out)
+    # The efficient kernel computes the strides of ``out`` from its shape, and padding changes the layout.
+    gradient, out = tokens_first(gradient), tokens_first(out)
     with torch.enable_grad():  # some kernels serve fewer inputs if a backward follows
         choice = torch._fused_sdp_choice(*(x.detach().requires_grad_() for x in (q, k, v)), scale=scale)
     results = gradient, q, k, v, out
