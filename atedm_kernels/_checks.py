@@ -19,9 +19,9 @@ FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 
-# Rounding to float32 gives the elements of a map a relative error proportional to the largest logit: 2e-7 of it on a CPU,
-# 6e-7 where torch's attention multiplies float32 as three products of TF32 (measured on an H100 at a logit of 990). Up
-# to this logit the error stays within the promised 2e-4.
+# Rounding to float32 gives the elements of a map a relative error in proportion to the largest logit: 2e-7 of it on a
+# CPU, 6e-7 where torch's attention multiplies float32 as three products of TF32 (measured on an H100, logit 990). Up to
+# this logit the error stays within the promised 2e-4.
 MAX_LOGIT = 300.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import subprocess
@@ -18,7 +19,9 @@ from atedm_bench.measure import seconds_of
 from atedm_bench.ops import plain, run
 from atedm_bench.ops.cases import ATTENTION, OpInputs, attention_case, cases
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
+from atedm_bench.ops.recording import BARE, recording_rows
 from atedm_bench.ops.shapes import Shape, Work, shape_of
+from atedm_kernels.registry import OPS, Op
 
 CPU = torch.device("cpu")
 SHAPE = Shape("96x64", 3, 2, 4, 6, 9)
@@ -150,6 +153,29 @@ def test_rows(quick):
     for row in rows:
         expected = None if row["name"] != "gather_tokens" else pytest.approx(row["seconds"] / copy)
         assert row["ratio_to_copy"] == expected
+    assert [row["name"] for row in bench.recording] == ["gather_tokens"] * 3
+
+
+def test_calls_that_record_nothing_are_compared_with_ops_without_a_backward(monkeypatch):
+    """Each way calls the op as it says; were a backward to be recorded, the time would show it."""
+    seen = []
+    call = Op.__call__
+
+    def noted(op, *arguments):
+        seen.append((op.name, op.is_differentiable, torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return call(op, *arguments)
+
+    monkeypatch.setattr(Op, "__call__", noted)
+    rows = recording_rows(CPU, torch.float32, rounds=3)
+    differentiable = {name for name, op in OPS.items() if op.is_differentiable}
+    assert {row["name"] for row in rows} == differentiable and len(rows) == 3 * len(differentiable)
+    ways = {(False, False, False): BARE, (True, False, False): "no_grad", (True, False, True): "inference_mode"}
+    calls = collections.Counter((name, ways[tuple(how)]) for name, *how in seen)
+    for row in rows:
+        assert 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"] and row["repeats"] == 3
+        assert calls[row["name"], row["variant"]] == 4 * row["calls"]  # one round to warm up
+        bare = next(r["seconds"] for r in rows if r["name"] == row["name"] and r["variant"] == BARE)
+        assert row["ratio"] == pytest.approx(row["seconds"] / bare)
 
 
 def test_what_cannot_be_measured_is_said(quick, monkeypatch):
@@ -226,7 +252,7 @@ def test_command_writes_rows_and_a_picture(tmp_path, quick):
     result = _run(*options, "--op", "select_tokens", "--op", "similarity_source", "--json", str(path))
     assert result.exit_code == 0, result.output
     document = json.loads(path.read_text())
-    assert {"command", "device", "versions", "date", "settings", "rows"} == set(document)
+    assert {"command", "device", "versions", "date", "settings", "rows", "recording"} == set(document)
     assert document["settings"]["finished"] and document["settings"]["ceiling_flops_float32"] == 1e12
     assert {row["level"] for row in document["rows"]} == {2, 3}
     assert path.with_suffix(".png").stat().st_size > 10_000

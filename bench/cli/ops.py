@@ -96,6 +96,7 @@ def ops(
     def save(finished: bool = False) -> dict[str, Any]:
         settings = {**measured.settings_for_report(), "ratio": ratio, "finished": finished}
         document = report.report(report.command_line("atedm-bench"), place, settings, measured.rows())
+        document["recording"] = measured.recording
         report.write_json(document, path)
         return document
 
@@ -146,6 +147,19 @@ def _print(document: dict[str, Any], console: Any) -> None:
             if "error" in row:
                 failed = f"{row['name']}, {row['variant']}: could not be measured: {row['error']}"
                 console.print(failed, style="yellow", markup=False)
+    if document["recording"]:
+        shown = [
+            {
+                "name": row["name"],
+                "variant": row["variant"],
+                "us": f"{1e6 * row['seconds']:.3g}",
+                "spread": f"{1e6 * row['seconds_low']:.3g}–{1e6 * row['seconds_high']:.3g}",
+                "ratio": f"{row['ratio']:.3g}",
+            }
+            for row in document["recording"]
+        ]
+        columns = {"name": "", "variant": "variant", "us": "µs", "spread": "range", "ratio": "× no backward"}
+        print_table(shown, columns, "Host time of a call that records no gradients, small tensors", console)
 
 
 def _shown(row: dict[str, Any], on_gpu: bool) -> dict[str, Any]:

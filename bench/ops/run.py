@@ -15,6 +15,7 @@ import atedm_kernels
 from atedm_bench.measure import Graphs, attention_backend_of, by_turns, error_line, peak_memory_of, seconds_of
 from atedm_bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, OpCase, OpInputs, attention_case, cases
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
+from atedm_bench.ops.recording import recording_rows
 from atedm_bench.ops.shapes import Shape
 from atedm_kernels.registry import OPS
 
@@ -70,12 +71,14 @@ class OpsBench:
 
     Attributes:
         failed: whether one of our ops raised; its row has the error.
+        recording: the rows of :func:`recording_rows`, of the first dtype.
     """
 
     def __init__(self, settings: OpsSettings) -> None:
         self.settings = settings
         self.ceilings: dict[str, Ceilings] = {}
         self.failed = False
+        self.recording: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._left_out: list[str] = []
         # Seconds of eager plain PyTorch by shape, dtype and case, to compare the compiled one with.
@@ -106,6 +109,7 @@ class OpsBench:
             for dtype in s.dtypes:
                 notify(f"{_name(dtype)}: ceilings of this device")
                 self.ceilings[_name(dtype)] = measure_ceilings(s.device, dtype)
+            self.recording = recording_rows(s.device, s.dtypes[0], max(s.repeats, _MIN_ROUNDS), s.only)
             passes = self._passes()
             for n, (dtype, shape, compiled) in enumerate(passes):
                 what = f"{_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"

@@ -26,6 +26,7 @@ from atedm_kernels import tiles
 from atedm_kernels._launch import Launch
 from atedm_kernels.ops import triton_power_iteration as power_iteration
 from atedm_kernels.ops.attention_column_sums import triton_kernel as column_sums
+from atedm_kernels.ops.gather_pair import triton_kernel as gather_pair
 from atedm_kernels.ops.gather_tokens import triton_kernel as gather
 from atedm_kernels.ops.recover_feature_map import triton_kernel as feature_map
 from atedm_kernels.ops.select_tokens import triton_kernel as select
@@ -120,7 +121,8 @@ def select_launches(reduction: str, tokens: int, heads: int, keep: int) -> list[
 
 def gather_launches(dtype: str, channels: int) -> list[Launch]:
     x, out = (meta(2, n, channels, dtype=DTYPES[dtype]) for n in (4096, 1536))
-    return [gather.gather_launch(x, meta(2, 1536, dtype=torch.int64), out)]
+    index = meta(2, 1536, dtype=torch.int64)
+    return [gather.gather_launch(x, index, out), gather_pair.gather_pair_launch(x, x, index, out, out)]
 
 
 def sum_rows_launches(dtype: str, channels: int) -> list[Launch]:
@@ -158,6 +160,7 @@ def smallest_launches() -> list[Launch]:
         *page_rank_cross.iteration_launches(q, q, lse, state, 0.5, 1e-3),
         select.select_launch(lse, select.scratch(lse), index, "rms"),
         gather.gather_launch(x, index, x),
+        gather_pair.gather_pair_launch(x, x, index, x, x),
         sum_rows.sum_rows_launch(x, index, meta(1, 2, dtype=torch.int64), x),
         token_drift.token_drift_launch(residual, x[0], x, x, lse),
         *similarity.similarity_launches(q, q, lse, index, 0.5, index),

@@ -10,6 +10,7 @@ import sys
 import torch
 
 import atedm_kernels as ops
+from atedm_kernels.ops.gather_pair import gather_pair
 from atedm_kernels.ops.sum_rows import sum_rows
 from atedm_kernels.ops.token_drift import token_drift
 
@@ -39,6 +40,7 @@ def call_all(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     index = ops.select_tokens(scores, keep)
     source = ops.similarity_source(q, k, lse, index)
     compact = ops.gather_tokens(normal(batch, tokens, heads * head_dim), index)
+    gather_pair(normal(batch, tokens, 3), normal(batch, tokens, heads * head_dim), index)
     sum_rows(ops.recover_tokens(compact, source), source, keep)
     residual, cache = normal(batch, heads * head_dim, 1, tokens), normal(batch, tokens, heads * head_dim)
     projection, seen = normal(4, heads * head_dim), normal(batch, 4, tokens)

@@ -26,7 +26,7 @@ MATRIX = {
     "gfx942": "v_mfma",
 }
 PRODUCT_KERNELS = {"_column_sums_kernel", "_rows_kernel", "_similarity_kernel"}
-MOVING_KERNELS = {"_gather_kernel", "_recover_kernel", "_update_kernel"}
+MOVING_KERNELS = {"_gather_kernel", "_gather_pair_kernel", "_recover_kernel", "_update_kernel"}
 # The minimum number of programs with exponentials that an NVIDIA multiprocessor's registers hold at head dim 64: one
 # multiplies while another takes exponentials. The compilers for sm_80 and sm_100 use more registers.
 RESIDENT = {"sm_80": 2, "sm_90": 3, "sm_100": 2, "sm_120": 3}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import atedm_kernels
+from atedm_kernels.ops.gather_pair import gather_pair
 from tests.helpers import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -31,6 +32,39 @@ def test_rows(backend, device, op, dtype, batch, tokens, channels, count, poison
             out = op(view, index)
             assert torch.equal(out, op(view, index.mT.contiguous().mT))
         assert out.is_contiguous() and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), [*zip(DTYPES, DTYPES, strict=True), (DTYPES[1], DTYPES[2])], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "others", "count"),
+    [(1, 1, 1, 1, 1), (2, 37, 20, 20, 11), (2, 16, 130, 3, 33), (1, 9, 8, 256, 9)],
+)
+def test_a_pair_is_two_gathers(
+    backend, device, x_dtype, y_dtype, batch, tokens, channels, others, count, poisoned_empty
+):
+    torch.manual_seed(0)
+    x = torch.randn(batch, tokens, channels).to(device, x_dtype)
+    y = torch.randn(batch, others, tokens).to(device, y_dtype).mT
+    index = rows(batch, count, tokens, device)
+    with atedm_kernels.backend(backend):
+        out = gather_pair(x, y, index.mT.contiguous().mT)
+    for one, given in zip(out, (x, y), strict=True):
+        assert one.is_contiguous() and torch.equal(one, torch.stack([given[b][index[b]] for b in range(batch)]))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    {
+        r"y has shape \[2, 4, 3\]; expected \[2, 5, 3\]": {"y": torch.zeros(2, 4, 3)},
+        "index holds values from 0 to 5; expected 0 to 4": {"index": torch.tensor([[0, 5], [1, 2]])},
+        "y has dtype torch.int64": {"y": torch.zeros(2, 5, 3, dtype=torch.int64)},
+    }.items(),
+    ids=str,
+)
+def test_what_is_no_pair_is_refused(message, change):
+    good = {"x": torch.zeros(2, 5, 8), "y": torch.zeros(2, 5, 3), "index": torch.zeros(2, 2, dtype=torch.int64)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        gather_pair(*{**good, **change}.values())
 
 
 # Each shape takes every dtype in either place, and each pair meets several tiles: the tiles know no dtype.

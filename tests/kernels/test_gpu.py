@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atedm_kernels
+from atedm_kernels.ops.gather_pair import gather_pair
 from atedm_kernels.ops.sum_rows import sum_rows
 from atedm_kernels.ops.token_drift import token_drift
 from tests.helpers import oracle
@@ -95,6 +96,7 @@ def prune_and_recover(q, k, lse, x, residual, cache):
     index = atedm_kernels.select_tokens(scores, 384)
     source = atedm_kernels.similarity_source(q, k, lse, index)
     compact = atedm_kernels.gather_tokens(x, index)
+    pair = gather_pair(x, residual.flatten(2).mT, index)
     tokens = atedm_kernels.recover_tokens(compact, source)
     return (
         scores,
@@ -102,6 +104,7 @@ def prune_and_recover(q, k, lse, x, residual, cache):
         cross,
         index,
         source,
+        *pair,
         tokens,
         sum_rows(tokens, source, 384),
         *token_drift(residual, x[0, :4].contiguous(), x.new_ones(x.shape[0], 4, x.shape[1])),
@@ -175,6 +178,8 @@ def test_strides_past_two_to_the_31(dim):
     assert torch.allclose(atedm_kernels.weighted_page_rank_cross(*far, lse)[0], cross, rtol=1e-4)
     assert torch.equal(atedm_kernels.similarity_source(*far, lse, index), source)
     assert torch.equal(atedm_kernels.gather_tokens(wide, index), compact)
+    assert all(torch.equal(out, compact) for out in gather_pair(wide, x, index))
+    assert all(torch.equal(out, compact) for out in gather_pair(x, wide, index))
     expected = atedm_kernels.recover_feature_map(compact, source, residual)
     far_residual = far_apart(residual, 0 if dim == 0 else 1)
     assert torch.equal(atedm_kernels.recover_feature_map(compact, source, far_residual), expected)

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import atedm_kernels as ak
+from atedm_kernels.ops.gather_pair import gather_pair
 from atedm_kernels.ops.sum_rows import sum_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -84,6 +85,25 @@ def test_of_a_feature_map(backend, device, shape, x_dtype, dtype, poisoned_empty
             )
         assert [each.dtype for each in got] == [x_dtype, dtype]
         assert all(torch.equal(a.double().cpu(), b) for a, b in zip(got, expected, strict=True))
+
+
+def test_of_a_pair_of_rows(backend, device):
+    """Of both, and of either alone."""
+    x, y, index = whole_numbers(2, 9, 20), whole_numbers(2, 9, 5), rows(2, 12, 9)
+    of_x, of_y = whole_numbers(2, 12, 20), whole_numbers(2, 12, 5)
+    (expected_x,), (expected_y,) = (
+        gradients(lambda one: slow_rows(one, index), upstream, one) for one, upstream in ((x, of_x), (y, of_y))
+    )
+    x, y = x.to(device, torch.bfloat16), y.to(device, torch.float32)
+    index, of_x, of_y = index.to(device), of_x.to(device, x.dtype), of_y.to(device, y.dtype)
+    for needed in ((True, True), (True, False), (False, True)):
+        given = [one.detach().requires_grad_(asked) for one, asked in zip((x, y), needed, strict=True)]
+        with ak.backend(backend):
+            out = gather_pair(*given, index)
+            assert tuple(one.requires_grad for one in out) == (True, True)
+            torch.autograd.backward(out, (of_x, of_y))
+        for one, expected in zip(given, (expected_x, expected_y), strict=True):
+            assert one.grad is None if not one.requires_grad else torch.equal(one.grad.double().cpu(), expected)
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
@@ -208,6 +228,7 @@ def opcheck_calls(device: torch.device, dtype: torch.dtype):
         ops.attention_with_logsumexp: (q, k, v, 0.3),
         ops._attention_backward: (torch.randn_like(out), *plain, out, lse),
         ops.gather_tokens: (draw(2, 9, 5), index),
+        ops._gather_pair: (draw(2, 9, 5), draw(2, 9, 3), index),
         ops.recover_tokens: (draw(2, 4, 5), source),
         ops.recover_feature_map: (draw(2, 4, 5), source, draw(2, 5, 3, 3)),
         ops._sum_rows: (draw(2, 9, 5), source, 4),

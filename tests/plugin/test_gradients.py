@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import atedm
 from atedm.policy.options import PUBLISHED
+from atedm.policy.recovery import interpolate_bicubic
 from atedm.unet import attention
 from tests.helpers.running import timesteps_of
 from tests.helpers.slow_pruning import slow_unet
@@ -95,20 +96,29 @@ def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
 @pytest.mark.parametrize("ranking", ["self", "keys"])
 def test_no_row_is_saved_beside_the_tensor_that_it_was_gathered_from(trainable, make_inputs, monkeypatch, ranking):
     """The kept rows of the attention's output are freed in the forward, and gathered again in the backward."""
-    memory, gather = [], attention.gather_tokens
+    memory, gather = [], attention.gather_pair
 
-    def gathering(x, index):
-        rows = gather(x, index)
-        memory.append(weakref.ref(rows.untyped_storage()))
-        return rows
+    def gathering(attended, tokens, index):
+        kept = gather(attended, tokens, index)
+        memory.append(weakref.ref(kept[0].untyped_storage()))
+        return kept
 
-    monkeypatch.setattr(attention, "gather_tokens", gathering)
+    monkeypatch.setattr(attention, "gather_pair", gathering)
     atedm.apply(trainable, PUBLISHED, ranking=ranking, **FIXED)
     out = trainable(**make_inputs(torch.float64)).sample
     blocks = len(atedm.pruned_blocks(trainable))
     assert len(memory) == blocks and all(storage() is None for storage in memory)
     out.sum().backward()
     assert len(memory) == 2 * blocks
+
+
+def test_bicubic_saves_no_map():
+    x = torch.randn(2, 40, 64, requires_grad=True)
+    index = torch.stack([torch.randperm(150)[:40].sort().values for _ in range(2)])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        interpolate_bicubic(x, index, 10, 15)
+    assert sum(each.numel() for each in saved if each.is_floating_point()) < 0.1 * x.numel()
 
 
 def unforeseeable(q, k, lse):

@@ -40,7 +40,7 @@ STAGES = {
     "ranking": ("weighted_page_rank", "weighted_page_rank_cross", "attention_column_sums"),
     "selection": ("select_tokens",),
     "source_map": ("similarity_source",),
-    "gather": ("gather_tokens",),
+    "gather": ("gather_tokens", "_gather_pair"),
     "recovery": ("recover_feature_map", "recover_tokens", "update_feature_map"),
 }
 

@@ -182,26 +182,33 @@ def interpolate_bicubic(x: Tensor, index: Tensor, height: int, width: int) -> Te
     Kept tokens can be anywhere. They are averaged into a grid of half the size, then of a quarter, and so on. Each
     coarser grid, resized bicubically, fills the empty cells of the finer one.
     """
-    batch, _, channels = x.shape
     # Computed in float32, because repeated averaging would accumulate the rounding errors of 16 bits.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    marked = torch.cat([x.to(dtype), x.new_ones(*x.shape[:2], 1, dtype=dtype)], dim=-1)
-    full = marked.new_zeros(batch, height * width, channels + 1)
-    full = full.scatter(1, index[..., None].expand_as(marked), marked)
-    full = full.view(batch, height, width, channels + 1).permute(0, 3, 1, 2)
-    filled = _fill(full[:, :channels], full[:, channels:])
+    marks = x.new_ones(*x.shape[:2], 1, dtype=dtype)
+
+    def on_the_map(tokens: Tensor) -> Tensor:
+        full = tokens.new_zeros(tokens.shape[0], height * width, tokens.shape[2])
+        full = full.scatter(1, index[..., None].expand_as(tokens), tokens)
+        return full.transpose(1, 2).unflatten(2, (height, width))
+
+    filled = _fill(on_the_map(x.to(dtype)), on_the_map(marks))
     return filled.flatten(2).transpose(1, 2).to(x.dtype)
 
 
 def _fill(values: Tensor, weight: Tensor) -> Tensor:
-    """Fill the positions of ``values`` ``[B, C, h, w]`` whose ``weight`` ``[B, 1, h, w]`` is 0."""
+    """Fill the positions of ``values`` ``[B, C, h, w]`` whose ``weight`` ``[B, 1, h, w]`` is 0; these are zeros."""
     height, width = values.shape[-2:]
     if height == 1 and width == 1:
         return values
-    # Dropped tokens are zeros, so the sum of a cell is the sum of its kept tokens.
-    window = (min(2, height), min(2, width))
-    count = F.avg_pool2d(weight, window, ceil_mode=True)
-    mean = F.avg_pool2d(values * weight, window, ceil_mode=True) / count.clamp(min=torch.finfo(count.dtype).tiny)
+    count = _sums_of_cells(weight)
+    mean = _sums_of_cells(values) / count.clamp(min=1)
     coarse = _fill(mean, (count > 0).to(values.dtype))
     resized = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
     return torch.where(weight > 0, values, resized)
+
+
+def _sums_of_cells(x: Tensor) -> Tensor:
+    """Sums over 2 × 2 positions, fewer at the lower and right edge. Pooling would keep ``x`` for its gradient."""
+    height, width = x.shape[-2:]
+    x = F.pad(x, (0, width % 2, 0, height % 2))
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).sum((3, 5))

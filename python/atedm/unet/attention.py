@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atedm_kernels import gather_tokens
+from atedm_kernels.ops.gather_pair import gather_pair
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -59,21 +60,22 @@ def project_out(attention: nn.Module, attended: Tensor) -> Tensor:
     return attended
 
 
-def project_out_kept(attention: nn.Module, attended: Tensor, index: Tensor) -> Tensor:
-    """:func:`project_out` of the tokens ``index`` ``[B, K]`` of ``attended`` ``[B, N, H·D]``.
+def project_out_kept(attention: nn.Module, attended: Tensor, tokens: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the tokens ``index`` ``[B, K]`` of ``attended`` ``[B, N, H·D]``, projected, and of ``tokens`` ``[B, N, C]``.
 
     A trained projection saves its input for its gradient. These rows would be saved a second time where the attention
     saves ``attended``; there the backward gathers them again.
     """
 
-    def project(attended: Tensor) -> Tensor:
-        return project_out(attention, gather_tokens(attended, index))
+    def project(attended: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attended, tokens = gather_pair(attended, tokens, index)
+        return project_out(attention, attended), tokens
 
     # A compiler chooses itself what the backward computes again.
     is_saved = torch.is_grad_enabled() and attended.requires_grad and not torch.compiler.is_compiling()
     if is_saved and any(weight.requires_grad for weight in attention.to_out.parameters()):
-        return checkpoint(project, attended, use_reentrant=False)
-    return project(attended)
+        return checkpoint(project, attended, tokens, use_reentrant=False)
+    return project(attended, tokens)
 
 
 def scale_of(attention: nn.Module) -> float | None:

@@ -22,6 +22,7 @@ from atedm.unet.blocks import PERTURBING_PROCESSORS
 from atedm.unet.choosing import TokenChoice
 from atedm.unet.gradients import refuse_gradients
 from atedm.unet.memory import BlockMemory
+from atedm_kernels.ops.gather_pair import gather_pair
 
 if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
@@ -119,9 +120,9 @@ class CompactTransformer:
                 # compute for a dropped token is never used.
                 if block.ranking is None:
                     projected = project_out(layer.attn1, attended)
+                    tokens = kernels.gather_tokens(hidden_states, self._choice.index)
                 else:
-                    projected = project_out_kept(layer.attn1, attended, self._choice.index)
-                tokens = kernels.gather_tokens(hidden_states, self._choice.index)
+                    projected, tokens = project_out_kept(layer.attn1, attended, hidden_states, self._choice.index)
                 return run_rest(projected, tokens, self._for_kept(cross_attention_kwargs))
         attended = project_out(layer.attn1, attended)
         if by_cross_attention:
@@ -130,7 +131,7 @@ class CompactTransformer:
             self._choice.choose(lambda: _cross_attention_map(layer, attended + hidden_states, encoder_hidden_states))
             self._find_refill(attention)
             if block.placement.is_early:
-                kept, tokens = (kernels.gather_tokens(x, self._choice.index) for x in (attended, hidden_states))
+                kept, tokens = gather_pair(attended, hidden_states, self._choice.index)
                 return run_rest(kept, tokens, self._for_kept(cross_attention_kwargs))
         return kernels.gather_tokens(run_rest(attended, hidden_states, cross_attention_kwargs), self._choice.index)
 
