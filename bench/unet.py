@@ -20,9 +20,9 @@ from atedm.app.flops import STAGES
 from atedm_bench import host
 from atedm_bench.measure import Graphs, by_turns, error_line, op_seconds_of, peak_memory_of, seconds_of
 from atedm_bench.random_unet import sharing_weights
-from atedm_bench.unet_calls import COMPILED, Notify, UNetCallBuilder, UNetSettings, UNetVariant
-from atedm_bench.unet_rows import average_row, ranking_facts
-from atedm_bench.unet_variants import FULL, OURS, TOMESD
+from atedm_bench.unet_calls import GRAPH, Notify, UNetCallBuilder, UNetSettings, UNetVariant
+from atedm_bench.unet_rows import measured_rows, ranking_facts
+from atedm_bench.unet_variants import OURS, TOMESD
 from atedm_bench.whole_runs import WholeRuns
 from atedm_kernels.registry import OPS
 
@@ -31,16 +31,6 @@ HOST = "ours host"
 
 # Rounds of whole runs, each of which takes as long as dozens of calls.
 RUN_REPEATS = 3
-
-# Name suffix of variants that run as a CUDA graph, which excludes the host's work.
-GRAPH = " graph"
-# The key of a row's speed-up over the full UNet that runs in the same way.
-_SUFFIXES = {
-    "": "",
-    COMPILED: "_over_full_compiled",
-    GRAPH: "_over_full_graph",
-    COMPILED + GRAPH: "_over_full_compiled_graph",
-}
 
 
 class UNetBench:
@@ -103,7 +93,7 @@ class UNetBench:
         for variant in variants:
             if not variant.graph:
                 notify(f"{variant.name}: memory and stages")
-                self._inspect(variant)
+                _inspect(variant, self.settings.device)
 
     def _captured(self, variant: UNetVariant) -> list[UNetVariant]:
         """Return the same call as a CUDA graph; empty if it cannot be captured, as with tomesd's random numbers."""
@@ -147,46 +137,9 @@ class UNetBench:
             return False
         return True
 
-    def _inspect(self, variant: UNetVariant) -> None:
-        device = self.settings.device
-        # One call serves both: recording copies only a few kilobytes.
-        records = variant.is_ours and not variant.compiled
-        with atedm.record(variant.unet) if records else contextlib.nullcontext() as recording:
-            variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
-        if not variant.is_ours:
-            return
-        if recording is not None:
-            variant.fields.update(ranking_facts(recording))
-            variant.fields["remembered_bytes"] = recording.memory_bytes
-        ops = op_seconds_of(variant.call, device)
-        for stage, names in STAGES.items():
-            variant.fields[f"stage_{stage}_seconds"] = sum(ops.get(name, 0.0) for name in names) if ops else None
-        if ops and variant.seconds:
-            stages = sum(variant.fields[f"stage_{stage}_seconds"] for stage in STAGES if stage != "attention")
-            variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)
-
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat object per variant, then DSAP's average over a run, the host's work, and what failed."""
-        rows = [
-            {
-                "name": variant.name,
-                "seconds": statistics.median(variant.seconds),
-                "seconds_low": min(variant.seconds),
-                "seconds_high": max(variant.seconds),
-                "repeats": len(variant.seconds),
-                "derived": False,
-                **variant.fields,
-            }
-            for variant in self.variants
-            if variant.seconds
-        ]
-        for suffix in _SUFFIXES:
-            rows += average_row(rows, suffix, self.settings.steps)
-        by_name = {row["name"]: row for row in rows}
-        for row in rows:
-            for suffix, key in _SUFFIXES.items():
-                reference, key = FULL + suffix, "speedup" + key
-                row[key] = by_name[reference]["seconds"] / row["seconds"] if reference in by_name else None
+        rows = measured_rows(self.variants, self.settings.steps)
         failed = dict(self._failed)
         if self._runs is not None:
             rows += self._runs.rows()
@@ -224,3 +177,22 @@ def _has_time(variants: list[UNetVariant], seconds: float) -> bool:
     if not all(variant.seconds for variant in variants):
         return True
     return 3 * sum(statistics.fmean(variant.seconds) for variant in variants) < seconds
+
+
+def _inspect(variant: UNetVariant, device: torch.device) -> None:
+    """Add the memory and the stages of a call to the fields of ``variant``."""
+    # One call serves both: recording copies only a few kilobytes.
+    records = variant.is_ours and not variant.compiled
+    with atedm.record(variant.unet) if records else contextlib.nullcontext() as recording:
+        variant.fields["peak_memory_bytes"] = peak_memory_of(variant.call, device)
+    if not variant.is_ours:
+        return
+    if recording is not None:
+        variant.fields.update(ranking_facts(recording))
+        variant.fields["remembered_bytes"] = recording.memory_bytes
+    ops = op_seconds_of(variant.call, device)
+    for stage, names in STAGES.items():
+        variant.fields[f"stage_{stage}_seconds"] = sum(ops.get(name, 0.0) for name in names) if ops else None
+    if ops and variant.seconds:
+        stages = sum(variant.fields[f"stage_{stage}_seconds"] for stage in STAGES if stage != "attention")
+        variant.fields["stages_part_of_seconds"] = stages / statistics.median(variant.seconds)

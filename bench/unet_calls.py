@@ -20,6 +20,8 @@ from atedm_bench.whole_runs import TOMESD as TOMESD_RUN
 
 # Name suffix of variants that run compiled.
 COMPILED = " compiled"
+# Name suffix of variants that run as a CUDA graph, which excludes the host's work.
+GRAPH = " graph"
 
 Notify = Callable[[str], None]
 

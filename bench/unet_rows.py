@@ -1,18 +1,53 @@
-"""Rows of ``atedm-bench unet`` that are computed from other rows, and the fields that come from a recording."""
+"""The rows of ``atedm-bench unet``: what was timed, what follows from other rows, and the facts of a recording."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import atedm
 from atedm.unet.recording import Recording
-from atedm_bench.unet_variants import LIGHT, OURS
+from atedm_bench.unet_calls import COMPILED, GRAPH, UNetVariant
+from atedm_bench.unet_variants import FULL, LIGHT, OURS
 
 AVERAGE = "ours DSAP average"
 
+# The key of a row's speed-up over the full UNet that runs in the same way, by the suffix of its name.
+_SPEEDUPS = {
+    "": "speedup",
+    COMPILED: "speedup_over_full_compiled",
+    GRAPH: "speedup_over_full_graph",
+    COMPILED + GRAPH: "speedup_over_full_compiled_graph",
+}
 
-def average_row(rows: list[dict[str, Any]], suffix: str, steps: int) -> list[dict[str, Any]]:
+
+def measured_rows(variants: Sequence[UNetVariant], steps: int) -> list[dict[str, Any]]:
+    """Return a row for each variant that was timed, then DSAP's average over a run of ``steps`` steps."""
+    rows = [
+        {
+            "name": variant.name,
+            "seconds": statistics.median(variant.seconds),
+            "seconds_low": min(variant.seconds),
+            "seconds_high": max(variant.seconds),
+            "repeats": len(variant.seconds),
+            "derived": False,
+            **variant.fields,
+        }
+        for variant in variants
+        if variant.seconds
+    ]
+    for suffix in _SPEEDUPS:
+        rows += _average_row(rows, suffix, steps)
+    seconds = {row["name"]: row["seconds"] for row in rows}
+    for row in rows:
+        for suffix, key in _SPEEDUPS.items():
+            full = seconds.get(FULL + suffix)
+            row[key] = None if full is None else full / row["seconds"]
+    return rows
+
+
+def _average_row(rows: list[dict[str, Any]], suffix: str, steps: int) -> list[dict[str, Any]]:
     """Average our call over a run of ``steps`` steps with DSAP, from the rows of its two phases, if both are there."""
     by_name = {row["name"]: row for row in rows}
     light, rest = by_name.get(LIGHT + suffix), by_name.get(OURS + suffix)

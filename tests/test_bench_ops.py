@@ -77,8 +77,8 @@ def test_shapes_are_those_of_sdxl():
 
 def test_work_is_counted(inputs):
     """B 2, H 20, N 24, D 64, 9 kept, float32; every factor written out."""
-    case = {c.name: c.work for c in cases(SHAPE, torch.float32, inputs, 5)}
-    attention = attention_case(SHAPE, torch.float32, inputs).work
+    case = {c.name: c.work for c in cases(inputs, 5)}
+    attention = attention_case(inputs).work
     assert attention == Work(4 * 2 * 20 * 24 * 24 * 64, 2 * 20 * 24 * 24, 4 * 2 * 20 * 24 * 64 * 4)
     sums = Work(2 * 2 * 20 * 24 * 24 * 64, 2 * 20 * 24 * 24, 2 * 20 * (48 * 64 * 4 + 48 * 4))
     assert case["attention_column_sums"] == sums
@@ -272,7 +272,7 @@ def test_what_is_no_file_is_written_once_at_the_end(tmp_path, quick):
 def test_errors_are_printed_as_they_are(capsys):
     text = "cannot read [/usr/lib/x.so], expected [B, C], got [red]"
     row = {"shape": "s", "size": "1", "level": 2, "dtype": "bf16", "name": "n", "variant": "v", "error": text}
-    document = {"rows": [row], "settings": {"device": "cpu"}, "device": "d"}
+    document = {"rows": [row], "recording": [], "settings": {"device": "cpu"}, "device": "d"}
     console = Console(width=200)
     cli_ops._print(document, console)
     document["settings"] = dict.fromkeys(("model", "size", "batch", "dtype", "memory_format", "rounds"))

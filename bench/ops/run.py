@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import atedm_kernels
-from atedm_bench.measure import Graphs, attention_backend_of, by_turns, error_line, peak_memory_of, seconds_of
-from atedm_bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, OpCase, OpInputs, attention_case, cases
+from atedm_bench.measure import Graphs, by_turns, peak_memory_of, seconds_of
+from atedm_bench.ops.cases import COMPILED, OURS, PLAIN, OpInputs
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
 from atedm_bench.ops.recording import recording_rows
+from atedm_bench.ops.rows import OpsRows, dtype_name
 from atedm_bench.ops.shapes import Shape
-from atedm_kernels.registry import OPS
-
-REFERENCE = "reference"
+from atedm_bench.ops.variants import OpsVariant, variants_of
 
 # With fewer rounds, the range would say nothing about the spread.
 _MIN_ROUNDS = 3
@@ -53,19 +50,6 @@ class OpsSettings:
     seed: int = 0
 
 
-@dataclass
-class OpsVariant:
-    """One way to run a case."""
-
-    case: OpCase
-    name: str
-    backend: str
-    call: Callable[[], object]
-    seconds: list[float] = field(default_factory=list)
-    extra_memory: int | None = None
-    graph: bool = False
-
-
 class OpsBench:
     """Measures one shape after the other. The rows so far are available at any time.
 
@@ -79,10 +63,8 @@ class OpsBench:
         self.ceilings: dict[str, Ceilings] = {}
         self.failed = False
         self.recording: list[dict[str, Any]] = []
-        self._rows: list[dict[str, Any]] = []
+        self._rows = OpsRows(self.ceilings)
         self._left_out: list[str] = []
-        # Seconds of eager plain PyTorch by shape, dtype and case, to compare the compiled one with.
-        self._plain: dict[tuple[str, str, str], float] = {}
         # Zeroed before every call, so that no variant finds another's data in the GPU's cache.
         self._flushed: torch.Tensor | None = None
         self._graphs: Graphs | None = None
@@ -107,12 +89,12 @@ class OpsBench:
             self._flushed = torch.empty(size, dtype=torch.uint8, device=s.device)
         with torch.no_grad():
             for dtype in s.dtypes:
-                notify(f"{_name(dtype)}: ceilings of this device")
-                self.ceilings[_name(dtype)] = measure_ceilings(s.device, dtype)
+                notify(f"{dtype_name(dtype)}: ceilings of this device")
+                self.ceilings[dtype_name(dtype)] = measure_ceilings(s.device, dtype)
             self.recording = recording_rows(s.device, s.dtypes[0], max(s.repeats, _MIN_ROUNDS), s.only)
             passes = self._passes()
             for n, (dtype, shape, compiled) in enumerate(passes):
-                what = f"{_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"
+                what = f"{dtype_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"
                 what += ", compiled" if compiled else ""
                 notify(what)
                 left = end - time.monotonic()
@@ -127,55 +109,32 @@ class OpsBench:
         # The graphs of the last shape are freed too.
         self._graphs = Graphs(self.settings.device) if self.settings.device.type == "cuda" else None
         inputs = OpInputs(shape, dtype, self.settings.device, self.settings.seed)
-        variants = []
-        for variant in self._variants(shape, dtype, inputs, compiled):
-            if self._tried(variant, shape, dtype, lambda variant=variant: self._warm_up(variant, dtype)):
-                variants.append(variant)
+        variants = variants_of(inputs, self.settings.iterations, self.settings.only, compiled)
+        variants = [variant for variant in variants if self._tried(variant, self._warm_up)]
         for done in range(self.settings.repeats):
             if done >= _MIN_ROUNDS and time.monotonic() > end:
                 break
             for variant in by_turns(variants, done):
-                if not self._tried(variant, shape, dtype, lambda variant=variant: self._time(variant)):
+                if not self._tried(variant, self._time):
                     variants = [other for other in variants if other is not variant]
-        self._rows += self._rows_of(variants, shape, dtype, compiled)
+        self._rows.add(variants, compiled)
 
-    def _tried(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype, action: Callable[[], None]) -> bool:
+    def _tried(self, variant: OpsVariant, action: Callable[[OpsVariant], None]) -> bool:
         """Run ``action``. If it raises, add a row with the error and return False: out of memory is a result too."""
         try:
-            action()
+            action(variant)
         except Exception as error:
-            self._rows.append({**self._head(variant, shape, dtype), "error": error_line(error)})
+            self._rows.add_failed(variant, error)
             self.failed |= variant.name.startswith(OURS)
             if self.settings.device.type == "cuda":
                 torch.cuda.empty_cache()
             return False
         return True
 
-    def _variants(self, shape: Shape, dtype: torch.dtype, inputs: OpInputs, compiled: bool) -> list[OpsVariant]:
-        s = self.settings
-        attention = attention_case(shape, dtype, inputs)
-        kernel = attention_backend_of(inputs.q, inputs.k, inputs.v)
-        found = [OpsVariant(attention, ATTENTION, kernel, attention.calls[ATTENTION])]
-        for case in cases(shape, dtype, inputs, s.iterations):
-            if s.only and case.op not in s.only:
-                continue
-            if compiled:
-                if PLAIN in case.calls:
-                    call = torch.compile(case.calls[PLAIN], dynamic=False)
-                    found.append(OpsVariant(case, COMPILED, "torch", call))
-                continue
-            for name, call in case.calls.items():
-                ours = name.startswith(OURS)
-                backend = OPS[case.op].backend_for(s.device, dtype)[0] if ours else "torch"
-                found.append(OpsVariant(case, name, backend, call))
-                if name == OURS and backend not in ("torch", REFERENCE) and s.device.type == "cpu":
-                    found.append(OpsVariant(case, OURS, REFERENCE, _on_reference(call)))
-        return found
-
-    def _warm_up(self, variant: OpsVariant, dtype: torch.dtype) -> None:
+    def _warm_up(self, variant: OpsVariant) -> None:
         device = self.settings.device
         if variant.name in (PLAIN, COMPILED):
-            _check_memory(variant.case.map_elements * dtype.itemsize, device)
+            _check_memory(variant.map_bytes, device)
         for _ in range(2 if device.type == "cpu" else 3):
             variant.call()
         if self._graphs is None:
@@ -189,72 +148,16 @@ class OpsBench:
         before = None if self._flushed is None else self._flushed.zero_
         variant.seconds.append(seconds_of(variant.call, self.settings.device, before))
 
-    def _head(self, variant: OpsVariant, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-        return {
-            "name": variant.case.name,
-            "variant": variant.name,
-            "backend": variant.backend,
-            "shape": str(shape),
-            "size": shape.size,
-            "level": shape.level,
-            "batch": shape.batch,
-            "dtype": _name(dtype),
-        }
-
-    def _rows_of(
-        self, variants: Sequence[OpsVariant], shape: Shape, dtype: torch.dtype, compiled: bool
-    ) -> list[dict[str, Any]]:
-        medians = {id(v): statistics.median(v.seconds) for v in variants}
-        by_name = {(v.case.name, v.name): medians[id(v)] for v in reversed(variants)}
-        attention = next((medians[id(v)] for v in variants if v.name == ATTENTION), None)
-        place = (str(shape), _name(dtype))
-        if not compiled:
-            self._plain.update({(*place, case): s for (case, name), s in by_name.items() if name == PLAIN})
-        rows = []
-        for v in variants:
-            if compiled and v.name == ATTENTION:  # the eager pass already has this row
-                continue
-            median = medians[id(v)]
-            floor, bound = self.ceilings[_name(dtype)].floor(v.case.work)
-            plain = self._plain.get((*place, v.case.name))
-            copy = by_name.get((v.case.name, COPY))
-            map_bytes = v.case.map_elements * dtype.itemsize
-            rows.append(
-                {
-                    **self._head(v, shape, dtype),
-                    "seconds": median,
-                    "seconds_low": min(v.seconds),
-                    "seconds_high": max(v.seconds),
-                    "repeats": len(v.seconds),
-                    "iterations": v.case.times,
-                    "ratio_to_attention": None if attention is None else median / (attention * v.case.times),
-                    "ratio_to_floor": median / floor,
-                    "floor_seconds": floor,
-                    "floor_bound_by": bound,
-                    "flops": v.case.work.flops,
-                    "exponentials": v.case.work.exponentials,
-                    "bytes": v.case.work.bytes,
-                    "speedup_over_plain": None if plain is None else plain / median,
-                    "ratio_to_copy": None if copy is None else median / copy,
-                    "extra_memory_bytes": v.extra_memory,
-                    "extra_memory_part_of_map": (
-                        None if v.extra_memory is None or not map_bytes else v.extra_memory / map_bytes
-                    ),
-                    "cuda_graph": v.graph,
-                }
-            )
-        return rows
-
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat object per case and variant."""
-        return list(self._rows)
+        return list(self._rows.rows)
 
     def settings_for_report(self) -> dict[str, Any]:
         """Everything that the figures depend on."""
         s = self.settings
         return {
             "device": str(s.device),
-            "dtypes": [_name(dtype) for dtype in s.dtypes],
+            "dtypes": [dtype_name(dtype) for dtype in s.dtypes],
             "iterations": s.iterations,
             "repeats": s.repeats,
             "minutes": s.minutes,
@@ -271,18 +174,6 @@ class OpsBench:
                 for what, value in vars(ceilings).items()
             },
         }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _on_reference(call: Callable[[], object]) -> Callable[[], object]:
-    def on_reference() -> object:
-        with atedm_kernels.backend(REFERENCE):
-            return call()
-
-    return on_reference
 
 
 def _bytes_of(out: object) -> int:

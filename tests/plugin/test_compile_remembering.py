@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import atedm
 from atedm.policy.options import PUBLISHED
-from atedm.unet.attach import calls_of
 from atedm.unet.graphs import graphs_per_size
+from atedm.unet.installing import calls_of
 from tests.helpers.running import timesteps_of
 from tests.helpers.slow_unet import RATIO, SlowUNet
 

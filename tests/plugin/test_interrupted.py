@@ -11,7 +11,7 @@ import torch
 
 import atedm
 from atedm.policy.options import PUBLISHED
-from atedm.unet.attach import calls_of
+from atedm.unet.installing import calls_of
 from tests.helpers.running import timesteps_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

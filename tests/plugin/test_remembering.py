@@ -223,7 +223,7 @@ def tensors():
 
 def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet, inputs):
     atedm.apply(unet, PUBLISHED, **OURS)
-    memory = atedm.unet.attach.calls_of(unet).memory
+    memory = atedm.unet.installing.calls_of(unet).memory
     run(unet, inputs)
     gc.collect()
     before = tensors()
@@ -242,7 +242,7 @@ def test_memory_is_freed_with_the_picture_and_grows_with_no_number_of_them(unet,
 
 def test_a_thousand_pictures_leave_nothing(unet, inputs):
     atedm.apply(unet, PUBLISHED, **OURS)
-    planner, taken = atedm.unet.attach.calls_of(unet).planner, set()
+    planner, taken = atedm.unet.installing.calls_of(unet).planner, set()
     for n in range(1000):
         timesteps = scheduler_of(7).timesteps
         for timestep in timesteps if n % 2 else timesteps[:3]:  # every other one is broken off
@@ -262,7 +262,7 @@ def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):
     for call in list(calls_of(inputs, scheduler.timesteps))[:2]:
         unet(**call)
     assert set(unet.state_dict()) == before
-    assert len(atedm.unet.attach.calls_of(copy.deepcopy(unet)).memory) == 0
+    assert len(atedm.unet.installing.calls_of(copy.deepcopy(unet)).memory) == 0
     unet.save_pretrained(tmp_path)
     saved = UNet2DConditionModel.from_pretrained(tmp_path)
     assert all(torch.equal(weight, unet.state_dict()[name]) for name, weight in saved.state_dict().items())
@@ -295,7 +295,7 @@ def test_what_a_picture_takes_at_sdxl_size():
         ({"schedule": ["whole", "pruned", "reused"], "recovery": "cached"}, updates + feature, 105),
     ):
         with atedm.applied(unet, PUBLISHED, **options):
-            planner = atedm.unet.attach.calls_of(unet).planner
+            planner = atedm.unet.installing.calls_of(unet).planner
             with planner.all_of_kind("pruned", sample):
                 assert planner.forced.slot.nbytes == expected
         assert round(expected / 1e6) == shown

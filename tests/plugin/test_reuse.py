@@ -8,7 +8,7 @@ import torch
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.policy.schedule import Adaptive, Every, Listed, Progress
-from atedm.unet.attach import calls_of
+from atedm.unet.installing import calls_of
 from tests.helpers.running import latents, timesteps_of
 
 KINDS = ["whole", "reused", "pruned", "reused"]

@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.policy.ranking import WARM_ITERATIONS
-from atedm.unet.attach import calls_of
 from atedm.unet.errors import RankedNaN
 from atedm.unet.graphs import graphs_per_size
+from atedm.unet.installing import calls_of
 from atedm_kernels import DEFAULT_MAX_ITERATIONS
 from tests.helpers.running import timesteps_of
 

@@ -1,7 +1,6 @@
 """``atedm-bench quality``, end to end: on the embedded model, with fewer layers here, and with it as a checkpoint."""
 
 import copy
-import dataclasses
 import functools
 import json
 import os
@@ -18,15 +17,11 @@ from typer.testing import CliRunner
 from atedm import embedded
 from atedm.app.prompts import picture_path
 from atedm.embedded import WEIGHTS, embedded_pipeline
-from atedm.policy.options import PUBLISHED
 from atedm_bench.cli import app
-from atedm_bench.methods import Costs
-from atedm_bench.quality import convergence, lab, session
+from atedm_bench.quality import lab, session
 from atedm_bench.quality.checker_training import held_out_renders
-from atedm_bench.quality.claims import CLAIMS
 from atedm_bench.quality.lab import CHOSEN, scene_cases
 from atedm_bench.quality.samplers import SCHEDULERS, set_scheduler, timesteps_of
-from atedm_bench.quality.settings import BUDGETS, Plan
 from atedm_bench.scenes.split import held_out
 from tests.helpers.shallow import save_shallow, shallow_pipeline
 
@@ -222,54 +217,12 @@ def test_convergence_rows(finished):
         assert row["stopped_0.1_of_10_iterations"] == pytest.approx(row["iterations_to_0.1"], abs=0.5)
 
 
-def test_a_start_at_the_ranking_before_goes_on_from_its_scores():
-    q, k = torch.randn(2, 2, 4, 60, 8, generator=torch.Generator().manual_seed(0)) * 2
-    lse = (q @ k.mT * 8**-0.5).logsumexp(-1)
-    seen, before = [convergence._Seen(), convergence._Seen()], {}
-    for each in seen:
-        convergence._observe(q, k, lse, 20, each, before)
-    assert not seen[0].warm
-    for warm, cold in ((1, 6), (3, 8), (5, 10)):  # of the same map, after the 5 of the first time
-        (overlap,) = seen[1].warm[warm]
-        assert torch.equal(overlap, seen[1].jaccard[cold][0])
-    assert seen[1].warm[3][0].mean() > seen[1].jaccard[3][0].mean()
-
-
 def test_plots_and_sheets_are_written(finished):
     _, folder, output = finished
     for name in ("trade-off.png", "convergence.png", "sheet-presets.png", "sheet-plane.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200
         assert name in "".join(output.split())
-
-
-def test_the_published_method_and_its_ablations_at_their_flops():
-    pipe = small_pipeline()
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    counter = session.flops_of(pipe, side, side)
-    costs = Costs(counter, timesteps_of(pipe, 25))
-    plan = Plan(costs)
-    names = [name for group in plan.groups.values() for name in group]
-    assert {name for claim in CLAIMS for pair in claim.pairs for name in pair} <= set(names)
-    found = {s.name: s for s in plan.settings(["ours b", "ours c", "tomesd c", "random c", "ablation"])}
-    full = counter.full().unet
-
-    def flops(name):
-        method = found[name].method
-        return method.flops(costs, method.options.kinds_of(25) if method.records else method.kinds(costs))
-
-    for budget in "bc":
-        options = found[f"ours {budget}"].method.options
-        assert counter.of_kind(options, "pruned").unet / full == pytest.approx(BUDGETS[budget], rel=0.01)
-        assert options == dataclasses.replace(PUBLISHED, ratio=options.ratio)
-    assert flops("tomesd c").unet == pytest.approx(flops("ours c").unet, rel=0.02)
-    assert flops("random c").unet == flops("ours c").unet
-    for name in ("DSAP off", "level 2 whole"):
-        assert found[name].note or flops(name).unet == pytest.approx(flops("ours c").unet, rel=0.01)
-    for name in ("recovery: zeros", "recovery: bicubic", "recovery: keys", "ranking: cross-attention"):
-        assert found[name].method.options.ratio == found["ours c"].method.options.ratio
-    # PageRank's iterations beside the source map, and the source map alone.
-    assert flops("ours c").scoring > 2 * flops("random c").scoring > 0
 
 
 def test_cases_are_held_out_and_longer_runs_begin_alike():

@@ -23,8 +23,8 @@ from atedm.policy.options import PUBLISHED, Options
 from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import DSAP
 from atedm.policy.selection import kept_tokens
-from atedm.unet.attach import calls_of
 from atedm.unet.blocks import AttentionBlock, attention_blocks
+from atedm.unet.installing import calls_of
 from atedm.unet.reuse import stages_of
 from atedm_kernels.registry import OPS
 

@@ -1,1 +1,1 @@
-"""Pruning of a diffusers UNet: ``attach`` changes its modules, ``block`` computes a pruned block."""
+"""Pruning of a diffusers UNet: ``attach`` applies it, ``installing`` changes modules, ``block`` computes a block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,31 +15,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from atedm.policy.options import Options, resolve
-from atedm.unet.block import PrunedBlock
-from atedm.unet.blocks import (
-    AttentionBlock,
-    Place,
-    attention_blocks,
-    blocks_to_prune,
-    runs_its_own_forward,
-    unwrapped,
-)
+from atedm.unet.blocks import attention_blocks, unwrapped
 from atedm.unet.calls import Following, UNetCalls
-from atedm.unet.graphs import count_graphs, is_compiled
+from atedm.unet.installing import calls_of, install, make_calls, parts_on, uninstall
+from atedm.unet.prunable import blocks_to_prune
 from atedm.unet.recording import Recording
-from atedm.unet.reuse import UNetStage, make_stages, stages_of, why_not_reusable
+from atedm.unet.reuse import why_not_reusable
 
 logger = logging.getLogger("atedm")
 
 Pipeline = TypeVar("Pipeline")
-
-# The settings last removed from each UNet. The guards of a compiled graph check for the very objects that it was made
-# with, so applying equal settings reuses those objects and needs no new graph.
-_EARLIER: weakref.WeakKeyDictionary[nn.Module, list[UNetCalls]] = weakref.WeakKeyDictionary()
-_MAX_EARLIER = 8
-
-# The attribute that holds a module's forward, and the one where accelerate keeps the forward that its hook wraps.
-_FORWARDS = ("forward", "_old_forward")
 
 
 def _denoiser_of(target: object) -> Any:
@@ -48,152 +33,13 @@ def _denoiser_of(target: object) -> Any:
 
 
 def _unet_of(target: object) -> UNet2DConditionModel:
-    unet = _denoiser_of(target)
-    unet = unwrapped(unet)
+    unet = unwrapped(_denoiser_of(target))
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(
             f"pipe is a {type(target).__name__} with the denoiser {type(unet).__name__}; "
             "expected a pipeline with a UNet2DConditionModel as its unet, or that UNet itself"
         )
     return unet
-
-
-def calls_of(unet: nn.Module) -> UNetCalls | None:
-    """The hook that holds the state of what is applied to ``unet``; None if nothing is applied."""
-    for hook in unet._forward_pre_hooks.values():
-        if isinstance(hook, UNetCalls):
-            return hook
-    for module in unet.modules():  # another tool may have cleared the hooks
-        for part in _parts_on(module).values():
-            if not part.calls.following.is_in_place:
-                return part.calls
-    return None
-
-
-def _parts_on(module: nn.Module) -> dict[str, PrunedBlock | UNetStage]:
-    """The forwards that atedm has put on ``module``, by attribute name."""
-    found = {name: module.__dict__.get(name) for name in _FORWARDS}
-    return {name: part for name, part in found.items() if isinstance(part, (PrunedBlock, UNetStage))}
-
-
-def _own_forward(module: nn.Module) -> Any:
-    return type(module).forward.__get__(module)
-
-
-def _uninstall(unet: nn.Module) -> UNetCalls | None:
-    """Remove what is applied and return it. If a forward is no longer atedm's, raise before changing anything."""
-    calls = calls_of(unet)
-    if calls is None:
-        return None
-    # If another tool has restored the class's own forward, there is nothing to remove.
-    installed = [part for part in calls.parts if not runs_its_own_forward(part.module)]
-    for part in installed:
-        if part not in _parts_on(part.module).values():
-            raise RuntimeError(
-                f"the forward of {part.name} has been replaced since atedm.apply; expected atedm's: undo that first"
-            )
-    for part in installed:
-        module = part.module
-        if module.__dict__.get("forward") is not part:
-            # An accelerate hook was added after atedm's forward and keeps the forward that it wraps under this name.
-            module._old_forward = part.previous or _own_forward(module)
-        elif part.previous is None:
-            del module.forward
-        else:
-            module.forward = part.previous
-    put_back = [part.previous for part in installed]  # may be atedm's own, if UNets share a part
-    for module in unet.modules():  # a copy of a pruned block may have replaced it
-        strays = {name: part for name, part in _parts_on(module).items() if part not in put_back}
-        if "forward" in strays:
-            del module.forward
-        if "_old_forward" in strays:
-            module._old_forward = _own_forward(module)
-    calls.stop_following()
-    _EARLIER.setdefault(unet, []).append(calls)
-    del _EARLIER[unet][:-_MAX_EARLIER]
-    return calls
-
-
-def _install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
-    """Put ``calls`` on ``unet``. ``target`` is the UNet, or what ``torch.compile`` has wrapped around it."""
-    if calls in _EARLIER.get(unet, []):
-        _EARLIER[unet].remove(calls)
-    for part in calls.parts:
-        part.previous = part.module.__dict__.get("forward")
-        part.module.forward = part
-    hooks = [
-        unet.register_forward_pre_hook(calls, with_kwargs=True),
-        unet.register_forward_hook(calls.end, always_call=True),
-    ]
-    undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
-    calls.following = Following(target, hooks, undo)
-    compiled = [unet] if is_compiled(target, unet) else calls.parts.compiled
-    if compiled:
-        count_graphs(unet, calls, compiled)
-
-
-def _around_graph(
-    target: nn.Module,
-    unet: nn.Module,
-    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-    after: Callable[[bool], None],
-) -> list[Callable[[], None]]:
-    """Call ``before`` and ``after`` around each run of a graph of the whole ``unet``.
-
-    ``after`` gets True if the run has finished, False if it was interrupted or raised.
-
-    Args:
-        target: the object that is called: ``unet``, or the result of ``torch.compile(unet)``.
-
-    Returns:
-        Functions that undo this.
-    """
-    undo: list[Callable[[], None]] = []
-
-    def follow(module: nn.Module, attribute: str) -> None:
-        compiled = getattr(module, attribute)
-
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            before(unet, args, kwargs)
-            output = None
-            try:
-                output = compiled(*args, **kwargs)
-                return output
-            finally:  # torch does not call forward hooks after an interrupt
-                after(output is not None)
-
-        def restore() -> None:
-            if module.__dict__.get(attribute) is followed:
-                setattr(module, attribute, compiled)
-
-        setattr(module, attribute, followed)
-        undo.append(restore)
-
-    if target is not unet:
-        follow(target, "forward")
-    if unet._compiled_call_impl is not None:  # set by unet.compile(); its graph includes the hooks
-        follow(unet, "_compiled_call_impl")
-    return undo
-
-
-def _calls_for(unet: nn.Module, blocks: list[AttentionBlock], options: Options) -> UNetCalls:
-    """Return the removed calls that applied the same options, if any, so that compiled graphs stay valid; else new
-    ones."""
-    modules = [block.module for block in blocks]
-    if "reused" in options.steps.kinds:
-        modules += [stage for _, stage in stages_of(unet)]
-    for calls in _EARLIER.get(unet, []):
-        is_of = [part.module for part in calls.parts] == modules
-        if calls.options == options and is_of and all(part.is_current for part in calls.parts):
-            return calls
-    calls = UNetCalls(options)
-    calls.parts.blocks = [
-        PrunedBlock(block.name, block.module, Place.of(unet, block.name), block.level, block.whole_when_light, calls)
-        for block in blocks
-    ]
-    if "reused" in options.steps.kinds:
-        calls.parts.stages = make_stages(unet, calls)
-    return calls
 
 
 def apply(
@@ -272,14 +118,14 @@ def apply(
             f"the UNet's features cannot be reused: {reason}; expected a schedule without 'reused' steps, such as "
             "schedule=None or the preset 'paper'"
         )
-    blocks = blocks_to_prune(unet, settings, lambda module: bool(_parts_on(module)))
+    blocks = blocks_to_prune(unet, settings, lambda module: bool(parts_on(module)))
     earlier = calls_of(unet)
     recordings = [] if earlier is None else earlier.recordings  # an open recording continues
-    _uninstall(unet)
-    calls = _calls_for(unet, blocks, settings)
+    uninstall(unet)
+    calls = make_calls(unet, blocks, settings)
     calls.begin(scheduler)
     calls.recordings = recordings
-    _install(_denoiser_of(pipe), unet, calls)
+    install(_denoiser_of(pipe), unet, calls)
     logger.info("pruning %d of %d attention blocks", len(blocks), len(attention_blocks(unet)))
     return pipe
 
@@ -295,7 +141,7 @@ def remove(pipe: Pipeline) -> Pipeline:
     calls = calls_of(unet)
     if calls is not None and calls.recordings:
         logger.warning("atedm was removed during a recording, which ends here")
-    _uninstall(unet)
+    uninstall(unet)
     return pipe
 
 
@@ -329,7 +175,7 @@ def applied(
         position = scopes.index(scope)
         del scopes[position]
         if position == len(scopes):
-            _uninstall(unet)
+            uninstall(unet)
             scope.restore(unet)
         else:
             scopes[position].before = scope.before  # the next scope restores what this one would have restored
@@ -346,7 +192,7 @@ class _Scope:
             calls, state = self.before
             vars(calls).update(state)
             target = calls.following.target
-            _install(unet if target is None else target, unet, calls)
+            install(unet if target is None else target, unet, calls)
 
 
 # The open scopes of each UNet, innermost last, and the scopes that this task or thread is inside.

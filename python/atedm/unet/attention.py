@@ -1,4 +1,4 @@
-"""The linear parts of a plain attention, one by one, and IP-Adapter masks for the kept tokens."""
+"""What a pruned block computes of a plain attention: its parts one by one, its map, masks for the kept tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,46 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from atedm_kernels import gather_tokens
+import atedm_kernels as kernels
+from atedm.policy.attention_map import AttentionMap
 from atedm_kernels.ops.gather_pair import gather_pair
+
+# The processors of perturbed-attention guidance, with the number of equal parts that they split the batch into. They
+# perturb the last part: each of its tokens attends only to itself.
+PERTURBING_PROCESSORS = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
+
+
+def self_attention(layer: nn.Module, hidden_states: Tensor, index: Tensor | None) -> tuple[Tensor, AttentionMap]:
+    """The self-attention of a layer before its output projection, ``[B, M, H·D]``, and its map.
+
+    With ``index`` ``[B, K]``, queries are computed only for these tokens.
+    """
+    attention = layer.attn1
+    q, k, v = _project(attention, layer.norm1(hidden_states), index)
+    scale = _scale_of(attention)
+    attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
+    parts = PERTURBING_PROCESSORS.get(type(attention.processor).__name__)
+    if parts is not None:
+        # The perturbed part keeps its own values. The ranking reads the map as it is without perturbation.
+        own = v[-(v.shape[0] // parts) :]
+        if index is not None:
+            at = index[-own.shape[0] :, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
+            own = own.gather(2, at)
+        attended = torch.cat([attended[: -own.shape[0]], own])
+    return attended.transpose(1, 2).flatten(2), AttentionMap(q, k, lse, scale)
+
+
+@torch.no_grad()
+def cross_attention_map(layer: nn.Module, hidden_states: Tensor, text: Any) -> AttentionMap:
+    """The map of a layer's cross-attention. ``text`` may be an IP-Adapter's pair of text and images."""
+    attention = layer.attn2
+    if isinstance(text, tuple):
+        text = text[0]
+    q, k = _project_cross(attention, layer.norm2(hidden_states), text)
+    scale = _scale_of(attention)
+    # Only the logsumexp is needed, so the keys stand in for the values.
+    _, lse = kernels.attention_with_logsumexp(q, k, k, scale=scale)
+    return AttentionMap(q, k, lse, scale)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -31,20 +69,20 @@ def _is_fused(attention: nn.Module) -> bool:
     return type(attention.processor).__name__ == "FusedAttnProcessor2_0"
 
 
-def project(attention: nn.Module, hidden_states: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attention: nn.Module, hidden_states: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, H, N, D]`` of a self-attention; with ``index`` ``[B, K]``, queries only of these
     tokens."""
     if _is_fused(attention):
         q, k, v = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-        q = q if index is None else gather_tokens(q, index)
+        q = q if index is None else kernels.gather_tokens(q, index)
     else:
-        asking = hidden_states if index is None else gather_tokens(hidden_states, index)
+        asking = hidden_states if index is None else kernels.gather_tokens(hidden_states, index)
         q, k, v = attention.to_q(asking), attention.to_k(hidden_states), attention.to_v(hidden_states)
     q, k, v = (_split_heads(x, attention.heads) for x in (q, k, v))
     return *_normed(attention, q, k), v
 
 
-def project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def _project_cross(attention: nn.Module, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` of a cross-attention."""
     if attention.norm_cross:
         text = attention.norm_encoder_hidden_states(text)
@@ -78,7 +116,7 @@ def project_out_kept(attention: nn.Module, attended: Tensor, tokens: Tensor, ind
     return project(attended, tokens)
 
 
-def scale_of(attention: nn.Module) -> float | None:
+def _scale_of(attention: nn.Module) -> float | None:
     """The scale of the logits; None for ``1/sqrt(D)``, the usual one."""
     head_dim = attention.inner_dim // attention.heads
     is_read = not type(attention.processor).__name__.endswith("2_0")  # those ignore attention.scale: torch's default

@@ -15,17 +15,11 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.unet.blocks import (
-    Place,
-    attention_blocks,
-    runs_its_own_forward,
-    unwrapped,
-    why_not_skippable,
-    why_stage_replaced,
-)
+from atedm.unet.blocks import Place, attention_blocks, unwrapped
 from atedm.unet.calls import UNetCalls
 from atedm.unet.gradients import refuse_gradients
 from atedm.unet.memory import Slot
+from atedm.unet.other_tools import runs_its_own_forward, why_not_skippable, why_stage_replaced
 
 _DOWN, _UP = (DownBlock2D, CrossAttnDownBlock2D), (UpBlock2D, CrossAttnUpBlock2D)
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import atedm_kernels as kernels
 from atedm.policy.attention_map import AttentionMap
 from atedm.policy.recovery import Refill
-from atedm.unet.attention import masks_of_kept, project, project_cross, project_out, project_out_kept, scale_of
-from atedm.unet.blocks import PERTURBING_PROCESSORS
+from atedm.unet.attention import cross_attention_map, masks_of_kept, project_out, project_out_kept, self_attention
 from atedm.unet.choosing import TokenChoice
 from atedm.unet.gradients import refuse_gradients
 from atedm.unet.memory import BlockMemory
@@ -95,9 +94,11 @@ class CompactTransformer:
         """Self-attention on every token, ranking, and the rest of the layer: ``[B, N, C]`` → ``[B, K, C]``."""
         block, layer = self._block, self._module.transformer_blocks[0]
         _check_call(attention_mask, cross_attention_kwargs)
+        index = None  # a ranking reads the queries of every token
         if block.ranking is None:
             self._choice.choose(None)
-        attended, attention = self._attend(layer, hidden_states)
+            index = self._choice.index
+        attended, attention = self_attention(layer, hidden_states, index)
 
         def run_rest(attended: Tensor, tokens: Tensor, cross_attention_kwargs: dict[str, Any] | None) -> Tensor:
             return block.layer_forward(
@@ -128,7 +129,7 @@ class CompactTransformer:
         if by_cross_attention:
             if encoder_attention_mask is not None:
                 raise ValueError("encoder_attention_mask is set; expected None with ranking='cross'")
-            self._choice.choose(lambda: _cross_attention_map(layer, attended + hidden_states, encoder_hidden_states))
+            self._choice.choose(lambda: cross_attention_map(layer, attended + hidden_states, encoder_hidden_states))
             self._find_refill(attention)
             if block.placement.is_early:
                 kept, tokens = gather_pair(attended, hidden_states, self._choice.index)
@@ -156,27 +157,6 @@ class CompactTransformer:
             cross_attention_kwargs=self._for_kept(cross_attention_kwargs),
             class_labels=class_labels,
         )
-
-    def _attend(self, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, AttentionMap]:
-        """Self-attention of the first layer before its output projection ``[B, M, H·D]``, and its map.
-
-        Queries are computed for all tokens, or without a ranking only for the kept ones, which are chosen by then.
-        """
-        attention = layer.attn1
-        # With a ranking, a checkpoint that runs again has an index too, but needs all queries.
-        index = self._choice.index if self._block.ranking is None else None
-        q, k, v = project(attention, layer.norm1(hidden_states), index)
-        scale = scale_of(attention)
-        attended, lse = kernels.attention_with_logsumexp(q, k, v, scale=scale)
-        parts = PERTURBING_PROCESSORS.get(type(attention.processor).__name__)
-        if parts is not None:
-            # The perturbed part keeps its own values. The ranking reads the map as it is without perturbation.
-            own = v[-(v.shape[0] // parts) :]
-            if index is not None:
-                at = index[-own.shape[0] :, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
-                own = own.gather(2, at)
-            attended = torch.cat([attended[: -own.shape[0]], own])
-        return attended.transpose(1, 2).flatten(2), AttentionMap(q, k, lse, scale)
 
     def _find_refill(self, attention: AttentionMap) -> None:
         """Find what the dropped tokens get, once per call. ``attention``: the map of the self-attention."""
@@ -211,18 +191,6 @@ class CompactTransformer:
         if recovery.remembers:
             refuse_gradients(compact, residual)
         return recovery.feature_map(compact, self._refill, residual)
-
-
-@torch.no_grad()
-def _cross_attention_map(layer: nn.Module, hidden_states: Tensor, text: Any) -> AttentionMap:
-    attention = layer.attn2
-    if isinstance(text, tuple):  # an IP-Adapter's (text, images)
-        text = text[0]
-    q, k = project_cross(attention, layer.norm2(hidden_states), text)
-    scale = scale_of(attention)
-    # Only the logsumexp is needed, so the keys stand in for the values.
-    _, lse = kernels.attention_with_logsumexp(q, k, k, scale=scale)
-    return AttentionMap(q, k, lse, scale)
 
 
 def _check_call(attention_mask: Tensor | None, kwargs: dict[str, Any] | None) -> None:

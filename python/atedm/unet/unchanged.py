@@ -12,22 +12,16 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from atedm.unet.blocks import (
-    LAYER,
-    METHOD,
-    METHODS,
-    NORMS,
+from atedm.unet.blocks import unwrapped
+from atedm.unet.other_tools import (
     PARTS,
-    PLAIN,
     parts_of,
     runs_forward,
     runs_its_own_forward,
-    unwrapped,
-    why_not_rankable,
     why_not_skippable,
-    why_not_tokenwise,
     why_stage_replaced,
 )
+from atedm.unet.prunable import LAYER, METHOD, METHODS, NORMS, PLAIN, why_not_rankable, why_not_tokenwise
 
 if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
