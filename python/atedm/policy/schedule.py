@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from atedm_kernels.registry import plain_number
@@ -52,12 +52,19 @@ class Progress:
         rate: change per step, between the last two computed steps, of the feature that ``reused`` steps take, relative
             to its norm; None until two steps have been computed, NaN or infinite if the feature is not finite. Reading
             it may synchronise with a GPU.
+        rates: what ``rate`` has returned so far, by the computed step at which the change was measured.
     """
 
     step: int
     total: int
     kinds: Mapping[int, str]
     rate: Callable[[], float | None]
+    rates: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> list[int]:
+        """The steps that have been computed, in order."""
+        return [step for step, kind in self.kinds.items() if kind != "reused"]
 
 
 class Schedule:
@@ -246,8 +253,9 @@ class Adaptive(Schedule):
     """Reuse features until they have changed by ``tolerance`` since the last computed step; then compute one (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
-    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. This adapts to any
-    scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed too,
+    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. A rate that has
+    grown is expected to go on growing by the same factor per step, as it does under Karras' timesteps. This adapts to
+    any scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed,
     because multistep solvers end on the UNet's output there. To make room for it, the rest of the run is divided into
     equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end`` stops
     before the last one, which no call can know. If features are not finite, the next step is computed: there is nothing
@@ -296,7 +304,7 @@ class Adaptive(Schedule):
         return "whole" if self.kinds == {"whole"} else None
 
     def kind(self, progress: Progress) -> str:
-        computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
+        computed = progress.computed
         if len(computed) < 2:
             return "whole" if not computed or progress.step >= computed[0] + self._least(progress) else "reused"
         if progress.step < computed[-1] + self._distance(progress, progress.total - 1 - computed[-1]):
@@ -330,8 +338,23 @@ class Adaptive(Schedule):
         tolerance = self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
         if not math.isfinite(rate):
             return 1  # whatever min_gap is: there is nothing to reuse
-        # Bounded before it is rounded: at a tiny rate the quotient may be infinite.
-        return int(min(max(tolerance / rate, self._least(progress)), self.max_gap))
+        least, growth = self._least(progress), _growth(progress)
+        since = progress.computed[-1] - progress.computed[-2]
+        for gap in range(min(self.max_gap, progress.total), least, -1):
+            # The rate is that in the middle of the last gap; what counts is that in the middle of the next one.
+            if gap * rate * growth ** ((since + gap) / 2) <= tolerance:
+                return gap
+        return least
+
+
+def _growth(progress: Progress) -> float:
+    """The factor by which the rate of change has grown per step, at least 1; 1 until two rates are known."""
+    computed = progress.computed
+    before, now = (progress.rates.get(step) for step in computed[-2:])
+    if len(computed) < 3 or not before or not now or not math.isfinite(before):
+        return 1.0
+    # Beyond a factor of 2, which no gap survives anyway, a power of it might overflow.
+    return min(max(1.0, (now / before) ** (2 / (computed[-1] - computed[-3]))), 2.0)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive": Adaptive}
