@@ -269,7 +269,7 @@ class Adaptive(Schedule):
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
-            12 steps is not pruned.
+            12 steps is not pruned, nor is a step in which the feature is expected to change by more than ``tolerance``.
         whole_every: from there on, every ``whole_every``-th computed step is whole, and those in between are pruned.
 
     Raises:
@@ -311,6 +311,8 @@ class Adaptive(Schedule):
             return "reused"
         if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
+        if self._tolerance(progress) < self._expected_change(progress, 1) < math.inf:
+            return "whole"  # the updates of dropped tokens would be out of date
         since_whole = 1
         for step in reversed(computed):
             if progress.kinds[step] == "whole":
@@ -335,16 +337,20 @@ class Adaptive(Schedule):
         rate = progress.rate()
         if not rate:
             return self.max_gap
-        tolerance = self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
         if not math.isfinite(rate):
             return 1  # whatever min_gap is: there is nothing to reuse
-        least, growth = self._least(progress), _growth(progress)
+        gap, most, tolerance = self._least(progress), min(self.max_gap, progress.total), self._tolerance(progress)
+        while gap < most and self._expected_change(progress, gap + 1) <= tolerance:
+            gap += 1
+        return gap
+
+    def _tolerance(self, progress: Progress) -> float:
+        return self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
+
+    def _expected_change(self, progress: Progress, gap: int) -> float:
+        """How much the feature may change in ``gap`` steps: at the rate in the middle of them, if it goes on growing."""
         since = progress.computed[-1] - progress.computed[-2]
-        for gap in range(min(self.max_gap, progress.total), least, -1):
-            # The rate is that in the middle of the last gap; what counts is that in the middle of the next one.
-            if gap * rate * growth ** ((since + gap) / 2) <= tolerance:
-                return gap
-        return least
+        return gap * (progress.rate() or 0.0) * _growth(progress) ** min((since + gap) / 2, 1000)
 
 
 def _growth(progress: Progress) -> float:
@@ -353,7 +359,7 @@ def _growth(progress: Progress) -> float:
     before, now = (progress.rates.get(step) for step in computed[-2:])
     if len(computed) < 3 or not before or not now or not math.isfinite(before):
         return 1.0
-    # Beyond a factor of 2, which no gap survives anyway, a power of it might overflow.
+    # No gap survives a factor of 2; powers of more would overflow.
     return min(max(1.0, (now / before) ** (2 / (computed[-1] - computed[-3]))), 2.0)
 
 
