@@ -348,7 +348,7 @@ class Adaptive(Schedule):
         return self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
 
     def _expected_change(self, progress: Progress, gap: int) -> float:
-        """How much the feature may change in ``gap`` steps: at the rate in the middle of them, if it goes on growing."""
+        """How much the feature may change in ``gap`` steps: at the rate in their middle, if it goes on growing."""
         since = progress.computed[-1] - progress.computed[-2]
         return gap * (progress.rate() or 0.0) * _growth(progress) ** min((since + gap) / 2, 1000)
 
