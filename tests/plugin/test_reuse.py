@@ -1,5 +1,7 @@
 """Steps that reuse deep features: beside ControlNets, adapters, FreeU and DeepCache, and on UNets of other shapes."""
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -193,14 +195,15 @@ def test_deepcache_on_top_works_without_reused_steps_and_is_refused_with_them(pi
 
 def kinds_of(schedule, total, rates):
     """The kinds of a run in which the feature changes by ``rates`` from each step to the next."""
-    kinds = {}
+    kinds, known = {}, {}
     for step in range(total):
         computed = [n for n, kind in kinds.items() if kind != "reused"]
 
         def rate(computed=computed):
-            return sum(rates[computed[-2] : computed[-1]]) / (computed[-1] - computed[-2])
+            known[computed[-1]] = sum(rates[computed[-2] : computed[-1]]) / (computed[-1] - computed[-2])
+            return known[computed[-1]]
 
-        kinds[step] = schedule.kind(Progress(step, total, kinds, rate))
+        kinds[step] = schedule.kind(Progress(step, total, kinds, rate, known))
     return "".join(kind[0] for kind in kinds.values())
 
 
@@ -235,6 +238,34 @@ def test_an_adaptive_schedule_follows_the_rate_of_change():
     assert kinds_of(Adaptive(0.3, min_gap=2), 23, [0.3] * 23) == "w" * 23  # too short for that
     assert kinds_of(Adaptive(1e9), 9, [0.0] * 9) == "wwrrrwrrw"  # a feature that stands still
     assert kinds_of(Adaptive(1e9), 9, [5e-324] * 9) == "wwrrrwrrw"
+
+
+def test_a_rate_that_grows_is_expected_to_go_on_growing():
+    """As under Karras' timesteps, where the rate doubles every few steps of the second half."""
+    growing = [0.03 * 1.15**n for n in range(24)]
+    found = kinds_of(Adaptive(0.3), 25, growing)
+    computed = [step for step, kind in enumerate(found) if kind == "w"]
+    changes = [sum(growing[a:b]) for a, b in itertools.pairwise(computed) if b - a > 1]
+    assert len(changes) > 3 and max(changes) <= 0.3
+    # One that falls is not.
+    falling = growing[::-1]
+    assert kinds_of(Adaptive(0.3), 25, falling) == kinds_of(Forgetful(0.3), 25, falling)
+    assert kinds_of(Adaptive(0.3), 25, [0.0, 5e-324, 1e-300, *[1e-12] * 22]).startswith("wwrrr")
+    assert kinds_of(Adaptive(1e9, max_gap=5000), 5000, [1e-323, 5e-322, *[1e-322] * 4998])[-1] == "w"  # no overflow
+
+
+def test_what_changes_faster_than_the_tolerance_is_not_pruned():
+    changes = [0.1] * 12 + [0.35] * 6 + [0.1] * 6
+    found = kinds_of(Adaptive(0.3, pruned_from=0.3, max_gap=1), 25, changes)
+    assert found[8:13].count("p") == 2 and found[14:19] == "wwwww" and found[20:].count("p") == 2
+    assert kinds_of(Adaptive(0.4, pruned_from=0.3, max_gap=1), 25, changes)[8:].count("p") == 8
+
+
+class Forgetful(Adaptive):
+    """Goes by the last rate alone."""
+
+    def kind(self, progress):
+        return super().kind(dataclasses.replace(progress, rates={}))
 
 
 def test_an_adaptive_schedule_computes_the_last_step_and_keeps_to_its_gaps():

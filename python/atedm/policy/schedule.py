@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from atedm_kernels.registry import plain_number
@@ -52,12 +52,19 @@ class Progress:
         rate: change per step, between the last two computed steps, of the feature that ``reused`` steps take, relative
             to its norm; None until two steps have been computed, NaN or infinite if the feature is not finite. Reading
             it may synchronise with a GPU.
+        rates: what ``rate`` has returned so far, by the computed step at which the change was measured.
     """
 
     step: int
     total: int
     kinds: Mapping[int, str]
     rate: Callable[[], float | None]
+    rates: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> list[int]:
+        """The steps that have been computed, in order."""
+        return [step for step, kind in self.kinds.items() if kind != "reused"]
 
 
 class Schedule:
@@ -246,8 +253,9 @@ class Adaptive(Schedule):
     """Reuse features until they have changed by ``tolerance`` since the last computed step; then compute one (ours).
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
-    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. This adapts to any
-    scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed too,
+    steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. A rate that has
+    grown is expected to go on growing by the same factor per step, as it does under Karras' timesteps. This adapts to
+    any scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed,
     because multistep solvers end on the UNet's output there. To make room for it, the rest of the run is divided into
     equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end`` stops
     before the last one, which no call can know. If features are not finite, the next step is computed: there is nothing
@@ -261,7 +269,7 @@ class Adaptive(Schedule):
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
-            12 steps is not pruned.
+            12 steps is not pruned, nor is a step in which the feature is expected to change by more than ``tolerance``.
         whole_every: from there on, every ``whole_every``-th computed step is whole, and those in between are pruned.
 
     Raises:
@@ -296,13 +304,15 @@ class Adaptive(Schedule):
         return "whole" if self.kinds == {"whole"} else None
 
     def kind(self, progress: Progress) -> str:
-        computed = [step for step, kind in progress.kinds.items() if kind != "reused"]
+        computed = progress.computed
         if len(computed) < 2:
             return "whole" if not computed or progress.step >= computed[0] + self._least(progress) else "reused"
         if progress.step < computed[-1] + self._distance(progress, progress.total - 1 - computed[-1]):
             return "reused"
         if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
+        if self._tolerance(progress) < self._expected_change(progress, 1) < math.inf:
+            return "whole"  # the updates of dropped tokens would be out of date
         since_whole = 1
         for step in reversed(computed):
             if progress.kinds[step] == "whole":
@@ -327,11 +337,30 @@ class Adaptive(Schedule):
         rate = progress.rate()
         if not rate:
             return self.max_gap
-        tolerance = self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
         if not math.isfinite(rate):
             return 1  # whatever min_gap is: there is nothing to reuse
-        # Bounded before it is rounded: at a tiny rate the quotient may be infinite.
-        return int(min(max(tolerance / rate, self._least(progress)), self.max_gap))
+        gap, most, tolerance = self._least(progress), min(self.max_gap, progress.total), self._tolerance(progress)
+        while gap < most and self._expected_change(progress, gap + 1) <= tolerance:
+            gap += 1
+        return gap
+
+    def _tolerance(self, progress: Progress) -> float:
+        return self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
+
+    def _expected_change(self, progress: Progress, gap: int) -> float:
+        """How much the feature may change in ``gap`` steps: at the rate in their middle, if it goes on growing."""
+        since = progress.computed[-1] - progress.computed[-2]
+        return gap * (progress.rate() or 0.0) * _growth(progress) ** min((since + gap) / 2, 1000)
+
+
+def _growth(progress: Progress) -> float:
+    """The factor by which the rate of change has grown per step, at least 1; 1 until two rates are known."""
+    computed = progress.computed
+    before, now = (progress.rates.get(step) for step in computed[-2:])
+    if len(computed) < 3 or not before or not now or not math.isfinite(before):
+        return 1.0
+    # No gap survives a factor of 2; powers of more would overflow.
+    return min(max(1.0, (now / before) ** (2 / (computed[-1] - computed[-3]))), 2.0)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"DSAP": DSAP, "Every": Every, "Adaptive": Adaptive}

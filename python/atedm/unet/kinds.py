@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from atedm.policy.schedule import Progress, Schedule
 from atedm.unet.memory import Picture
@@ -19,7 +20,8 @@ class Kinds:
 
     def of(self, picture: Picture, step: Step) -> str:
         """The kind of ``step`` of ``picture``."""
-        return self._ask(Progress(step.index, step.total, picture.kinds, lambda: self._rate(picture, step.index)))
+        rate = partial(self._rate, picture, step.index)
+        return self._ask(Progress(step.index, step.total, picture.kinds, rate, picture.rates))
 
     def of_one(self, step: Step) -> str:
         """The kind of a step whose picture is not known."""

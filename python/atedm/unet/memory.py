@@ -112,7 +112,7 @@ class Picture:
         self.is_filled = False
         self.chosen: int | None = None
         self.ranked: set[str] = set()
-        self._rate: float | None = None
+        self.rates: dict[int, float] = {}
 
     def begin(self, step: int, total: int) -> None:
         """Note that a call at ``step`` of ``total`` begins."""
@@ -135,8 +135,6 @@ class Picture:
         """
         self.kinds[step] = kind
         self.is_filled = True  # only read with settings that make a picture's first call whole
-        if kind != "reused":
-            self._rate = None
         if ranks:
             self.chosen = step
             self.ranked.add(kind)
@@ -163,11 +161,16 @@ class Picture:
         return kind in self.ranked or (kind == "light" and "pruned" in self.ranked)
 
     def rate(self) -> float | None:
-        """The change of the feature per step between the last two computed steps; None until there are two."""
+        """The change of the feature per step between the last two computed steps; None until there are two.
+
+        Kept in ``rates``, by the later of the two.
+        """
         computed = [step for step, kind in self.kinds.items() if kind != "reused"]
-        if self._rate is None and len(computed) > 1 and self.slot is not None and self.slot.change is not None:
-            self._rate = float(self.slot.change) / (computed[-1] - computed[-2])
-        return self._rate
+        if len(computed) < 2 or self.slot is None or self.slot.change is None:
+            return None
+        if computed[-1] not in self.rates:
+            self.rates[computed[-1]] = float(self.slot.change) / (computed[-1] - computed[-2])
+        return self.rates[computed[-1]]
 
 
 class Memory:
