@@ -15,7 +15,7 @@ import atedm_kernels
 from atedm_bench.measure import Graphs, attention_backend_of, by_turns, error_line, peak_memory_of, seconds_of
 from atedm_bench.ops.cases import ATTENTION, COMPILED, COPY, OURS, PLAIN, OpCase, OpInputs, attention_case, cases
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
-from atedm_bench.ops.recording import recording_rows
+from atedm_bench.ops.recording import MAX_ROUNDS, recording_rows
 from atedm_bench.ops.shapes import Shape
 from atedm_kernels.registry import OPS
 
@@ -109,7 +109,9 @@ class OpsBench:
             for dtype in s.dtypes:
                 notify(f"{_name(dtype)}: ceilings of this device")
                 self.ceilings[_name(dtype)] = measure_ceilings(s.device, dtype)
-            self.recording = recording_rows(s.device, s.dtypes[0], max(s.repeats, _MIN_ROUNDS), s.only)
+            rounds = min(max(s.repeats, _MIN_ROUNDS), MAX_ROUNDS)
+            self.recording = recording_rows(s.device, s.dtypes[0], rounds, s.only)
+            self.failed |= any("error" in row for row in self.recording)
             passes = self._passes()
             for n, (dtype, shape, compiled) in enumerate(passes):
                 what = f"{_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"
