@@ -28,7 +28,7 @@ _CHANNELS, _PIXELS, _TOKENS = 32, 128, 8
 
 # Steps of a run. The first one does not count: it is whole, since there is nothing yet to recover dropped tokens from.
 STEPS = 10
-MIN_ROUNDS = 10
+MIN_ROUNDS, MAX_ROUNDS = 10, 30
 
 
 def host_seconds(config: Mapping[str, Any], ratio: float, rounds: int) -> dict[str, Any]:

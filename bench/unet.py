@@ -63,7 +63,7 @@ class UNetBench:
                 self._run_whole(start + parts * share, notify)
         if OURS in self.settings.calls:
             notify(f"{HOST}: without kernels")
-            rounds = max(self.settings.repeats, host.MIN_ROUNDS)
+            rounds = min(max(self.settings.repeats, host.MIN_ROUNDS), host.MAX_ROUNDS)
             self._host = host.host_seconds(self.config, self.settings.ratio, rounds)
 
     def work(self) -> int:

@@ -107,10 +107,11 @@ def build_library(out: Path) -> None:
         BuildError: there is no compiler, or it failed.
     """
     shared = "-dynamiclib" if sys.platform == "darwin" else "-shared"
-    with tempfile.TemporaryDirectory() as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the library, to be renamed; another build may write the same library at the same time.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
         files = [str(path) for path in objects(Path(folder))]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(out.name + ".unfinished")
+        unfinished = Path(folder, out.name)
         _run([*compiler(), shared, "-pthread", *files, "-o", str(unfinished)])
         unfinished.replace(out)
 

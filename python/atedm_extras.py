@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 # The import names of distributions, if they differ.
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "torch-fidelity": "torch_fidelity"}
 
 # A file of each package, which a folder that hides the package does not have.
 _OWN = {"atedm": "unet/attach.py", "atedm_kernels": "registry.py"}

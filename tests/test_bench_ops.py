@@ -178,6 +178,20 @@ def test_calls_that_record_nothing_are_compared_with_ops_without_a_backward(monk
         assert row["ratio"] == pytest.approx(row["seconds"] / bare)
 
 
+def test_an_op_that_fails_costs_no_other_its_host_time(monkeypatch):
+    call = Op.__call__
+
+    def fails(op, *arguments):
+        if op.name == "gather_tokens":
+            raise RuntimeError("no kernel\nand more")
+        return call(op, *arguments)
+
+    monkeypatch.setattr(Op, "__call__", fails)
+    rows = recording_rows(CPU, torch.float32, rounds=1, only=("gather_tokens", "recover_tokens"))
+    assert rows[0] == {"name": "gather_tokens", "error": "RuntimeError: no kernel"}
+    assert [row["name"] for row in rows[1:]] == ["recover_tokens"] * 3
+
+
 def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     def no_memory(*_):
         raise RuntimeError("out of memory\nand more")
@@ -200,8 +214,12 @@ def test_what_cannot_be_measured_is_said(quick, monkeypatch):
     assert bench.failed and {row["name"] for row in bench.rows() if "error" in row} == {"select_tokens"}
 
 
-def test_without_time_shapes_are_named(quick):
-    settings = run.OpsSettings(CPU, (SHAPE, SHAPE), (torch.float32,), repeats=9, minutes=1e-9, only=("select_tokens",))
+def test_without_time_shapes_are_named(quick, monkeypatch):
+    rounds = []
+    settings = run.OpsSettings(
+        CPU, (SHAPE, SHAPE), (torch.float32,), repeats=10**9, minutes=1e-9, only=("select_tokens",)
+    )
+    monkeypatch.setattr(run, "recording_rows", lambda *given: rounds.append(given[2]) or [])
     bench = run.OpsBench(settings)
     bench.run()
     assert bench.settings_for_report()["left_out"] == [
@@ -209,7 +227,7 @@ def test_without_time_shapes_are_named(quick):
         "float32, 96x64, level 3, batch 2, compiled",
         "float32, 96x64, level 3, batch 2, compiled",
     ]
-    assert {row["repeats"] for row in bench.rows()} == {3}
+    assert {row["repeats"] for row in bench.rows()} == {3} and rounds == [30]
 
 
 def test_compiled_rows_are_compared_with_plain_ones(quick, monkeypatch):
@@ -259,12 +277,16 @@ def test_command_writes_rows_and_a_picture(tmp_path, quick):
     assert "similarity_source" in result.output and "B1 H10 N16 D64" in result.output
 
 
-def test_what_is_no_file_is_written_once_at_the_end(tmp_path, quick):
+def test_what_is_no_file_is_written_once_at_the_end(tmp_path, quick, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     reader = subprocess.Popen(["cat", "/dev/stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     options = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--batch", "1", "--repeats", "1", "--no-compile")
     path = f"/proc/self/fd/{reader.stdin.fileno()}"
-    result = _run(*options, "--op", "select_tokens", "--json", path, "--plot", str(tmp_path / "x.png"))
+    result = _run(*options, "--op", "select_tokens", "--json", path)
     assert result.exit_code == 0, result.output
+    assert [str(file) for file in tmp_path.rglob("*") if file.is_file()] == [
+        str(tmp_path / "outputs/bench-ops-cpu.png")
+    ]
     printed, _ = reader.communicate()
     assert json.loads(printed)["settings"]["finished"]
 
@@ -272,12 +294,12 @@ def test_what_is_no_file_is_written_once_at_the_end(tmp_path, quick):
 def test_errors_are_printed_as_they_are(capsys):
     text = "cannot read [/usr/lib/x.so], expected [B, C], got [red]"
     row = {"shape": "s", "size": "1", "level": 2, "dtype": "bf16", "name": "n", "variant": "v", "error": text}
-    document = {"rows": [row], "recording": [], "settings": {"device": "cpu"}, "device": "d"}
+    document = {"rows": [row], "settings": {"device": "cpu"}, "device": "d", "recording": [row]}
     console = Console(width=200)
     cli_ops._print(document, console)
     document["settings"] = dict.fromkeys(("model", "size", "batch", "dtype", "memory_format", "rounds"))
     cli_unet._print(document, console)
-    assert capsys.readouterr().out.count(text) == 2
+    assert capsys.readouterr().out.count(text) == 3
 
 
 @pytest.mark.parametrize(
@@ -288,6 +310,7 @@ def test_errors_are_printed_as_they_are(capsys):
         (("--ratio", "1"), "--ratio"),
         (("--size", "1024,1001"), "--size"),
         (("--batch", "0"), "--batch"),
+        *(((option, ","), option) for option in ("--dtype", "--size", "--batch")),
         (("--minutes", "-1"), "--minutes"),
         (("--op", "softmax"), "--op"),
     ],

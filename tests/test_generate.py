@@ -197,8 +197,9 @@ class Failing:
 
     image_processor = VaeImageProcessor()
 
-    def __init__(self, rows, bad, pixels=None):
+    def __init__(self, rows, bad, pixels=None, watermark=None):
         self.rows, self.bad, self.pixels, self.tried = rows, bad, pixels or {}, []
+        self.watermark = watermark
 
     def set_progress_bar_config(self, **_):
         pass
@@ -209,9 +210,8 @@ class Failing:
         rows = [own + n for n, text in enumerate(prompt) if text in self.bad]
         if rows:
             raise atedm.RankedNaN("mid_block.attentions.0", None, rows, len(prompt) * self.rows)
-        return SimpleNamespace(
-            images=torch.stack([torch.full((3, 8, 8), self.pixels.get(text, 0.5)) for text in prompt])
-        )
+        images = torch.stack([torch.full((3, 8, 8), self.pixels.get(text, 0.5)) for text in prompt])
+        return SimpleNamespace(images=self.watermark.apply_watermark(images) if self.watermark else images)
 
 
 @pytest.mark.parametrize("guidance", [1, 5])
@@ -235,17 +235,26 @@ def test_rows_that_are_no_pictures_are_not_guessed(tmp_path):
         prompts.make_pictures(Failing(2, {"b"}), cases, sampling, tmp_path)
 
 
+class Watermark:
+    """Darkens a picture and clamps it, as the watermarker of diffusers does; a double."""
+
+    def apply_watermark(self, images):
+        return (images.double() - 1).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("watermark", [None, Watermark()], ids=["plain", "marked"])
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
-def test_a_picture_that_is_not_finite_is_named_and_the_others_are_made(tmp_path, pixel):
+def test_a_picture_that_is_not_finite_is_named_and_the_others_are_made(tmp_path, pixel, watermark):
     failed, sampling = [], prompts.Sampling(1, 5, 8, 8, batch=3)
     cases = [prompts.PromptCase(text, 0) for text in "abc"]
-    prompts.make_pictures(Failing(2, {}, {"b": pixel}), cases, sampling, tmp_path, on_failure=failed.append)
+    prompts.make_pictures(Failing(2, {}, {"b": pixel}, watermark), cases, sampling, tmp_path, on_failure=failed.append)
     assert [(failure.number, failure.message) for failure in failed] == [
         (1, "picture 00001 has pixels that are not finite")
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00002.png"]
+    assert (pixels(tmp_path / "00000.png") == (191 if watermark is None else 64)).all()
     with pytest.raises(FloatingPointError, match=r"picture 00001 has pixels that are not finite; .*b"):
-        prompts.make_pictures(Failing(2, {}, {"b": pixel}), cases, sampling, tmp_path)
+        prompts.make_pictures(Failing(2, {}, {"b": pixel}, watermark), cases, sampling, tmp_path)
 
 
 def test_a_preset_and_an_options_file_give_the_same(common, tmp_path):

@@ -16,6 +16,7 @@ from atedm import embedded
 from atedm.app import comparison, report
 from atedm.cli import app
 from atedm_bench.cli import app as bench
+from atedm_bench.quality import session
 from atedm_kernels import native
 from tests.helpers.shallow import shallow_pipeline
 
@@ -202,8 +203,25 @@ def test_numbers_beyond_all_that_is_computed(arguments, option):
 
 
 def test_more_pictures_than_any_memory_holds(tmp_path):
+    ends(["overview", "--images", 10**15, "--output", tmp_path / "x.png"], 2, "--images", runner=bench)
+    ends(["quality", "--images", 10**15, "--output", tmp_path], 2, "--images", runner=bench)
     ends(["demo", "--images", 10**15, "--output", tmp_path], 2, "--images")
     ends(["unet", "--device", "cpu", "--batch", 10**30, "--json", tmp_path / "x.json"], 2, "--batch", runner=bench)
+
+
+def test_more_steps_than_a_scheduler_has(model, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    for file, change in {
+        "model_index.json": {"scheduler": ["diffusers", "DDIMScheduler"]},
+        "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"},
+    }.items():
+        (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | change))
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    for what in (["a star"], ["--prompts", tmp_path / "prompts.txt"]):
+        words = ["generate", *what, "--model", own, "--dtype", "fp32", "--output", tmp_path / "out"]
+        ends([*words, "--size", 64, "--steps", 1001], 2, "--steps", "cannot be larger than")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_prompt_that_is_no_text(model, tmp_path):
@@ -250,9 +268,14 @@ def test_a_recipe_that_is_none(tmp_path):
 def test_training_that_cannot_be(tmp_path):
     out = tmp_path / "out"
     ends(["train", "run", "--out", out, "--precision", "foo"], 2, "--precision", "bf16, fp16, no", runner=bench)
+    if not torch.cuda.is_available():
+        ends(["train", "run", "--out", out, "--precision", "fp16"], 2, "--precision", "needs a GPU", runner=bench)
+    for option in ("--threads", "--workers"):
+        ends(["train", "run", "--out", out, option, 10**12], 2, option, runner=bench)
     ends(["train", "run", "--out", "/proc/x", "vae"], 2, "--out", "cannot write to /proc/x", runner=bench)
     ends(["train", "record", tmp_path / "absent", "--to", tmp_path / "x.json"], 1, "absent", runner=bench)
     ends(["train", "checker", "--out", "/proc/x/c.safetensors"], 2, "--out", "/proc/x", runner=bench)
+    ends(["train", "checker", "--out", os.devnull], 2, "--out", "is no regular file", runner=bench)
     ends(["train", "checker", "--out", "."], 2, "--out", "is a folder", runner=bench)
     ends(["train", "checker", "--out", out / "c.json"], 2, "--out", "is the file for the figures", runner=bench)
     ends(["train", "record", tmp_path, "--to", tmp_path], 2, "--to", "is a folder", runner=bench)
@@ -313,6 +336,13 @@ def test_figures_beside_the_labs_rows_are_checked_too(tmp_path):
     (tmp_path / "rows-claims.json").mkdir()
     words = ["quality", "--device", "cpu", "--quick", "--output", tmp_path / "out", "--json", tmp_path / "rows.json"]
     ends(words, 2, "--json", "rows-claims.json is a folder", runner=bench)
+
+
+def test_figures_beside_a_pipe_go_into_the_folder(tmp_path):
+    request = session.LabRequest(out=tmp_path / "out", json=Path(os.devnull))
+    assert {path.parent for path in session.figures_beside(request)} == {tmp_path / "out"}
+    request = session.LabRequest(out=tmp_path / "out", json=tmp_path / "rows.json")
+    assert {path.parent for path in session.figures_beside(request)} == {tmp_path}
 
 
 @pytest.mark.parametrize("name", ["loop", "n" * 300])

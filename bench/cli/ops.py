@@ -70,15 +70,15 @@ def ops(
             raise bad("op", f"{name!r}; expected one of {', '.join(OPS)}")
     shapes = tuple(
         shape_of(*parse_size(one), level, _count(number), check_ratio(ratio))
-        for one in _listed(size or defaults["size"])
-        for number in _listed(batch or defaults["batch"])
+        for one in _listed("size", size or defaults["size"])
+        for number in _listed("batch", batch or defaults["batch"])
         for level in (2, 3)
     )
     measured = OpsBench(
         OpsSettings(
             device=place,
             shapes=shapes,
-            dtypes=tuple(parse_dtype(name) for name in _listed(dtype or defaults["dtype"])),
+            dtypes=tuple(parse_dtype(name) for name in _listed("dtype", dtype or defaults["dtype"])),
             iterations=iterations,
             repeats=repeats or defaults["repeats"],
             minutes=check_minutes(minutes),
@@ -86,9 +86,11 @@ def ops(
             only=tuple(op or ()),
         )
     )
-    path = json or Path("outputs") / f"bench-ops-{place.type}.json"
+    default = Path("outputs") / f"bench-ops-{place.type}.json"
+    path = json or default
     check_file("json", path)
-    picture = plot or path.with_suffix(".png")
+    # There is no place for a picture beside a pipe or a device.
+    picture = plot or (default if is_stream(path) else path).with_suffix(".png")
     check_file("plot", picture)
     if picture.resolve() == path.resolve() and not is_stream(path):
         raise bad("json", f"{path} is where the roofline goes; expected another name")
@@ -116,8 +118,11 @@ def ops(
         raise typer.Exit(1)
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _listed(option: str, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise bad(option, f"{text!r} names none; expected one or more, separated by commas")
+    return found
 
 
 def _count(text: str) -> int:
@@ -145,9 +150,9 @@ def _print(document: dict[str, Any], console: Any) -> None:
             print_table(shown, columns, f"{title}, on {document['device']}", console)
         for row in rows:
             if "error" in row:
-                failed = f"{row['name']}, {row['variant']}: could not be measured: {row['error']}"
-                console.print(failed, style="yellow", markup=False)
-    if document["recording"]:
+                _print_failure(f"{row['name']}, {row['variant']}", row, console)
+    shown = [row for row in document["recording"] if "error" not in row]
+    if shown:
         shown = [
             {
                 "name": row["name"],
@@ -156,10 +161,17 @@ def _print(document: dict[str, Any], console: Any) -> None:
                 "spread": f"{1e6 * row['seconds_low']:.3g}–{1e6 * row['seconds_high']:.3g}",
                 "ratio": f"{row['ratio']:.3g}",
             }
-            for row in document["recording"]
+            for row in shown
         ]
         columns = {"name": "", "variant": "variant", "us": "µs", "spread": "range", "ratio": "× no backward"}
         print_table(shown, columns, "Host time of a call that records no gradients, small tensors", console)
+    for row in document["recording"]:
+        if "error" in row:
+            _print_failure(f"{row['name']}, host time", row, console)
+
+
+def _print_failure(what: str, row: dict[str, Any], console: Any) -> None:
+    console.print(f"{what}: could not be measured: {row['error']}", style="yellow", markup=False)
 
 
 def _shown(row: dict[str, Any], on_gpu: bool) -> dict[str, Any]:

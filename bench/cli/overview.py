@@ -13,7 +13,7 @@ from atedm_extras import require
 
 def overview(
     output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("outputs/overview.png"),
-    images: Annotated[int, typer.Option(min=1, help="How many captions.")] = 6,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many captions.")] = 6,
 ) -> None:
     """Draw the embedded model's pictures, full and pruned, and the tokens that it computed at the last pruned step."""
     require("quality", "transformers", "matplotlib", "pillow")

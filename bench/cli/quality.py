@@ -25,7 +25,7 @@ from atedm.cli.checks import (
 )
 from atedm.cli.loading import load_pipeline
 from atedm.cli.parameters import AllowPickled, Device
-from atedm_extras import require
+from atedm_extras import missing, require
 
 if TYPE_CHECKING:
     from atedm import Options
@@ -38,7 +38,11 @@ def quality(
     quick: Annotated[bool, typer.Option("--quick", help="A quick check: few pictures, few steps.")] = False,
     images: Annotated[
         int | None,
-        typer.Option(min=2, help="Pictures per setting. Default: all chosen captions, 256 held-out ones, all prompts."),
+        typer.Option(
+            min=2,
+            max=1_000_000,
+            help="Pictures per setting. Default: all chosen captions, 256 held-out ones, all prompts.",
+        ),
     ] = None,
     captions: Annotated[
         str | None,
@@ -50,7 +54,8 @@ def quality(
         str, typer.Option(help="euler, dpm++ (DPM++ 2M) or dpm++-karras; each is compared with its own full model.")
     ] = "euler",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: 25 on a CPU, 50 on a GPU or with --model.")
+        int | None,
+        typer.Option(min=1, max=100_000, help="Denoising steps. Default: 25 on a CPU, 50 on a GPU or with --model."),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(callback=finite, help="Guidance scale. Default: 5; with --model 7.")
@@ -148,18 +153,21 @@ def quality(
     _check(request)
     place = own_device(parse_device(device))
     request = session.resolved(request, place)
+    sides = parse_size(size)
     inputs = request.prompts, request.references, request.against
     inputs += tuple(local_model(each) for each in (request.model, request.clip_model) if each is not None)
     check_output(request.out, request.json, *inputs)
-    for path in session.figures_beside(request.json):
+    for path in session.figures_beside(request):
         check_output(request.out, path, *inputs)
+    if request.model is not None and request.fid_features == "inception" and missing("torch-fidelity"):
+        raise bad("fid-features", "inception needs torch-fidelity; pip install torch-fidelity, or expected checker")
     with failing_clearly():
         try:
             if request.model is None:
                 session.run_embedded(request, place)
             else:
                 pipe = load_pipeline(request.model, request.dtype, variant, place, allow_pickled)
-                session.run_checkpoint(request, place, pipe, parse_size(size))
+                session.run_checkpoint(request, place, pipe, sides)
         except ValueError as error:
             fail(error, status=2)
         except KeyboardInterrupt:

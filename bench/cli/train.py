@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.checks import bad, check_file, check_folder, failing_clearly, naming_path
+from atedm.files import is_stream
 from atedm_extras import require
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def run(
     stages: Annotated[list[StageName] | None, typer.Argument(help="Default: all, in order.")] = None,
     config: Recipe = _RECIPE,
     precision: Annotated[str, typer.Option(help="accelerate's mixed precision: bf16, fp16 or no.")] = "bf16",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes; useful with GPUs.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that draw scenes; useful with GPUs.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the UNet; takes minutes per size.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads per process; 0: torch's default.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads per process; 0: torch's default.")] = 0,
 ) -> None:
     """Train. Start it with `accelerate launch --no_python atedm-bench train run …` to use several processes or GPUs."""
     require("quality", *_PACKAGES)
@@ -54,6 +55,8 @@ def run(
 
     if precision not in PRECISIONS:
         raise bad("precision", f"{precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise bad("precision", "fp16 needs a GPU; expected bf16 or no")
     check_folder("out", out)
     if threads:
         torch.set_num_threads(threads)
@@ -144,6 +147,8 @@ def checker(
     require("quality", *_PACKAGES)
     from atedm_bench.quality.checker_training import train_and_report
 
+    if is_stream(out):
+        raise bad("out", f"{out} is no regular file; expected a name such as checker.safetensors")
     check_file("out", out)
     figures = out.with_suffix(".json")
     if figures.resolve() == out.resolve():

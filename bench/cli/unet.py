@@ -43,9 +43,9 @@ def unet(
     regional: Annotated[bool, typer.Option(help="Compile the transformer layers only, which is quick.")] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
     ratio: Annotated[float, typer.Option(callback=finite, help="Fraction of the tokens to drop.")] = 0.63,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that DSAP's average covers.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps that DSAP's average covers.")] = 50,
     run_steps: Annotated[
-        int | None, typer.Option("--run", min=1, help="Also time whole runs of this many steps.")
+        int | None, typer.Option("--run", min=1, max=100_000, help="Also time whole runs of this many steps.")
     ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this variant. Can be repeated.")] = None,
     channels_last: Annotated[

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atedm_bench.measure import by_turns
+from atedm_bench.measure import by_turns, error_line
 from atedm_kernels.registry import OPS, Op
 
 BARE = "without a backward"
 _CALLS = 100  # timed together: one takes about as long as reading the clock
+MAX_ROUNDS = 30
 
 
 def recording_rows(
@@ -29,7 +30,7 @@ def recording_rows(
     """Return a row for each differentiable op and each way to call it, on tensors of a few elements.
 
     ``seconds`` is the host's time of one call, the median over ``rounds``; on a GPU the kernels run meanwhile.
-    ``ratio`` compares it with the op without a backward.
+    ``ratio`` compares it with the op without a backward. An op that fails has one row, of ``name`` and ``error``.
 
     Args:
         only: names of ops; empty for all.
@@ -38,13 +39,11 @@ def recording_rows(
     for name, arguments in _arguments(device, dtype).items():
         if only and name not in only:
             continue
-        ways = _ways(OPS[name], arguments)
-        taken: dict[str, list[float]] = {way: [] for way in ways}
-        for done in range(-1, rounds):  # the first round warms up
-            for way in by_turns(list(ways), done + 1):
-                seconds = _seconds_of_a_call(ways[way], device)
-                if done >= 0:
-                    taken[way].append(seconds)
+        try:
+            taken = _taken(_ways(OPS[name], arguments), device, rounds)
+        except Exception as error:
+            rows.append({"name": name, "error": error_line(error)})
+            continue
         bare = statistics.median(taken[BARE])
         rows += [
             {
@@ -60,6 +59,17 @@ def recording_rows(
             for way, seconds in taken.items()
         ]
     return rows
+
+
+def _taken(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of a call in each round, by way. They take turns."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for done in range(-1, rounds):  # the first round warms up
+        for way in by_turns(list(ways), done + 1):
+            seconds = _seconds_of_a_call(ways[way], device)
+            if done >= 0:
+                taken[way].append(seconds)
+    return taken
 
 
 def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tensor | float | None, ...]]:

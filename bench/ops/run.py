@@ -13,7 +13,7 @@ import torch
 from atedm_bench.measure import Graphs, by_turns, peak_memory_of, seconds_of
 from atedm_bench.ops.cases import COMPILED, OURS, PLAIN, OpInputs
 from atedm_bench.ops.ceilings import Ceilings, measure_ceilings
-from atedm_bench.ops.recording import recording_rows
+from atedm_bench.ops.recording import MAX_ROUNDS, recording_rows
 from atedm_bench.ops.rows import OpsRows, dtype_name
 from atedm_bench.ops.shapes import Shape
 from atedm_bench.ops.variants import OpsVariant, variants_of
@@ -91,7 +91,9 @@ class OpsBench:
             for dtype in s.dtypes:
                 notify(f"{dtype_name(dtype)}: ceilings of this device")
                 self.ceilings[dtype_name(dtype)] = measure_ceilings(s.device, dtype)
-            self.recording = recording_rows(s.device, s.dtypes[0], max(s.repeats, _MIN_ROUNDS), s.only)
+            rounds = min(max(s.repeats, _MIN_ROUNDS), MAX_ROUNDS)
+            self.recording = recording_rows(s.device, s.dtypes[0], rounds, s.only)
+            self.failed |= any("error" in row for row in self.recording)
             passes = self._passes()
             for n, (dtype, shape, compiled) in enumerate(passes):
                 what = f"{dtype_name(dtype)}, {shape.size}, level {shape.level}, batch {shape.batch}"

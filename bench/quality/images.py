@@ -15,6 +15,7 @@ from torch import Tensor
 import atedm
 from atedm.app.images import open_image
 from atedm.app.prompts import PromptCase, Sampling, make_pictures, picture_path
+from atedm.app.run_record import known_kind, naming_damage
 from atedm.files import whole_file
 from atedm_bench.quality.settings import Setting
 from atedm_bench.scenes import Scene
@@ -73,15 +74,16 @@ def read_kinds(root: Path, setting: Setting, count: int, batch: int) -> list[tup
     The pictures of a batch run the same steps: a schedule that chooses as it runs looks at all of them.
 
     Raises:
-        OSError: the file of a batch is missing. ValueError: it is damaged; the message names it.
+        OSError: the file of a batch is missing. OtherRun: it is damaged; the message names it.
     """
     found = []
     for n in range(count):
         path = _kinds_path(root / setting.folder, n - n % batch)
-        try:
-            found.append(tuple(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}; expected a list of kinds") from None
+        with naming_damage(path):
+            kinds = tuple(map(known_kind, json.loads(path.read_text(encoding="utf-8"))))
+            if not kinds:
+                raise ValueError("it names no kind of step")
+        found.append(kinds)
     return found
 
 

@@ -71,10 +71,24 @@ def _tensor(features: Any) -> Tensor:
 
 
 def _load_clip(name: str, allow_pickled: bool) -> tuple[torch.nn.Module, Any]:
+    """Load a CLIP model by hub id or folder.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names it.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(name, use_safetensors=None if allow_pickled else True)
-    return _Clip(model.eval()), CLIPProcessor.from_pretrained(name)
+    try:
+        model = CLIPModel.from_pretrained(name, use_safetensors=None if allow_pickled else True)
+        return _Clip(model.eval()), CLIPProcessor.from_pretrained(name)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"clip-model: {name} cannot be loaded: {first}; expected a folder, or a hub id that is in the local cache "
+            "or can be downloaded"
+        ) from error
 
 
 def _square(path: Path) -> Tensor:
@@ -86,9 +100,15 @@ def _square(path: Path) -> Tensor:
 class ReferenceFigures:
     """Computes ``fid`` and ``clip_score``, and PSNR and SSIM to the full model's pictures.
 
+    The networks stay on the CPU, and the references unread, until the first call: drawing comes before it and needs the
+    memory.
+
     Args:
         features: ``"inception"`` (downloads its weights once) or ``"checker"`` (offline, for tests: not an FID).
         clip_model: hub id or folder of the CLIP model. allow_pickled: whether its weights may be pickled.
+
+    Raises:
+        ValueError: the CLIP model cannot be loaded, or there are fewer than two references.
     """
 
     def __init__(
@@ -102,17 +122,23 @@ class ReferenceFigures:
     ) -> None:
         self.cases = cases
         self.device = device
+        self._unread = reference_paths(references)
         extractor: Any = 2048 if features == "inception" else _CheckerFeatures()
-        self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False, **_ALONE).to(device)
+        self.fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False, **_ALONE)
         # Pass a function, because torchmetrics accepts only some names and no folders.
         load = functools.partial(_load_clip, clip_model, allow_pickled)
-        self.clip = CLIPScore(model_name_or_path=load, **_ALONE).to(device)
-        paths = reference_paths(references)
-        for start in range(0, len(paths), _BATCH):
-            batch = torch.cat([_square(path) for path in paths[start : start + _BATCH]])
-            self.fid.update(batch.to(device), real=True)
+        self.clip = CLIPScore(model_name_or_path=load, **_ALONE)
+
+    def _read_references(self) -> None:
+        self.fid, self.clip = self.fid.to(self.device), self.clip.to(self.device)
+        for start in range(0, len(self._unread), _BATCH):
+            batch = torch.cat([_square(path) for path in self._unread[start : start + _BATCH]])
+            self.fid.update(batch.to(self.device), real=True)
+        self._unread = []
 
     def __call__(self, paths: Sequence[Path], full: Sequence[Path]) -> Figures:
+        if self._unread:
+            self._read_references()
         self.fid.reset()
         found: dict[str, list[float]] = {"clip_score": [], "psnr_db": [], "ssim": []}
         for n, path in enumerate(paths):

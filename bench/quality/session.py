@@ -19,7 +19,7 @@ from atedm.app import report
 from atedm.app.flops import UNetFlops
 from atedm.app.models import LATENT_SCALE
 from atedm.app.prompts import PromptCase, Sampling, read_prompts
-from atedm.files import UNET_TIMES
+from atedm.files import UNET_TIMES, is_stream
 from atedm.policy.options import PUBLISHED, Options
 from atedm_bench.methods import Costs
 from atedm_bench.quality import convergence, plots, refills
@@ -37,6 +37,9 @@ QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 # The captions of the endless list: those on which choices were made, or those after them.
 CAPTIONS = ("chosen", "held-out")
 HELD_OUT = CAPTIONS[1]
+
+# The file for the rows, in the output folder.
+_ROWS = "quality.json"
 
 # The studies made in addition to the pictures, on some of the cases.
 STUDIES = ("convergence", "refills")
@@ -110,7 +113,7 @@ def resolved(request: LabRequest, device: torch.device) -> LabRequest:
     request = dataclasses.replace(
         request, **{key: value for key, value in defaults.items() if getattr(request, key) is None}
     )
-    return dataclasses.replace(request, json=request.json or request.out / "quality.json")
+    return dataclasses.replace(request, json=request.json or request.out / _ROWS)
 
 
 def _folder(request: LabRequest) -> str:
@@ -153,8 +156,14 @@ def run_embedded(request: LabRequest, device: torch.device) -> None:
 
 
 def run_checkpoint(request: LabRequest, device: torch.device, pipe: Any, size: tuple[int, int]) -> None:
-    """Run the lab on a real checkpoint, with FID and CLIP score."""
+    """Run the lab on a real checkpoint, with FID and CLIP score.
+
+    Raises:
+        ValueError: the prompts, the references, the CLIP model or the settings do not serve; the message names them.
+    """
     prompts = read_prompts(request.prompts)[: QUICK_IMAGES if request.quick else request.images]
+    if len(prompts) < 2:
+        raise ValueError(f"prompts: {request.prompts} holds one prompt; expected at least 2 for FID")
     cases = [PromptCase(prompt, request.seed + n) for n, prompt in enumerate(prompts)]
     sampling = Sampling(request.steps, request.guidance, *size, request.batch)
 
@@ -184,6 +193,8 @@ def _run(
     run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
     against = None if request.against is None else Against(request.against, cases, sampling)
     if main:
+        # Before hours of drawing: a reference or a model that scores may be missing.
+        figures = make_figures()
         run.check_root()
     PartialState().wait_for_everyone()
     columns = (
@@ -208,7 +219,7 @@ def _run(
         seconds = _seconds(request, run, progress) if request.timing else {}
         measured = progress.add_task("figures", total=len(settings))
         rows, samples = run.rows(
-            make_figures(),
+            figures,
             costs,
             seconds,
             lambda name: progress.update(measured, description=f"figures: {name}", advance=1),
@@ -244,8 +255,9 @@ def _seconds(request: LabRequest, run: Run, progress: Progress) -> dict[str, lis
     )
 
 
-def figures_beside(path: Path) -> list[Path]:
-    """Return the files that are written beside the rows in ``path``: the claims, and each study."""
+def figures_beside(request: LabRequest) -> list[Path]:
+    """Return the files of the claims and of each study: beside the rows, or in ``out`` if the rows go into a pipe."""
+    path = request.out / _ROWS if is_stream(request.json) else request.json
     return [path.with_name(f"{path.stem}-{name}.json") for name in ("claims", *STUDIES)]
 
 
@@ -263,7 +275,7 @@ def _write(
     described |= {} if request.against is None else {"against": str(request.against)}
     command = report.command_line("atedm-bench")
     report.write_json(report.report(command, device, described, rows), request.json, keep_same=True)
-    claims_path, *study_paths = figures_beside(request.json)
+    claims_path, *study_paths = figures_beside(request)
     report.write_json(report.report(command, device, described, claims), claims_path, keep_same=True)
     written = [request.json, claims_path]
     plots.plot_trade_off(rows, request.out / "trade-off.png")

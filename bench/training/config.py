@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -10,6 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 DEFAULT = Path(__file__).with_name("config.yaml")
+
+# The largest number in a recipe: seeds and counts beyond it overflow in a library.
+_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ def _value(kind: Any, name: str, value: Any) -> Any:
             raise ValueError(f"{name} is {value!r}; expected a list of {count or 'one or more'} values")
         return tuple(_value(inner, f"{name}[{n}]", each) for n, each in enumerate(value))
     least = _least(kind, name)
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < math.inf
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) <= _MAX
     if not is_number or (least is not None and value < least):
         expected = "a whole number" if kind is int else "a number such as 2.0e-3"
-        raise ValueError(f"{name} is {value!r}; expected {expected}{'' if least is None else f', at least {least}'}")
+        lowest = "" if least is None else f", at least {least}"
+        raise ValueError(f"{name} is {value!r}; expected {expected}{lowest}, at most {_MAX}")
     return value
 
 

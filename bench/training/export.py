@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from atedm.files import whole_folder
+from atedm.files import whole_file, whole_folder
 from atedm_bench.training.config import Config
 from atedm_bench.training.loop import Counter
 from atedm_bench.training.models import sampling_scheduler
@@ -53,7 +53,9 @@ def _suit_older_releases(folder: Path, target: Path) -> None:
             shutil.copy(folder / "tokenizer" / name, target / tokenizer / name)
     file = target / "text_encoder" / "model.safetensors"
     tensors = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    # Not over the file itself: the tensors are still mapped from it.
+    with whole_file(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def _forget_paths(target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import shutil
 import textwrap
@@ -18,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from atedm.app.report import strict_json
 from atedm.files import raising_os_error
 
 LOG = "log.jsonl"
@@ -49,16 +49,16 @@ def load_part(checkpoint: Path, n: int) -> dict[str, Any]:
         OSError: the file is missing or damaged; the message names it.
     """
     file = checkpoint / f"custom_checkpoint_{n}.pkl"
-    with _loading(file):
+    with loading(file):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file of a checkpoint raises into an OSError that names ``path``."""
+def loading(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file of a training raises into an OSError that names ``path``."""
     try:
         yield
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise OSError(f"{path} cannot be loaded: {reason}; is it damaged, or of another recipe?") from error
 
@@ -103,7 +103,7 @@ class Stage:
         """
         found = newest_checkpoint(self.folder)
         if found is not None:
-            with _loading(found):
+            with loading(found):
                 self.accelerator.load_state(str(found))
 
     def save(self) -> None:
@@ -161,7 +161,7 @@ class Stage:
                     row = {"step": counter.step, "images": counter.images, "seconds": round(counter.seconds, 1)}
                     row |= {key: round(float(value) / count, 5) for key, value in sums.items()}
                     with self.folder.joinpath(LOG).open("a") as log:
-                        log.write(json.dumps(row) + "\n")
+                        log.write(strict_json(row) + "\n")
                     progress.update(task, note=" ".join(f"{k} {v}" for k, v in row.items() if k in sums))
                     noted, count = now, 0
                     sums.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from atedm.app.report import device_name, versions
-from atedm_bench.training.loop import LOG, counter_of, newest_checkpoint
+from atedm_bench.training.loop import LOG, counter_of, loading, newest_checkpoint
 
 _STAGES = {"vae-training": "autoencoder", "text-training": "text encoders", "unet-training": "UNet and text encoders"}
 _POINTS = 60
@@ -45,10 +45,27 @@ def _thinned(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "images": stretch[-1]["images"],
-            **{name: round(sum(note[name] for note in stretch) / len(stretch), 5) for name in measures},
+            **{name: _mean([note[name] for note in stretch if note[name] is not None]) for name in measures},
         }
         for stretch in stretches
     ]
+
+
+def _mean(values: list[float]) -> float | None:
+    """Return the mean; None without values, where a loss was not finite."""
+    return round(sum(values) / len(values), 5) if values else None
+
+
+def _stage(folder: Path, run: int, checkpoint: Path) -> dict[str, Any]:
+    counter = counter_of(checkpoint)
+    return {
+        "stage": _STAGES[folder.name],
+        "run": run,
+        "steps": counter.step,
+        "images": counter.images,
+        "minutes": round(counter.seconds / 60, 1),
+        "curve": _thinned(lineage(_notes(folder / LOG), counter.step)),
+    }
 
 
 def record(folders: Sequence[Path]) -> dict[str, Any]:
@@ -66,17 +83,8 @@ def record(folders: Sequence[Path]) -> dict[str, Any]:
             checkpoint = newest_checkpoint(folder / name)
             if checkpoint is None:
                 raise FileNotFoundError(f"{folder / name} holds no checkpoint")
-            counter = counter_of(checkpoint)
-            stages.append(
-                {
-                    "stage": _STAGES[name],
-                    "run": n + 1,
-                    "steps": counter.step,
-                    "images": counter.images,
-                    "minutes": round(counter.seconds / 60, 1),
-                    "curve": _thinned(lineage(_notes(folder / name / LOG), counter.step)),
-                }
-            )
+            with loading(folder / name):
+                stages.append(_stage(folder / name, n + 1, checkpoint))
     # This is assumed to be the machine that trained, because the checkpoints are here.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"device": device_name(device), "versions": versions(), "stages": stages}

@@ -98,3 +98,22 @@ def test_amx_kernels_on_emulated_tiles(tmp_path):
         pytest.fail(str(error)[-3000:])
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "same\n", done.stdout + done.stderr
+
+
+def test_two_builds_of_one_library_do_not_meet(tmp_path, monkeypatch):
+    """The second one links while the first one does; each replaces the library by its own."""
+    out, linked = tmp_path / "libatedm.so", []
+    monkeypatch.setattr(build, "objects", lambda folder: [])
+
+    def link(command):
+        path = Path(command[-1])
+        path.write_text(f"{len(linked)}, half")
+        linked.append(path)
+        if len(linked) == 1:
+            build.build_library(out)
+            assert out.read_text() == "1, whole"
+        path.write_text(path.read_text().replace("half", "whole"))
+
+    monkeypatch.setattr(build, "_run", link)
+    build.build_library(out)
+    assert out.read_text() == "0, whole" and list(tmp_path.iterdir()) == [out]

@@ -11,6 +11,7 @@ import atedm
 from atedm import RankedNaN
 from atedm.app import prompts
 from atedm.app.prompts import PromptCase, Sampling
+from atedm.app.run_record import OtherRun
 from atedm.embedded import embedded_pipeline
 from atedm_bench.methods import Ours
 from atedm_bench.quality.images import make_setting, picture_paths, read_kinds
@@ -86,6 +87,7 @@ def test_kinds_are_those_of_a_pictures_batch(tmp_path):
     for start, kinds in ((0, ["whole"]), (2, ["reused"])):
         (tmp_path / "full" / f"{start:05d}.kinds.json").write_text(json.dumps(kinds))
     assert read_kinds(tmp_path, FULL, 3, 2) == [("whole",), ("whole",), ("reused",)]
-    (tmp_path / "full" / "00002.kinds.json").write_text("[")
-    with pytest.raises(ValueError, match=r"00002\.kinds\.json is damaged"):
-        read_kinds(tmp_path, FULL, 3, 2)
+    for text in ("[", "5", "[]", '["os.system"]', '"whole"', "[" * 100_000):
+        (tmp_path / "full" / "00002.kinds.json").write_text(text)
+        with pytest.raises(OtherRun, match=r"00002\.kinds\.json is damaged"):
+            read_kinds(tmp_path, FULL, 3, 2)

@@ -1,6 +1,8 @@
 """The lab's figures against independent definitions."""
 
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -125,7 +127,12 @@ def test_saved_checker_sees_the_same(checker, tmp_path):
     torch.testing.assert_close(loaded(x), checker(x), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
+# The head of a PNG of 40,000 by 40,000 pixels, more than pillow is willing to read.
+BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+BOMB += struct.pack(">I", zlib.crc32(BOMB[-17:]))
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "truncated", BOMB], ids=["empty", "text", "truncated", "bomb"])
 def test_a_damaged_picture_is_named(content, tmp_path):
     path = tmp_path / "00000.png"
     if content == "truncated":

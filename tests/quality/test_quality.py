@@ -318,6 +318,26 @@ def test_a_checkpoint_gets_fid_and_clip_score(checkpoint, checkpoint_rows):
     assert len(list((checkpoint / "run" / "ours-c").glob("*.png"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--prompts", "{folder}/one.txt"), "holds one prompt; expected at least 2"),
+        (("--references", "{folder}/none"), "holds 0 pictures; expected at least 2"),
+        (("--clip-model", "{folder}/absent"), "clip-model: "),
+        (("--fid-features", "inception"), "pip install torch-fidelity"),
+    ],
+)
+def test_what_figures_need_is_checked_before_pictures_are_drawn(checkpoint, tmp_path, monkeypatch, change, message):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "one.txt").write_text("a star\n")
+    code, output = call(
+        *checkpoint_run(checkpoint, tmp_path / "run"), *(each.format(folder=tmp_path) for each in change)
+    )
+    assert code == 2 and message in output, output
+    assert not list((tmp_path / "run").rglob("*"))
+
+
 def test_pictures_are_compared_with_those_of_another_run(finished, tmp_path):
     arguments, folder, _ = finished
     arguments = [*arguments[:-1], tmp_path / "run"]

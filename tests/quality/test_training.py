@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -116,6 +117,11 @@ def test_the_log_tells_steps_images_and_loss(trained, monkeypatch, tmp_path):
         ("steps: 3, batch: 4", "steps: x, batch: 4", "vae.steps is 'x'; expected a whole number, at least 1"),
         ("steps: 3, batch: 4", "steps: 3, batch: 0", "vae.batch is 0; expected a whole number, at least 1"),
         ("depth: [1, 1, 2]", "depth: [1, 1]", "unet.depth is [1, 1]; expected a list of 3 values"),
+        (
+            "seed: 0",
+            "seed: 18446744073709551616",
+            "seed is 18446744073709551616; expected a whole number, at least 0, at most",
+        ),
         ("latent: 16", "latent: true", "unet.phases[1].latent is True; expected a whole number"),
         ("[8, 8, 8]", "8", "vae.channels is 8; expected a list of one or more values"),
     ],
@@ -175,6 +181,31 @@ def test_a_log_is_read_up_to_where_a_run_was_killed(interrupted):
         log.write_text(text)
         (stage,) = record([interrupted.parent])["stages"]
         assert len(stage["curve"]) == count and stage["steps"] == 3
+
+
+def test_the_log_and_the_record_are_strict_json(trained, interrupted, monkeypatch):
+    from atedm_bench.training.record import record
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    monkeypatch.setattr(loop, "_NOTE_SECONDS", 0.0)
+    losses = iter([math.nan, math.inf, 0.5])
+    stage = loop.Stage(Saves(), interrupted, "stage")
+    stage.folder.joinpath(loop.LOG).unlink()
+    stage.run(3, lambda counter: (1, {"error": next(losses)}))
+    lines = stage.folder.joinpath(loop.LOG).read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse)["error"] for line in lines] == [None, None, 0.5]
+    shutil.copytree(trained[1] / "vae-training" / "checkpoint", interrupted / "checkpoint", dirs_exist_ok=True)
+    (found,) = record([interrupted.parent])["stages"]
+    assert [point["error"] for point in found["curve"]] == [None, None, 0.5]
+
+
+@pytest.mark.parametrize("text", ["5\n", "{}\n", '{"step": "x"}\n', "\xff\n"])
+def test_a_log_that_is_none_is_named(interrupted, text):
+    (interrupted / loop.LOG).write_bytes(text.encode("latin1"))
+    done = train("record", interrupted.parent, "--to", interrupted.parent.parent / "record.json")
+    assert done.exit_code == 1 and f"{interrupted} cannot be loaded" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "model.safetensors"])

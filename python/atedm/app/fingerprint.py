@@ -22,6 +22,8 @@ def fingerprint(pipe: Any) -> str:
     """
     parts = sorted((name, part) for name, part in pipe.components.items() if part is not None)
     parts.append(("pipeline", pipe))
+    if getattr(pipe, "watermark", None) is not None:  # diffusers adds one if invisible-watermark is installed
+        parts.append(("watermark", pipe.watermark))
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = pool.map(lambda item: _digest(*item), _contents(parts))
         return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,29 @@ from atedm.files import whole_file
 @contextlib.contextmanager
 def unclamped(pipe: Any) -> Iterator[None]:
     """Let ``pipe`` return the pixels as its autoencoder decodes them, to see those that are not finite."""
-    processor = pipe.image_processor
+    processor, mark = pipe.image_processor, getattr(pipe, "watermark", None)
     before = processor.config.do_normalize
     # Otherwise the processor clamps pixels to 0 and 1, which makes finite ones of infinite ones.
     processor.register_to_config(do_normalize=False)
+    if mark is not None:  # it clamps too
+        mark.apply_watermark = _only_finite(mark.apply_watermark)
     try:
         yield
     finally:
         processor.register_to_config(do_normalize=before)
+        if mark is not None:
+            del mark.apply_watermark
+
+
+def _only_finite(apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``apply``, which marks pictures ``[B, 3, H, W]``, but it leaves those as they are that are not finite."""
+
+    def applied(images: Tensor) -> Tensor:
+        marked = apply(images)
+        is_finite = images.flatten(1).isfinite().all(dim=1).to(marked.device)
+        return marked.where(is_finite[:, None, None, None], images.to(marked))
+
+    return applied
 
 
 def images_of(pipe: Any, pixels: Tensor) -> list[Image | None]:
@@ -53,7 +68,9 @@ def save_image(image: Image, path: Path) -> None:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError) as error:  # pillow raises either one for a damaged file
+    except MemoryError:
+        raise
+    except Exception as error:  # pillow raises many types for a damaged file
         raise OSError(f"{path} cannot be read as a picture: {error}; delete it or replace it") from error
 
 

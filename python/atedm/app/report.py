@@ -75,7 +75,7 @@ def write_json(document: dict, path: Path, *, keep_same: bool = False, ignored: 
         keep_same: keep an existing file that differs only in command, date, device and versions, so that starting a
             finished run again changes nothing. ignored: values of the rows that may differ too.
     """
-    text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+    text = strict_json(document, indent=1) + "\n"
     if keep_same and _is_same(path, text, ignored):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,13 @@ def _is_same(path: Path, text: str, ignored: Collection[str]) -> bool:
         return False
 
 
+def strict_json(document: Any, **style: Any) -> str:
+    """``document`` as JSON, with null for NaN and infinity, which JSON lacks. ``style``: of ``json.dumps``."""
+    return json.dumps(_finite(document), allow_nan=False, **style)
+
+
 def _finite(value: Any) -> Any:
-    """``value`` with None for NaN and infinity, which JSON lacks."""
+    """``value`` with None for NaN and infinity."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

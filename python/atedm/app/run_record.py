@@ -110,7 +110,7 @@ def _positive(value: Any) -> float:
     return float(value)
 
 
-def _kind(name: str) -> str:
+def known_kind(name: str) -> str:
     if name not in KINDS:
         raise ValueError(f"{name!r} is not a kind of step")
     return name
@@ -149,7 +149,7 @@ class Times:
                 place: {name: [*map(_positive, each)] for name, each in names.items()}
                 for place, names in found["seconds"].items()
             }
-            counts = {_kind(kind): int(_positive(n)) for kind, n in found["kinds"].items()}
+            counts = {known_kind(kind): int(_positive(n)) for kind, n in found["kinds"].items()}
             return cls(root, device, Counter(counts), seconds)
 
     def note(self, name: str, seconds_per_picture: float, kinds: Iterable[str]) -> None:

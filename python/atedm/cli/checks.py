@@ -205,6 +205,14 @@ def check_applicable(options: Options, pipe: StableDiffusionXLPipeline | UNet2DC
         raise bad(name if name in ("ratio", "levels") else "model", str(error)) from None
 
 
+def check_steps(steps: int, pipe: StableDiffusionXLPipeline) -> None:
+    """Raise a usage error if the scheduler of ``pipe`` refuses so many steps."""
+    try:
+        pipe.scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise bad("steps", str(error)) from None
+
+
 def chosen_settings(preset: str | None, file: Path | None) -> Options | str | None:
     """The settings that ``--preset`` or ``--options`` names; at most one of the two may be given."""
     from atedm.policy.options import Options

@@ -17,6 +17,7 @@ from atedm.cli.checks import (
     check_options,
     check_output,
     check_prompt,
+    check_steps,
     check_text,
     chosen_settings,
     failing_clearly,
@@ -158,6 +159,7 @@ def _generate_one(
     with failing_clearly():
         pipe = load()
         check_applicable(pruning, pipe)
+        check_steps(request.steps, pipe)
         found = comparison.compare(pipe, request, pruning, output, with_full=with_full)
         if explain:
             from atedm.app.explain import write_page
@@ -180,6 +182,7 @@ def _generate_many(
         device = many.own_device(device)
         run = many.PromptRun(load(device), **settings)
         check_applicable(run.options, run.pipe)
+        check_steps(run.sampling.steps, run.pipe)
         try:
             run.make()
         except OtherRun as error:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # The parts of a text-to-image pipeline that read its prompt.
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
+# Where the parts of a pipeline may come from. Older releases of diffusers import any other
+# module, and run a file of that name beside the weights.
+_LIBRARIES = ("diffusers", "transformers")
+
 _MAX_PROMPT_TOKENS = 1 << 20  # SDXL takes 77
 
 _TRIAL_SIDE = 512  # pixels: a size that suits every UNet
@@ -65,9 +69,15 @@ def load_pipeline(
     with _naming(model), warnings.catch_warnings():
         # New releases of diffusers prefer another name for torch_dtype; older ones know only this one.
         warnings.simplefilter("ignore", FutureWarning)
-        name = StableDiffusionXLPipeline.load_config(source).get("_class_name")
+        config = StableDiffusionXLPipeline.load_config(source)
+        name = config.get("_class_name")
         if not str(name).startswith("StableDiffusionXL"):
             raise bad("model", f"{model} is a {name}; expected a Stable Diffusion XL pipeline")
+        for part, found in config.items():
+            if isinstance(found, (list, tuple)) and found and _is_own_code(folder, part, found[0]):
+                raise bad(
+                    "model", f"{model} brings code of its own for its {part}; expected one of diffusers or transformers"
+                )
         pipe = StableDiffusionXLPipeline.from_pretrained(
             source,
             torch_dtype=getattr(torch, DTYPES[dtype]),
@@ -90,6 +100,12 @@ def load_pipeline(
         )
     with _naming(model):  # parts whose weights are missing are on no device
         return pipe.to(device)
+
+
+def _is_own_code(folder: Path | None, part: str, library: object) -> bool:
+    if not isinstance(library, str):  # None for a part that the pipeline lacks
+        return False
+    return library not in _LIBRARIES or (folder is not None and (folder / part / f"{library}.py").exists())
 
 
 def _check_names(folder: Path, variant: str) -> None:
