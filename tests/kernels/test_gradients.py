@@ -125,6 +125,20 @@ def test_sums_are_rounded_once(backend, device):
         assert out.tolist() == [[[4608.0] * 3, [0.0] * 3]]
 
 
+def test_sums_are_right_whatever_dtype_is_the_default(backend, device):
+    x, source = whole_numbers(1, 6, 3).float().to(device), rows(1, 6, 2).to(device)
+    expected = torch.zeros(1, 2, 3, device=device).index_add_(1, source[0], x)
+    default = torch.get_default_dtype()
+    for other in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(other)
+        try:
+            with ak.backend(backend):
+                out = sum_rows(x, source, 2)
+        finally:
+            torch.set_default_dtype(default)
+        assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
 def test_the_order_of_a_sum_is_fixed(backend, device):
     x = torch.randn(2, 300, 40, generator=torch.Generator().manual_seed(0)).to(device)
     source = rows(2, 300, 5).to(device)

@@ -93,6 +93,7 @@ class Picture:
             separate calls, pictures that take turns, or threads. What is remembered may then belong to another one.
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
         run: a number that no other run has; several runs may use the same timesteps. first: the step it began at.
+        recorded: the steps of the run at which a call outside of a backward has recorded gradients.
 
     A call adds to what is remembered only after it has finished.
     """
@@ -101,6 +102,7 @@ class Picture:
         self.is_shared = False
         self.is_over = False
         self._last: int | None = None
+        self.recorded: set[int | None] = set()
         self._thread = threading.get_ident()
         self.first = 0
         self.restart()
@@ -117,6 +119,8 @@ class Picture:
     def begin(self, step: int, total: int) -> None:
         """Note that a call at ``step`` of ``total`` begins."""
         if self._last is None or (step <= self._last and self.is_over):
+            if self.is_over:
+                self.recorded.clear()
             self.restart()  # the same timesteps may serve another run
             self.run, self.first = next(_runs), step
         elif step <= self._last:

@@ -85,7 +85,7 @@ class Planner:
         self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
         self._instead = _without_memory(options)
         self.forced: Call | None = None
-        self._records_gradients = False  # whether a call outside of any backward did
+        self._unknown = Picture()  # for all calls whose picture is not known
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
         if what not in self._said:
@@ -150,12 +150,13 @@ class Planner:
 
     def _call_for_gradients(self, step: Step) -> Call:
         """A call that does not touch what is remembered: no gradient would reach the calls that computed it."""
+        picture = self._unknown if step.picture is None else self.memory.picture(step.picture)
         if not is_in_backward():
-            self._records_gradients = True
-        elif not self._records_gradients:
+            picture.recorded.add(step.index)
+        elif step.index not in picture.recorded:
             refuse_reentrant(self.differ)
         if step.picture is not None and step.index == step.total - 1:
-            self.memory.picture(step.picture).is_over = True
+            picture.is_over = True
         is_whole = self.options.remembers or self.options.steps.reads_past
         self.say_once(
             "gradients",
