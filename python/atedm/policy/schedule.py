@@ -311,7 +311,7 @@ class Adaptive(Schedule):
             return "reused"
         if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
-        if self._tolerance(progress) < self._expected_change(progress, 1) < math.inf:
+        if self._tolerance(progress) < _expectation(progress)(1) < math.inf:
             return "whole"  # the updates of dropped tokens would be out of date
         since_whole = 1
         for step in reversed(computed):
@@ -340,17 +340,20 @@ class Adaptive(Schedule):
         if not math.isfinite(rate):
             return 1  # whatever min_gap is: there is nothing to reuse
         gap, most, tolerance = self._least(progress), min(self.max_gap, progress.total), self._tolerance(progress)
-        while gap < most and self._expected_change(progress, gap + 1) <= tolerance:
+        change_in = _expectation(progress)
+        while gap < most and change_in(gap + 1) <= tolerance:
             gap += 1
         return gap
 
     def _tolerance(self, progress: Progress) -> float:
         return self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
 
-    def _expected_change(self, progress: Progress, gap: int) -> float:
-        """How much the feature may change in ``gap`` steps: at the rate in their middle, if it goes on growing."""
-        since = progress.computed[-1] - progress.computed[-2]
-        return gap * (progress.rate() or 0.0) * _growth(progress) ** min((since + gap) / 2, 1000)
+
+def _expectation(progress: Progress) -> Callable[[int], float]:
+    """How much the feature may change in a number of steps: at the rate in their middle, if it goes on growing."""
+    before, last = progress.computed[-2:]
+    rate, growth = progress.rate() or 0.0, _growth(progress)
+    return lambda gap: gap * rate * growth ** min((last - before + gap) / 2, 1000)
 
 
 def _growth(progress: Progress) -> float:
