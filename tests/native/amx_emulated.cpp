@@ -61,7 +61,7 @@ void compare(int64_t tokens, int64_t head_dim) {
   plain.attention_column_sums(map, nullptr, nullptr, expected.data(), 2);
   require(close(got, expected, 2e-5f), "column sums", tokens, head_dim);
   std::vector<float> initial(rows);
-  for (int64_t i = 0; i < rows; ++i) initial[i] = static_cast<float>(i % 5);
+  for (int64_t i = 0; i < rows; ++i) initial[i] = static_cast<float>(1 + i % 5);
   for (const float *from : {static_cast<const float *>(nullptr), static_cast<const float *>(initial.data())}) {
     tiles.weighted_page_rank(map, 3, 0, from, map.lse_stride, got.data(), iterations.data(), 2);
     plain.weighted_page_rank(map, 3, 0, from, map.lse_stride, expected.data(), iterations.data(), 2);

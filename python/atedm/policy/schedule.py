@@ -269,7 +269,8 @@ class Adaptive(Schedule):
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
-            12 steps is not pruned, nor is a step in which the feature is expected to change by more than ``tolerance``.
+            12 steps is not pruned, nor is a step in which the feature is expected to change by more than ``tolerance``
+            (with a ``max_gap`` of 1 nothing is expected).
         whole_every: from there on, every ``whole_every``-th computed step is whole, and those in between are pruned.
 
     Raises:
@@ -311,7 +312,8 @@ class Adaptive(Schedule):
             return "reused"
         if progress.step < self.pruned_from * progress.total or progress.total < LONG_RUN:
             return "whole"
-        if self._tolerance(progress) < _expectation(progress)(1) < math.inf:
+        # Where nothing is reused, no rate is measured.
+        if self.max_gap > 1 and self._tolerance(progress) < _expectation(progress)(1) < math.inf:
             return "whole"  # the updates of dropped tokens would be out of date
         since_whole = 1
         for step in reversed(computed):
