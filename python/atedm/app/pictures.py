@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atedm.files import whole_file
-from atedm.policy.schedule import PRUNING
+from atedm.policy.schedule import PRUNING, computed_steps
 from atedm.unet.recording import Recording
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def plot(
     _check(recording, what, row)
     masks, kinds, blocks = _masks(recording, row), _kinds(recording), recording.blocks
     # A reused step runs no attention block.
-    computed = [step for step, kind in kinds.items() if kind != "reused"]
+    computed = computed_steps(kinds)
     light = list(kinds.values()).count("light") if set(kinds.values()) <= PRUNING else None
     shown = [computed[n] for n in steps_to_show(len(computed), light or 0)]
 

@@ -42,6 +42,11 @@ TUNED_STEPS, TUNED_POWER = 25, 0.75
 TRAIN_TIMESTEPS = 1000
 
 
+def computed_steps(kinds: Mapping[int, str]) -> list[int]:
+    """The steps that are computed, in order. ``kinds``: the kind of each step, by step."""
+    return [step for step, kind in kinds.items() if kind != "reused"]
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of a picture when the kind of its next step is chosen.
@@ -64,7 +69,7 @@ class Progress:
     @property
     def computed(self) -> list[int]:
         """The steps that have been computed, in order."""
-        return [step for step, kind in self.kinds.items() if kind != "reused"]
+        return computed_steps(self.kinds)
 
 
 class Schedule:

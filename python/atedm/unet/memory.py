@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atedm.policy.schedule import computed_steps
 from atedm.policy.staleness import State
 
 
@@ -169,7 +170,7 @@ class Picture:
 
         Kept in ``rates``, by the later of the two.
         """
-        computed = [step for step, kind in self.kinds.items() if kind != "reused"]
+        computed = computed_steps(self.kinds)
         if len(computed) < 2 or self.slot is None or self.slot.change is None:
             return None
         if computed[-1] not in self.rates:
