@@ -1,5 +1,5 @@
 """``python -m atedm_bench``: runs the command line."""
 
-from atedm_bench.command import main
+from atedm_command import bench
 
-main()
+bench()

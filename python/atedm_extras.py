@@ -14,7 +14,10 @@ from pathlib import Path
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml", "torch-fidelity": "torch_fidelity"}
 
 # A file of each package, which a folder that hides the package does not have.
-_OWN = {"atedm": "unet/attach.py", "atedm_kernels": "registry.py"}
+_OWN = {"atedm": "unet/attach.py", "atedm_kernels": "registry.py", "atedm_bench": "measure.py"}
+
+# The packages that every command imports.
+_ALWAYS = ("atedm", "atedm_kernels")
 
 # The packages that every command needs, for `import atedm` and for the command line itself.
 COMMAND = ("diffusers", "typer", "rich")
@@ -47,9 +50,14 @@ def hint(extra: str, packages: list[str]) -> str:
     return f"{', '.join(packages)} not installed; pip install 'atedm-kernels[{extra}]'"
 
 
-def require(extra: str, *packages: str) -> None:
-    """Exit with a line and status 1 if one of ``packages`` is missing, or one of atedm's is hidden."""
-    for line in filter(None, map(hidden, _OWN)):
+def require(extra: str, *packages: str, own: tuple[str, ...] = ()) -> None:
+    """Exit with a line and status 1 if one of ``packages`` is missing, or a package of this distribution is hidden.
+
+    Args:
+        extra: what installs ``packages``. own: the packages of this distribution that the caller imports besides those
+            that every command does.
+    """
+    for line in filter(None, map(hidden, (*_ALWAYS, *own))):
         sys.exit(f"Error: {line}")
     absent = missing(*packages)
     if absent:

@@ -85,8 +85,8 @@ MAY_IMPORT = {
     "atedm_kernels": {"atedm_kernels"},
     "python/atedm_extras.py": set(),
     "python/atedm": {"atedm_extras", "atedm_kernels", "atedm"},
-    "python/atedm_command.py": {"atedm_extras", "atedm"},
-    "bench": {"atedm_extras", "atedm_kernels", "atedm", "atedm_bench"},
+    "bench": {"atedm_command", "atedm_extras", "atedm_kernels", "atedm", "atedm_bench"},
+    "python/atedm_command.py": {"atedm_extras", "atedm", "atedm_bench"},
     "tests": {"atedm_command", "atedm_extras", "atedm_kernels", "atedm", "atedm_bench", "csrc", "tests"},
 }
 OURS = {*MAY_IMPORT["tests"], "bench", "python"}
@@ -210,16 +210,16 @@ def test_an_import_that_runs_back_is_found():
 
 
 COMMANDS = {
-    **{("atedm_command", *arguments): "diffusers" for arguments in ((), ("demo",), ("--help",))},
-    **{("atedm_bench.command", *arguments): "bench" for arguments in ((), ("ops",), ("unet",), ("tune",))},
-    **{("atedm_bench.command", name): "quality" for name in ("quality", "train", "overview")},
+    **{("main", *arguments): "diffusers" for arguments in ((), ("demo",), ("--help",))},
+    **{("bench", *arguments): "bench" for arguments in ((), ("ops",), ("unet",), ("tune",))},
+    **{("bench", name): "quality" for name in ("quality", "train", "overview")},
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_command_without_its_packages_names_the_extra_in_one_line(command):
-    module, *arguments = command
-    code = f"import sys; sys.modules.update(typer=None); import {module} as command; command.main()"
+    function, *arguments = command
+    code = f"import sys; sys.modules.update(typer=None); import atedm_command; atedm_command.{function}()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == f"Error: typer not installed; pip install 'atedm-kernels[{COMMANDS[command]}]'\n"
@@ -235,7 +235,7 @@ def test_the_plug_in_without_diffusers_names_the_extra():
     assert last == "ModuleNotFoundError: diffusers not installed; pip install 'atedm-kernels[diffusers]'"
 
 
-@pytest.mark.parametrize("module", ["atedm", "atedm_kernels"])
+@pytest.mark.parametrize("module", ["atedm", "atedm_kernels", "atedm_bench"])
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_hides_a_package_is_named(tmp_path, module, kind):
     other = tmp_path / (module if kind == "folder" else f"{module}.py")
@@ -251,7 +251,8 @@ def test_what_hides_a_package_is_named(tmp_path, module, kind):
         assert done.returncode == 1, done.stdout
         return done.stderr.strip().splitlines()
 
-    (line,) = ends("import atedm_command; atedm_command.main()")
+    command = "bench" if module == "atedm_bench" else "main"
+    (line,) = ends(f"import atedm_command; atedm_command.{command}()")
     assert line.startswith(f"Error: {other} hides the package {module} of atedm-kernels")
     if module == "atedm_kernels":
         assert ends("import atedm")[-1].startswith(f"ImportError: {other} hides the package {module}")

@@ -47,7 +47,8 @@ def quality(
     captions: Annotated[
         str | None,
         typer.Option(
-            help="chosen: the 64 on which choices were made; held-out: those after them, to report. Default: held-out."
+            help="chosen: the 64 on which choices were made; held-out: others that nothing was chosen by, to report. "
+            "Default: held-out."
         ),
     ] = None,
     scheduler: Annotated[

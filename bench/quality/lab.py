@@ -22,8 +22,9 @@ from atedm_bench.scenes.split import scenes
 # Seed of the held-out captions.
 _CAPTIONS = 21
 
-# Choices were made on this many captions. What is reported is measured on the captions after them.
-CHOSEN = 64
+# Choices were made on the first ``CHOSEN`` captions, and two rules of :class:`atedm.Adaptive` after looking at figures
+# of the next ones, up to ``SEEN``. What is reported is measured on the captions after those.
+CHOSEN, SEEN = 64, 320
 
 # The Fréchet distance compares with held-out renders: this many per generated picture, within these bounds.
 _REFERENCES_PER_PICTURE = 8

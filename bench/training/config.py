@@ -13,6 +13,9 @@ DEFAULT = Path(__file__).with_name("config.yaml")
 # The largest number in a recipe: seeds and counts beyond it overflow in a library.
 _MAX = 2**31 - 1
 
+# Channels of a head of the text encoders, and groups of the autoencoder's norms.
+TEXT_HEAD_DIM, VAE_NORM_GROUPS = 32, 8
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -44,6 +47,10 @@ class Vae:
     def scale(self) -> int:
         """Pixels per latent element, along each side."""
         return 2 ** (len(self.channels) - 1)
+
+
+# Latent elements per side that become one token per side at the UNet's lowest level.
+_UNET_SCALE = 4
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,39 @@ def _group(kind: type, name: str, values: Any) -> Any:
     return kind(**{key: _value(kinds[key], f"{name}.{key}".lstrip("."), value) for key, value in values.items()})
 
 
+def _check_multiple(name: str, value: int | tuple[int, ...], of: int, meaning: str) -> None:
+    if any(each % of for each in (value if isinstance(value, tuple) else (value,))):
+        value = list(value) if isinstance(value, tuple) else value
+        raise ValueError(f"{name} is {value}; expected multiples of {of}, {meaning}")
+
+
+def _check(config: Config) -> None:
+    """Raise ValueError if values contradict each other, or are no fractions, before hours of training find out."""
+    text, vae, unet = config.text, config.vae, config.unet
+    _check_multiple("text.widths", text.widths, TEXT_HEAD_DIM, "the channels of a head")
+    _check_multiple("vae.channels", vae.channels, VAE_NORM_GROUPS, "the groups of its norms")
+    _check_multiple("vae.crop", vae.crop, vae.scale, "the pixels of a latent element")
+    if min(vae.sizes) < vae.crop:
+        raise ValueError(f"vae.sizes is {list(vae.sizes)}; expected at least vae.crop, {vae.crop}")
+    _check_multiple("unet.channels", unet.channels, unet.norm_groups, "unet.norm_groups")
+    _check_multiple("unet.channels[1:]", unet.channels[1:], unet.head_dim, "unet.head_dim")
+    _check_multiple("unet.sample_size", unet.sample_size, _UNET_SCALE, "for a UNet of three levels")
+    for n, phase in enumerate(unet.phases):
+        _check_multiple(f"unet.phases[{n}].latent", phase.latent, _UNET_SCALE, "for a UNet of three levels")
+    for name in ("caption_dropout", "uniform_timesteps"):
+        if getattr(unet, name) > 1:
+            raise ValueError(f"unet.{name} is {getattr(unet, name)}; expected a fraction, at most 1")
+    if unet.ema_decay >= 1:
+        raise ValueError(f"unet.ema_decay is {unet.ema_decay}; expected below 1")
+
+
 def load(path: Path = DEFAULT) -> Config:
     """Read a recipe.
 
     Raises:
-        ValueError: a key is missing or unknown, or its value is no such number or list; the message names it.
+        ValueError: a key is missing or unknown, its value is no such number or list, or two values contradict each
+            other; the message names it.
     """
-    return _group(Config, "", yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    config = _group(Config, "", yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    _check(config)
+    return config

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from atedm.files import whole_folder
 from atedm_bench.scenes import caption
 from atedm_bench.scenes.split import scenes
-from atedm_bench.training.config import Config
+from atedm_bench.training.config import TEXT_HEAD_DIM, VAE_NORM_GROUPS, Config
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _TIME_EMBEDDING = 32
@@ -77,7 +77,7 @@ def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPT
             intermediate_size=4 * width,
             projection_dim=width,
             num_hidden_layers=layers,
-            num_attention_heads=width // 32,
+            num_attention_heads=width // TEXT_HEAD_DIM,
             max_position_embeddings=config.tokenizer.max_tokens,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -125,7 +125,7 @@ def build_vae(config: Config) -> AutoencoderKL:
         block_out_channels=vae.channels,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=VAE_NORM_GROUPS,
         sample_size=config.unet.sample_size * vae.scale,
         mid_block_add_attention=False,
         force_upcast=False,

@@ -124,6 +124,17 @@ def test_the_log_tells_steps_images_and_loss(trained, monkeypatch, tmp_path):
         ),
         ("latent: 16", "latent: true", "unet.phases[1].latent is True; expected a whole number"),
         ("[8, 8, 8]", "8", "vae.channels is 8; expected a list of one or more values"),
+        ("[8, 8, 8]", "[8, 12, 8]", "vae.channels is [8, 12, 8]; expected multiples of 8"),
+        ("[32, 32]", "[32, 40]", "text.widths is [32, 40]; expected multiples of 32"),
+        ("crop: 32", "crop: 30", "vae.crop is 30; expected multiples of 4"),
+        ("crop: 32", "crop: 64", "vae.sizes is [32, 64]; expected at least vae.crop, 64"),
+        ("norm_groups: 4", "norm_groups: 3", "unet.channels is [8, 16, 16]; expected multiples of 3"),
+        ("head_dim: 8", "head_dim: 5", "unet.channels[1:] is [16, 16]; expected multiples of 5"),
+        ("sample_size: 16", "sample_size: 18", "unet.sample_size is 18; expected multiples of 4"),
+        ("latent: 16", "latent: 10", "unet.phases[1].latent is 10; expected multiples of 4"),
+        ("dropout: 0.1", "dropout: 1.1", "unet.caption_dropout is 1.1; expected a fraction, at most 1"),
+        ("uniform_timesteps: 0.25", "uniform_timesteps: 2", "unet.uniform_timesteps is 2; expected a fraction"),
+        ("ema_decay: 0.9", "ema_decay: 1", "unet.ema_decay is 1; expected below 1"),
     ],
 )
 def test_recipe_names_what_is_wrong(tmp_path, old, new, message):
