@@ -33,6 +33,12 @@ LONG_RUN = 12
 # The last two computed steps of an adaptive schedule may be farther apart than others, by ``1 / STRETCH`` of a gap.
 STRETCH = 4
 
+# A feature that changes by less than this stands still: it may be reused this many times as long as others.
+STILL, STILL_GAPS = 0.07, 3
+
+# Part of the tolerance that is used while the rate of change grows: the next rates can be higher than expected.
+GROWING = 0.7
+
 # Number of steps of the runs that tolerances are chosen on. Twice as many steps halve the change per step: with the
 # same tolerance all additional steps would be reused, and the picture would come no closer to the full one. The lab
 # chose the power at 50 steps.
@@ -259,8 +265,8 @@ class Adaptive(Schedule):
 
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
     steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. A rate that has
-    grown is expected to go on growing by the same factor per step, as it does under Karras' timesteps. This adapts to
-    any scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed,
+    grown is expected to go on growing by the same factor per step, as it does under Karras' timesteps, and only 0.7 of
+    the tolerance is used then. This adapts to any scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed,
     because multistep solvers end on the UNet's output there. To make room for it, the rest of the run is divided into
     equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end`` stops
     before the last one, which no call can know. If features are not finite, the next step is computed: there is nothing
@@ -270,7 +276,8 @@ class Adaptive(Schedule):
         tolerance: the relative change of the feature, above 0. A higher tolerance reuses more. A run of more than
             ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
             the full picture.
-        max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart.
+        max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart. It is
+            three times as large where features are expected to change by less than 0.07.
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
@@ -342,14 +349,15 @@ class Adaptive(Schedule):
         if self.max_gap == 1:
             return 1
         rate = progress.rate()
-        if not rate:
+        if rate is None:
             return self.max_gap
         if not math.isfinite(rate):
             return 1  # whatever min_gap is: there is nothing to reuse
-        gap, most, tolerance = self._least(progress), min(self.max_gap, progress.total), self._tolerance(progress)
+        gap, tolerance = self._least(progress), self._tolerance(progress)
         change_in = _expectation(progress)
-        while gap < most and change_in(gap + 1) <= tolerance:
-            gap += 1
+        for most, change in ((self.max_gap, tolerance), (STILL_GAPS * self.max_gap, min(STILL, tolerance))):
+            while gap < min(most, progress.total) and change_in(gap + 1) <= change:
+                gap += 1
         return gap
 
     def _tolerance(self, progress: Progress) -> float:
@@ -360,6 +368,7 @@ def _expectation(progress: Progress) -> Callable[[int], float]:
     """How much the feature may change in a number of steps: at the rate in their middle, if it goes on growing."""
     before, last = progress.computed[-2:]
     rate, growth = progress.rate() or 0.0, _growth(progress)
+    rate = rate if growth == 1 else rate / GROWING
     return lambda gap: gap * rate * growth ** min((last - before + gap) / 2, 1000)
 
 
