@@ -33,8 +33,9 @@ LONG_RUN = 12
 # The last two computed steps of an adaptive schedule may be farther apart than others, by ``1 / STRETCH`` of a gap.
 STRETCH = 4
 
-# A feature that changes by less than this stands still: it may be reused this many times as long as others.
-STILL, STILL_GAPS = 0.07, 3
+# A feature that changes by less than this, and by less than this part of the tolerance, stands still: it may be reused
+# this many times as long as others.
+STILL, STILL_PART, STILL_GAPS = 0.07, 1 / 8, 3
 
 # Part of the tolerance that is used while the rate of change grows: the next rates can be higher than expected.
 GROWING = 0.7
@@ -277,7 +278,7 @@ class Adaptive(Schedule):
             ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
             the full picture.
         max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart. It is
-            three times as large where features are expected to change by less than 0.07.
+            three times as large where features are expected to change by less than 0.07 and an eighth of the tolerance.
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
@@ -355,7 +356,8 @@ class Adaptive(Schedule):
             return 1  # whatever min_gap is: there is nothing to reuse
         gap, tolerance = self._least(progress), self._tolerance(progress)
         change_in = _expectation(progress)
-        for most, change in ((self.max_gap, tolerance), (STILL_GAPS * self.max_gap, min(STILL, tolerance))):
+        still = min(STILL, STILL_PART * tolerance)
+        for most, change in ((self.max_gap, tolerance), (STILL_GAPS * self.max_gap, still)):
             while gap < min(most, progress.total) and change_in(gap + 1) <= change:
                 gap += 1
         return gap
