@@ -41,14 +41,14 @@ def quality(
         typer.Option(
             min=2,
             max=1_000_000,
-            help="Pictures per setting. Default: all chosen captions, 256 held-out ones, all prompts.",
+            help="Pictures per setting. Default: all chosen captions, 256 of the others, all prompts.",
         ),
     ] = None,
     captions: Annotated[
         str | None,
         typer.Option(
-            help="chosen: the 64 on which choices were made; held-out: others that nothing was chosen by, to report. "
-            "Default: held-out."
+            help="chosen: the 64 on which choices were made; held-out: the 256 after those, to report; fresh: those "
+            "after both. Default: held-out."
         ),
     ] = None,
     scheduler: Annotated[
@@ -193,15 +193,15 @@ def _parsed(tried: Sequence[str]) -> dict[str, Options]:
 
 
 def _check(request: LabRequest) -> None:
+    from atedm_bench.quality.lab import CAPTIONS
     from atedm_bench.quality.samplers import SCHEDULERS
-    from atedm_bench.quality.session import CAPTIONS
 
     if request.dtype is not None:
         check_dtype(request.dtype)
     if request.scheduler not in SCHEDULERS:
         raise bad("scheduler", f"is {request.scheduler!r}; expected {', '.join(SCHEDULERS)}")
     if request.captions not in (None, *CAPTIONS):
-        raise bad("captions", f"is {request.captions!r}; expected {' or '.join(CAPTIONS)}")
+        raise bad("captions", f"is {request.captions!r}; expected {', '.join(CAPTIONS)}")
     if request.captions is not None and request.model is not None:
         raise bad("captions", "is for the embedded model; expected only --prompts with --model")
     if request.model is None:

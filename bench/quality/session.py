@@ -25,7 +25,7 @@ from atedm_bench.methods import Costs
 from atedm_bench.quality import convergence, plots, refills
 from atedm_bench.quality.against import Against
 from atedm_bench.quality.claims import MEASURES, check_claims
-from atedm_bench.quality.lab import CHOSEN, SEEN, SceneFigures, scene_cases
+from atedm_bench.quality.lab import CAPTIONS, CHOSEN, SceneFigures, scene_cases
 from atedm_bench.quality.reference import ReferenceFigures
 from atedm_bench.quality.run import Run
 from atedm_bench.quality.samplers import EULER, set_scheduler, timesteps_of
@@ -34,9 +34,7 @@ from atedm_bench.quality.timing import ROUNDS, unet_seconds
 
 QUICK_IMAGES, QUICK_STEPS, QUICK_ROUNDS = 8, 10, 2
 
-# The captions of the endless list: those on which choices were made, or those that nothing was chosen by.
-CAPTIONS = ("chosen", "held-out")
-HELD_OUT = CAPTIONS[1]
+HELD_OUT = "held-out"
 
 # The file for the rows, in the output folder.
 _ROWS = "quality.json"
@@ -118,7 +116,7 @@ def resolved(request: LabRequest, device: torch.device) -> LabRequest:
 
 def _folder(request: LabRequest) -> str:
     """Return the name of the output folder: one per kind of run, because pictures of two runs must not mix."""
-    parts = ["quality"] + ["quick"] * request.quick + ["chosen"] * (request.captions == "chosen")
+    parts = ["quality"] + ["quick"] * request.quick + [request.captions] * (request.captions not in (None, HELD_OUT))
     return "-".join(parts + [request.scheduler] * (request.scheduler != EULER))
 
 
@@ -150,7 +148,7 @@ def run_embedded(request: LabRequest, device: torch.device) -> None:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         torch.nn.Module.to(part, dtype)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    cases = scene_cases(request.images, request.seed, SEEN if request.captions == HELD_OUT else 0)
+    cases = scene_cases(request.images, request.seed, CAPTIONS[request.captions])
     sampling = Sampling(request.steps, request.guidance, side, side, request.batch)
     _run(request, device, pipe, "embedded", cases, sampling, lambda: SceneFigures(cases, side))
 

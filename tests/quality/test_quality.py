@@ -20,7 +20,7 @@ from atedm.embedded import WEIGHTS, embedded_pipeline
 from atedm_bench.cli import app
 from atedm_bench.quality import lab, session
 from atedm_bench.quality.checker_training import held_out_renders
-from atedm_bench.quality.lab import CHOSEN, SEEN, scene_cases
+from atedm_bench.quality.lab import CAPTIONS, CHOSEN, scene_cases
 from atedm_bench.quality.samplers import SCHEDULERS, set_scheduler, timesteps_of
 from atedm_bench.scenes.split import held_out
 from tests.helpers.shallow import save_shallow, shallow_pipeline
@@ -170,7 +170,8 @@ def test_pictures_of_another_run_are_refused(finished):
 
 
 def test_chosen_captions_come_before_the_held_out_ones(tmp_path):
-    assert scene_cases(3, skip=SEEN) == scene_cases(SEEN + 3)[SEEN:]
+    assert list(CAPTIONS.values()) == [0, CHOSEN, CHOSEN + 256]
+    assert scene_cases(3, skip=CHOSEN) == scene_cases(CHOSEN + 3)[CHOSEN:]
     code, output = call("--captions", "chosen", "--images", CHOSEN + 1, "--output", tmp_path / "run")
     assert code == 2
     assert f"at most {CHOSEN} of the chosen captions" in output

@@ -35,7 +35,7 @@ STRETCH = 4
 
 # A feature that changes by less than this, and by less than this part of the tolerance, stands still: it may be reused
 # this many times as long as others.
-STILL, STILL_PART, STILL_GAPS = 0.07, 1 / 8, 3
+STILL, STILL_PART, STILL_GAPS = 0.07, 1 / 12, 3
 
 # Part of the tolerance that is used while the rate of change grows: the next rates can be higher than expected.
 GROWING = 0.7
@@ -267,18 +267,18 @@ class Adaptive(Schedule):
     Between two computed steps the feature changes at some rate per step. At that rate it takes ``tolerance / rate``
     steps, rounded down, to change by ``tolerance``; the next computed step is about that far away. A rate that has
     grown is expected to go on growing by the same factor per step, as it does under Karras' timesteps, and only 0.7 of
-    the tolerance is used then. This adapts to any scheduler, while a fixed list that suits one scheduler ruins pictures under another. The last step is computed,
-    because multistep solvers end on the UNet's output there. To make room for it, the rest of the run is divided into
-    equal parts. The run is the scheduler's timesteps: image-to-image starts late in them, and ``denoising_end`` stops
-    before the last one, which no call can know. If features are not finite, the next step is computed: there is nothing
-    to reuse, and a pruned step reports the NaN.
+    the tolerance is used then. This adapts to any scheduler, while a fixed list that suits one scheduler ruins pictures
+    under another. The last step is computed, because multistep solvers end on the UNet's output there. To make room for
+    it, the rest of the run is divided into equal parts. The run is the scheduler's timesteps: image-to-image starts
+    late in them, and ``denoising_end`` stops before the last one, which no call can know. If features are not finite,
+    the next step is computed: there is nothing to reuse, and a pruned step reports the NaN.
 
     Args:
         tolerance: the relative change of the feature, above 0. A higher tolerance reuses more. A run of more than
             ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
             the full picture.
         max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart. It is
-            three times as large where features are expected to change by less than 0.07 and an eighth of the tolerance.
+            three times as large where features are expected to change by less than 0.07 and a twelfth of the tolerance.
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
