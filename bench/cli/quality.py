@@ -48,7 +48,7 @@ def quality(
         str | None,
         typer.Option(
             help="chosen: the 64 on which choices were made; held-out: the 256 after those, to report; fresh: those "
-            "after both. Default: held-out."
+            "that no rule was made on. Default: held-out."
         ),
     ] = None,
     scheduler: Annotated[
