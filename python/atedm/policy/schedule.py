@@ -38,7 +38,8 @@ STRETCH = 4
 STILL, STILL_PART, STILL_GAPS = 0.07, 1 / 12, 3
 
 # Part of the tolerance that is used while the rate of change grows: the next rates can be higher than expected, and a
-# single reused step changes pictures most there.
+# single reused step changes pictures most there. In a run of ``n`` times as many steps as ``TUNED_STEPS``, where a rate
+# grows less from step to step, its ``n``-th root.
 GROWING = 0.5
 
 # Number of steps of the runs that tolerances are chosen on. Twice as many steps halve the change per step: with the
@@ -277,7 +278,7 @@ class Adaptive(Schedule):
     Args:
         tolerance: the relative change of the feature, above 0. A higher tolerance reuses more. A run of more than
             ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
-            the full picture.
+            the full picture, and uses more than half of it while rates grow: ``0.5 ** (25 / steps)``.
         max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart. It is
             three times as large where features are expected to change by less than 0.07 and a twelfth of the tolerance.
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
@@ -371,7 +372,8 @@ def _expectation(progress: Progress) -> Callable[[int], float]:
     """How much the feature may change in a number of steps: at the rate in their middle, if it goes on growing."""
     before, last = progress.computed[-2:]
     rate, growth = progress.rate() or 0.0, _growth(progress)
-    rate = rate if growth == 1 else rate / GROWING
+    if growth > 1:
+        rate /= GROWING ** min(1.0, TUNED_STEPS / progress.total)
     return lambda gap: gap * rate * growth ** min((last - before + gap) / 2, 1000)
 
 
