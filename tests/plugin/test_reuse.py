@@ -261,8 +261,7 @@ def test_a_rate_that_grows_is_expected_to_go_on_growing():
     assert len(changes) >= 3 and max(changes) <= 0.5 * 0.3  # only that much of the tolerance is used
     # Of twice the steps, which grow half as fast, more of the tolerance is used.
     finer = [rate / 2 for rate in growing for _ in range(2)]
-    halves = kinds_of(Adaptive(0.3 * 2**0.75), 50, finer)
-    assert halves.count("w") < 2 * len(computed)
+    assert kinds_of(Adaptive(0.3 * 2**0.75), 50, finer).count("w") == 20  # 22 with half of it
     # One that falls is not.
     falling = growing[::-1]
     assert kinds_of(Adaptive(0.3), 25, falling) == kinds_of(Forgetful(0.3), 25, falling)
