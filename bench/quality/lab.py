@@ -23,8 +23,8 @@ from atedm_bench.scenes.split import scenes
 _CAPTIONS = 21
 
 # The captions of the endless list by name, each with the number of captions before its first. Choices were made on the
-# chosen ones. Rules of :class:`atedm.Adaptive` for Karras' timesteps were made after looking at figures of the 512 after
-# them. So that sampler is reported on the fresh ones, and all else on the held-out ones.
+# chosen ones. Rules of :class:`atedm.Adaptive` for Karras' timesteps were made after looking at figures of the next 512
+# captions. So that sampler is reported on the fresh ones, and all else on the held-out ones.
 CAPTIONS = {"chosen": 0, "held-out": 64, "fresh": 576}
 CHOSEN = CAPTIONS["held-out"]
 

@@ -280,7 +280,8 @@ class Adaptive(Schedule):
             ``TUNED_STEPS`` (25) steps multiplies it by ``(25 / steps) ** 0.75``, so that more steps also come closer to
             the full picture, and uses more than half of it while rates grow: ``0.5 ** (25 / steps)``.
         max_gap: the largest distance between two computed steps; the last two may be a quarter farther apart. It is
-            three times as large where features are expected to change by less than 0.07 and a twelfth of the tolerance.
+            three times as large where features are expected to change by less than 0.07 and than a twelfth of the
+            tolerance.
         min_gap: the smallest distance in the first 30 % of the run. The first two computed steps are that far apart,
             because no rate is known yet. Later, and in a run of fewer than ``12 · min_gap`` steps, it is 1.
         pruned_from: the fraction of the run from which computed steps may be pruned; 1 prunes none. A run of fewer than
