@@ -16,6 +16,9 @@ _MAX = 2**31 - 1
 # Channels of a head of the text encoders, and groups of the autoencoder's norms.
 TEXT_HEAD_DIM, VAE_NORM_GROUPS = 32, 8
 
+# Latent elements per side that become one token per side at the UNet's lowest level.
+_UNET_SCALE = 4
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -47,10 +50,6 @@ class Vae:
     def scale(self) -> int:
         """Pixels per latent element, along each side."""
         return 2 ** (len(self.channels) - 1)
-
-
-# Latent elements per side that become one token per side at the UNet's lowest level.
-_UNET_SCALE = 4
 
 
 @dataclass(frozen=True)

@@ -366,7 +366,12 @@ class Adaptive(Schedule):
         return gap
 
     def _tolerance(self, progress: Progress) -> float:
-        return self.tolerance * min(1.0, TUNED_STEPS / progress.total) ** TUNED_POWER
+        return self.tolerance * _step_length(progress) ** TUNED_POWER
+
+
+def _step_length(progress: Progress) -> float:
+    """The length of a step, in steps of the runs that tolerances are chosen on; 1 for longer steps."""
+    return min(1.0, TUNED_STEPS / progress.total)
 
 
 def _expectation(progress: Progress) -> Callable[[int], float]:
@@ -374,7 +379,7 @@ def _expectation(progress: Progress) -> Callable[[int], float]:
     before, last = progress.computed[-2:]
     rate, growth = progress.rate() or 0.0, _growth(progress)
     if growth > 1:
-        rate /= GROWING ** min(1.0, TUNED_STEPS / progress.total)
+        rate /= GROWING ** _step_length(progress)
     return lambda gap: gap * rate * growth ** min((last - before + gap) / 2, 1000)
 
 
