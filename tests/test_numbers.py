@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import atedm
 import atedm_kernels as kernels
 from atedm.cli import app
-from atedm.policy.schedule import SCHEDULES
+from atedm.policy.schedules import SCHEDULES
 from atedm_bench.cli import app as bench
 
 

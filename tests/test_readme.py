@@ -15,7 +15,7 @@ import atedm.embedded
 from atedm.cli import app
 from atedm.policy.ranking import RANKINGS
 from atedm.policy.recovery import RECOVERIES
-from atedm.policy.schedule import SCHEDULES
+from atedm.policy.schedules import SCHEDULES
 from atedm.policy.staleness import STALENESS
 from atedm_bench.cli import app as bench
 from tests.helpers.shallow import shallow_pipeline

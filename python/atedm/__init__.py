@@ -9,8 +9,9 @@ from atedm_extras import hidden, hint, missing
 
 if TYPE_CHECKING:
     from atedm.app.pictures import plot
+    from atedm.policy.adaptive import Adaptive
     from atedm.policy.options import PRESETS, Options
-    from atedm.policy.schedule import DSAP, KINDS, Adaptive, Every, Schedule
+    from atedm.policy.schedule import DSAP, KINDS, Every, Schedule
     from atedm.unet.attach import applied, apply, pruned_blocks, record, remove
     from atedm.unet.errors import RankedNaN
     from atedm_kernels import __version__
@@ -23,7 +24,7 @@ if hidden("atedm_kernels"):
 
 # Loaded on first use, because torch and diffusers take seconds to load and `atedm --help` does not need them.
 _HOMES = {
-    "Adaptive": "atedm.policy.schedule",
+    "Adaptive": "atedm.policy.adaptive",
     "DSAP": "atedm.policy.schedule",
     "Every": "atedm.policy.schedule",
     "KINDS": "atedm.policy.schedule",

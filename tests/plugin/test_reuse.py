@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import atedm
+from atedm.policy.adaptive import Adaptive
 from atedm.policy.options import PUBLISHED
-from atedm.policy.schedule import Adaptive, Every, Listed, Progress
+from atedm.policy.schedule import Every, Listed, Progress
 from atedm.unet.installing import calls_of
 from tests.helpers.running import latents, timesteps_of
 

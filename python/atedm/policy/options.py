@@ -11,19 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from atedm.files import whole_file
+from atedm.policy.adaptive import Adaptive
 from atedm.policy.placement import PLACEMENTS
 from atedm.policy.ranking import RANKINGS, RankingFunction, make_ranking
 from atedm.policy.recovery import RECOVERIES
-from atedm.policy.schedule import (
-    DSAP,
-    PRUNING,
-    Adaptive,
-    Listed,
-    Schedule,
-    as_schedule,
-    schedule_from_json,
-    schedule_to_json,
-)
+from atedm.policy.schedule import DSAP, PRUNING, Listed, Schedule
+from atedm.policy.schedules import as_schedule, schedule_from_json, schedule_to_json
 from atedm.policy.staleness import STALENESS
 from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, MAX_COUNT, REDUCTIONS
 from atedm_kernels.registry import plain_number
