@@ -68,7 +68,7 @@ def why_stage_replaced(stage: nn.Module) -> str | None:
     """The part of a stage that runs another tool's forward, which may count on running in every step; None if no part
     does."""
     for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
-        for n, part in enumerate(getattr(stage, name, None) or ()):
+        for n, part in enumerate(stage._modules.get(name) or ()):
             module = unwrapped(part)
             attribute = _inner_forward(module)
             # A forward of atedm's counts as the module's own.

@@ -212,7 +212,9 @@ class _WithoutSelfAttention:
         if not torch.compiler.is_compiling():
             # The forward reads twenty attributes, and `__getattr__` takes a microsecond for each. A graph reads once.
             own = {**vars(layer), **layer._modules}
-            vars(self).update((name, own[name]) for name in own.keys() - {"norm1", "attn1"})
+            for name in ("norm1", "attn1"):
+                own.pop(name, None)
+            vars(self).update(own)
         self._layer = layer
         self._attended = attended
 

@@ -6,6 +6,7 @@ The UNet's hook looks, not its blocks, because a compiled block would not look.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -53,7 +54,7 @@ class Watch:
             self._look_at(block.name, block.module, _check, block)
         for stage in stages:
             _check_stage(stage)
-            for n, module in enumerate(getattr(stage.module, "attentions", None) or ()):
+            for n, module in enumerate(stage.module._modules.get("attentions") or ()):
                 name = f"{stage.name}.attentions.{n}"
                 if len(getattr(module, "transformer_blocks", ())) and name not in self._checked:
                     self._look_at(f"{name}, skipped", module, _check_skipped, name, module)
@@ -101,6 +102,15 @@ def _check_stage(stage: UNetStage) -> None:
         )
 
 
+_MISSING = object()
+
+
+def _places_of(module: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where a module looks for an attribute that may be a module; what is among its own attributes comes first."""
+    own = vars(module)
+    return [(own, name)] if name in own else [(own, name), (module._modules, name)]
+
+
 class _Places:
     """The places of the objects that decide the outcome of an attention block's check.
 
@@ -114,7 +124,7 @@ class _Places:
         attentions = [part for part in parts if "processor" in (*vars(part), *part._modules)]
         first = layers[0].attn1
         forwards = [unwrapped(layer.ff) for layer in layers if getattr(layer, "ff", None) is not None]
-        self._objects: list[tuple[dict[str, Any], str]] = [
+        objects: list[tuple[dict[str, Any], str]] = [
             (module._modules, "transformer_blocks"),
             *((module.transformer_blocks._modules, str(n)) for n in range(len(layers))),
             *((layer._modules, name) for layer in layers for name in PARTS),
@@ -122,12 +132,14 @@ class _Places:
             *((vars(part), "forward") for part in parts),
             # Under an accelerate hook.
             *((vars(part), "_old_forward") for part in parts if "_old_forward" in vars(part)),
-            *((vars(part) if "processor" in vars(part) else part._modules, "processor") for part in attentions),
-            *((place, name) for name in PLAIN for place in (vars(first), first._modules)),
-            *((place, name) for part in attentions for name in NORMS for place in (vars(part), part._modules)),
-            *((place, "pos_embed") for layer in layers for place in (vars(layer), layer._modules)),
+            *(place for part in attentions for place in _places_of(part, "processor")),
+            *(place for name in PLAIN for place in _places_of(first, name)),
+            *(place for part in attentions for name in NORMS for place in _places_of(part, name)),
+            *(place for layer in layers for place in _places_of(layer, "pos_embed")),
             *((vars(layers[0]), name) for name in LAYER),
         ]
+        # Read in the order of the dictionaries' addresses, since most are in no cache.
+        self._dictionaries, self._names = zip(*sorted(objects, key=lambda place: id(place[0])), strict=True)
         self._typed = [module, *layers, *attentions, *forwards]  # tools replace their classes
         self._kinds = {*map(type, self._typed), BasicTransformerBlock, Attention, FeedForward}  # or the class's forward
         self._attributes = [vars(part) for part in attentions]  # a method that replaces the class's is one more
@@ -139,7 +151,7 @@ class _Places:
         ]
 
     def read(self) -> list[Any]:
-        found = [place.get(name) for place, name in self._objects]
+        found = [*map(dict.get, self._dictionaries, self._names, repeat(_MISSING))]
         found += map(type, self._typed)
         found += [kind.forward for kind in self._kinds]
         found += [kind.__call__ for kind in self._processors]
