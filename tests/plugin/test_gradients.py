@@ -320,3 +320,20 @@ def test_compiled_forward_and_backward(unet_to_compile, make_inputs, fresh_compi
     assert (whole["sample"] - got["sample"]).norm() > 0.01 * whole["sample"].norm()
     with atedm.applied(compiled, PUBLISHED, **MEMORY["cached"]):
         assert_same(gradients(unet, inputs, lambda _, inputs: compiled(**inputs).sample), whole, tolerance=1e-4)
+
+
+def test_a_ranking_that_breaks_the_graph(unet_to_compile, make_inputs, fresh_compiler):
+    """torch cannot make a detached view again that its first part returns."""
+    unet, inputs, asked = unet_to_compile.requires_grad_(True), make_inputs(), []
+
+    @torch._dynamo.disable
+    def agreement(q, k, lse):
+        asked.append(q.requires_grad or k.requires_grad or lse.requires_grad)
+        return (q * k).sum(-1)
+
+    compiled = torch.compile(unet, backend="aot_eager")
+    with atedm.applied(compiled, PUBLISHED, schedule=None, ranking=agreement):
+        expected = gradients(unet, inputs)
+        got = gradients(unet, inputs, lambda _, inputs: compiled(**inputs).sample)
+    assert_same(got, expected, tolerance=1e-4)
+    assert asked and not any(asked)

@@ -15,7 +15,7 @@ class AttentionMap:
     """
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> None:
-        self.q, self.k, self.lse, self.scale = q.detach(), k.detach(), lse, scale
+        self.q, self.k, self.lse, self.scale = q, k, lse, scale
         self._of_unit_keys: AttentionMap | None = None
 
     def of_unit_keys(self) -> AttentionMap:
@@ -25,7 +25,7 @@ class AttentionMap:
         unchanged, so the kernels for attention maps can read this map too.
         """
         if self._of_unit_keys is None:
-            unit = unit_keys(self.k)
+            unit = unit_keys(self.k.detach())
             dtype = torch.promote_types(unit.dtype, torch.float32)
             lse = torch.zeros(unit.shape[:3], dtype=dtype, device=unit.device)
             self._of_unit_keys = AttentionMap(unit, unit, lse, 1.0)

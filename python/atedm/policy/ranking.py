@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 import atedm_kernels as kernels
@@ -110,8 +111,12 @@ class CustomRanking:
     keeps: ClassVar[str] = "the tokens that your function scores highest"
 
     def scores(self, attention: AttentionMap, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scores = self.function(attention.q, attention.k, attention.lse)
-        batch, _, tokens, _ = attention.q.shape
+        q, k = attention.q.detach(), attention.k.detach()
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # If the function breaks the graph, torch returns these from its first part, and fails to make the views.
+            q, k = q.clone(), k.clone()
+        scores = self.function(q, k, attention.lse)
+        batch, _, tokens, _ = q.shape
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (batch, tokens):
             raise ValueError(f"ranking returned {shape}; expected scores [{batch}, heads, {tokens}]")
