@@ -371,10 +371,18 @@ def test_names_that_the_lab_cannot_read(model, tmp_path):
     ends(["quality", "--try", "a=" + "[" * 100_000], 2, "--try", runner=bench)
 
 
-@pytest.mark.parametrize("options", [{"grid": 10**30}, {"tolerance": 10**400}], ids=["grid", "tolerance"])
-def test_options_beyond_all_numbers(tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"grid": 10**30}, "grid is"),
+        ({"tolerance": 10**400}, "tolerance is"),
+        ({"schedule": {"name": "Adaptive", "tolerance": 10**400}}, "tolerance is"),
+    ],
+    ids=["grid", "tolerance", "tolerance of a schedule"],
+)
+def test_options_beyond_all_numbers(tmp_path, options, named):
     (tmp_path / "options.json").write_text(json.dumps(options))
-    ends(["flops", "--options", tmp_path / "options.json"], 2, "--options", next(iter(options)))
+    ends(["flops", "--options", tmp_path / "options.json"], 2, "--options", named)
 
 
 def test_a_batch_beyond_all_memory(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class Adaptive(Schedule):
     def __post_init__(self) -> None:
         with_plain_numbers(self)
         check_number("tolerance", self.tolerance, 0, math.inf, "the relative change of the feature")
-        if not 0 < self.tolerance < math.inf:
+        if not 0 < self.tolerance <= sys.float_info.max:
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number above 0")
         check_count("max_gap", self.max_gap, 1)
         check_count("min_gap", self.min_gap, 1)

@@ -32,7 +32,7 @@ DEFAULT_SCHEDULE = Adaptive(0.27, pruned_from=0.3)
 
 
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in allowed:
+    if value not in tuple(allowed):  # by equality, as a list has no hash
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
