@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 
 import pytest
@@ -82,3 +84,25 @@ def test_wrong_results_disagree():
 def test_without_a_gpu_it_says_so():
     result = CliRunner().invoke(app, ["tune"], env={"TERM": "dumb"})
     assert result.exit_code == 2 and "no GPU" in result.output
+
+
+def tried(monkeypatch, tables, tune_op):
+    """The command as on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "compilers", contextlib.nullcontext)
+    monkeypatch.setattr(tune, "tune_op", tune_op)
+    return CliRunner().invoke(app, ["tune", "--tables", str(tables)])
+
+
+def test_tables_that_cannot_be_written_are_refused_before_any_tile_is_timed(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    done = tried(monkeypatch, tmp_path / "file", lambda *_: pytest.fail("a tile was timed"))
+    assert done.exit_code == 2 and "--tables" in done.stderr and "cannot write to" in done.stderr, done.output
+
+
+def test_a_disk_that_is_full_by_then_is_no_traceback(tmp_path, monkeypatch):
+    def tune_op(name, counts, repeats, path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    done = tried(monkeypatch, tmp_path / "new", tune_op)
+    assert done.exit_code == 1 and "Error: [Errno 28] No space left" in done.stderr, done.output

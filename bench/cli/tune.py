@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.checks import bad, parse_count
+from atedm.cli.checks import bad, check_file, failing_clearly, parse_count
 
 
 def tune(
@@ -33,10 +33,13 @@ def tune(
     for name in op or ():
         if name not in TUNED:
             raise bad("op", f"{name!r}; expected one of {', '.join(TUNED)}")
-    with compilers() as pool:
-        for name in op or TUNED:
-            path = tables / name / "tiles.json" if tables else tiles.table_path(name)
-            tune_op(name, _counts(tokens), repeats, path, pool, typer.echo)
+    counts = _counts(tokens)
+    paths = {name: tables / name / "tiles.json" if tables else tiles.table_path(name) for name in op or TUNED}
+    for path in paths.values():
+        check_file("tables", path)
+    with failing_clearly(), compilers() as pool:
+        for name, path in paths.items():
+            tune_op(name, counts, repeats, path, pool, typer.echo)
 
 
 def _counts(text: str) -> list[int]:
