@@ -18,7 +18,7 @@ from torch import nn
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.unet.block import PrunedBlock
-from tests.helpers.other_tools import BLOCK, CHANGES, FIRST_BLOCK, OF_EVERY_BLOCK, block_of, double
+from tests.helpers.other_tools import BLOCK, CHANGES, FIRST_BLOCK, OF_EVERY_BLOCK, block_of, double, replace_forward
 
 
 @pytest.fixture
@@ -179,6 +179,19 @@ def test_an_exchanged_block_is_refused(make_unet, unet, inputs, place):
     unet.set_submodule(place, other.get_submodule(place))
     atedm.apply(unet, PUBLISHED, schedule=None)
     assert not torch.equal(unet(**inputs).sample, pruned)
+
+
+def test_so_is_an_exchanged_block_that_counts_the_steps_though_it_is_not_pruned(make_unet, unet, inputs):
+    atedm.apply(unet, PUBLISHED, schedule=["whole", "reused"], ratio=0)
+    expected = unet(**inputs).sample
+    own, other = unet.get_submodule(FIRST_BLOCK), make_unet(layers_per_block=1).get_submodule(FIRST_BLOCK)
+    unet.set_submodule(FIRST_BLOCK, other)
+    assert torch.equal(unet(**inputs).sample, expected)
+    replace_forward(other.transformer_blocks[0].attn2)
+    with pytest.raises(ValueError, match=f"^{re.escape(FIRST_BLOCK)} can no longer be left out of reused steps"):
+        unet(**inputs)
+    unet.set_submodule(FIRST_BLOCK, own)
+    assert torch.equal(unet(**inputs).sample, expected)
 
 
 @pytest.mark.parametrize("change", ["class", "module"])
