@@ -180,6 +180,12 @@ class Planner:
             )
             return None
         picture = self.memory.picture(step.picture)
+        if picture.skips(step.index):
+            self.say_once(
+                "skipped",
+                "%s: a run skips steps, so atedm cannot tell whether it is still the same picture; it begins afresh",
+                self.differ,
+            )
         picture.begin(step.index, step.total)
         if picture.is_shared:
             self.say_once(
