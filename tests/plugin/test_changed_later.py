@@ -1,6 +1,7 @@
 """What other tools do to a UNet after ``apply`` is refused at the next call, as ``apply`` refuses it afterwards."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import pickle
@@ -18,7 +19,7 @@ from torch import nn
 import atedm
 from atedm.policy.options import PUBLISHED
 from atedm.unet.block import PrunedBlock
-from tests.helpers.other_tools import BLOCK, CHANGES, FIRST_BLOCK, OF_EVERY_BLOCK, block_of, double
+from tests.helpers.other_tools import BLOCK, CHANGES, FIRST_BLOCK, OF_EVERY_BLOCK, block_of, double, replace_forward
 
 
 @pytest.fixture
@@ -179,6 +180,19 @@ def test_an_exchanged_block_is_refused(make_unet, unet, inputs, place):
     unet.set_submodule(place, other.get_submodule(place))
     atedm.apply(unet, PUBLISHED, schedule=None)
     assert not torch.equal(unet(**inputs).sample, pruned)
+
+
+def test_so_is_an_exchanged_block_that_counts_the_steps_though_it_is_not_pruned(make_unet, unet, inputs):
+    atedm.apply(unet, PUBLISHED, schedule=["whole", "reused"], ratio=0)
+    expected = unet(**inputs).sample
+    own, other = unet.get_submodule(FIRST_BLOCK), make_unet(layers_per_block=1).get_submodule(FIRST_BLOCK)
+    unet.set_submodule(FIRST_BLOCK, other)
+    assert torch.equal(unet(**inputs).sample, expected)
+    replace_forward(other.transformer_blocks[0].attn2)
+    with pytest.raises(ValueError, match=f"^{re.escape(FIRST_BLOCK)} can no longer be left out of reused steps"):
+        unet(**inputs)
+    unet.set_submodule(FIRST_BLOCK, own)
+    assert torch.equal(unet(**inputs).sample, expected)
 
 
 @pytest.mark.parametrize("change", ["class", "module"])
@@ -377,11 +391,13 @@ def test_nan_is_named_by_row_block_and_step(unet, inputs):
         ValueError, match=r"blocks\.1\.attentions\.0 ranks NaN in row 1 of the batch, at an unknown step"
     ):
         unet(**inputs)
-    with atedm.record(unet), pytest.raises(atedm.RankedNaN, match="at step 2; expected numbers") as raised:
-        unet(**{**inputs, "timestep": timesteps[2]})
-    for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
-        assert (error.block, error.step) == ("down_blocks.1.attentions.0", 2)
-        assert (error.rows, error.batch) == ([1], 2)
+    for recorded in (False, True):
+        recording = atedm.record(unet) if recorded else contextlib.nullcontext()
+        with recording, pytest.raises(atedm.RankedNaN, match="at step 2; expected numbers") as raised:
+            unet(**{**inputs, "timestep": timesteps[2]})
+        for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+            assert (error.block, error.step) == ("down_blocks.1.attentions.0", 2)
+            assert (error.rows, error.batch) == ([1], 2)
 
 
 def test_a_block_without_layers_stays_whole_and_a_warning_says_so(unet, inputs, caplog):

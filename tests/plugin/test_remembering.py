@@ -216,6 +216,37 @@ def test_an_interrupted_picture_leaves_nothing_to_the_next(unet, make_inputs):
     assert all(torch.equal(a, b) for a, b in zip(run(unet, second), expected, strict=True))
 
 
+def test_a_picture_that_begins_late_in_an_interrupted_ones_timesteps_has_nothing_of_it(unet, make_inputs, caplog):
+    first, second = make_inputs(seed=1), make_inputs(seed=2)
+    atedm.apply(unet, PUBLISHED, **OURS)
+
+    def late(timesteps):
+        return [unet(**{**second, "timestep": timestep}).sample for timestep in timesteps[4:]]
+
+    expected, timesteps = late(scheduler_of(7).timesteps), scheduler_of(7).timesteps
+    for timestep in timesteps[:3]:
+        unet(**{**first, "timestep": timestep})
+    assert all(torch.equal(a, b) for a, b in zip(late(timesteps), expected, strict=True))
+    assert len([m for m in caplog.messages if "a run skips steps" in m]) == 1
+
+
+def test_a_run_of_every_second_step_is_known_from_its_second_stride(unet, inputs):
+    atedm.apply(unet, PUBLISHED, **OURS)
+    with atedm.record(unet, tokens=False) as recording:
+        for timestep in scheduler_of(7).timesteps[::2]:
+            unet(**{**inputs, "timestep": timestep})
+    assert recording.kinds == ["whole", "whole", *KINDS[4::2]]
+
+
+def test_steps_that_record_gradients_are_not_skipped(unet, inputs):
+    atedm.apply(unet, PUBLISHED, **OURS)
+    with atedm.record(unet, tokens=False) as recording:
+        for n, timestep in enumerate(scheduler_of(7).timesteps):
+            sample = inputs["sample"].clone().requires_grad_(n in (2, 3))
+            unet(**{**inputs, "sample": sample, "timestep": timestep})
+    assert recording.kinds == [*KINDS[:2], "whole", "whole", *KINDS[4:]]
+
+
 def tensors():
     # Not those that compiling has made, whose sizes are symbols.
     return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atedm.policy.options import Options
 from atedm.unet import running
+from atedm.unet.errors import RankedNaN
 from atedm.unet.gradients import records_gradients
 from atedm.unet.graph_call import GraphCall
 from atedm.unet.graphs import check_own_forward, count_graphs, forward_is_compiled
@@ -188,10 +190,13 @@ class UNetCalls:
         for recording in self.recordings:
             recording.note(call.step, call.total, call.kind, self.memory.nbytes, call.run)
 
-    def end(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook. It runs after an exception too; ``output`` is then None."""
         if torch.compiler.is_compiling():
             return
+        error = sys.exc_info()[1] if output is None else None
+        if isinstance(error, RankedNaN) and error.step is None:  # where calls are alike, none looks up its step
+            error.at(self.planner.step(args, kwargs).index)
         call = running.stop(self)
         if call is not None and not self.told.is_followed_outside:  # else end_outside ends the call
             self._ended(call, output is not None)

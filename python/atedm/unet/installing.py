@@ -89,7 +89,7 @@ def install(target: nn.Module, unet: nn.Module, calls: UNetCalls) -> None:
         part.module.forward = part
     hooks = [
         unet.register_forward_pre_hook(calls, with_kwargs=True),
-        unet.register_forward_hook(calls.end, always_call=True),
+        unet.register_forward_hook(calls.end, with_kwargs=True, always_call=True),
     ]
     undo = _around_graph(target, unet, calls.begin_outside, calls.end_outside)
     calls.following = Following(target, hooks, undo)

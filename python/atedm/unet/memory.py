@@ -103,6 +103,7 @@ class Picture:
         self.is_shared = False
         self.is_over = False
         self._last: int | None = None
+        self._stride = 1
         self.recorded: set[int | None] = set()
         self._thread = threading.get_ident()
         self.first = 0
@@ -119,7 +120,7 @@ class Picture:
 
     def begin(self, step: int, total: int) -> None:
         """Note that a call at ``step`` of ``total`` begins."""
-        if self._last is None or (step <= self._last and self.is_over):
+        if self._last is None or (step <= self._last and self.is_over) or self.skips(step):
             if self.is_over:
                 self.recorded.clear()
             self.restart()  # the same timesteps may serve another run
@@ -128,9 +129,22 @@ class Picture:
             # The step comes again or goes back, and the last one has not run: another content, or an interrupted run.
             self.is_shared = True
         self.is_shared |= threading.get_ident() != self._thread
+        self._stride = self._stride_to(step)
         self._last, self.is_over = step, step == total - 1
         if self.is_shared:
             self.restart()
+
+    def skips(self, step: int) -> bool:
+        """Whether a call at ``step`` skips steps that the run so far would not have skipped.
+
+        The call may then belong to another picture, which begins late, after the last one was interrupted.
+        """
+        return bool(self.kinds) and self._stride_to(step) not in (1, self._stride)
+
+    def _stride_to(self, step: int) -> int:
+        """Number of steps from the last call to ``step``, without those that recorded gradients; at least 1."""
+        last = step - 1 if self._last is None else self._last
+        return 1 + sum(skipped not in self.recorded for skipped in range(last + 1, step))
 
     def end(self, step: int, kind: str, choice: int | None, ranks: bool) -> None:
         """Note that a call of ``kind`` at ``step`` has ended.

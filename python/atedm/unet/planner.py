@@ -105,6 +105,10 @@ class Planner:
         finally:
             self.forced = None
 
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        """The step of a call with these arguments."""
+        return step_of(args[1] if len(args) > 1 else kwargs.get("timestep"), self.scheduler)
+
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool, for_gradients: bool = False
     ) -> Call:
@@ -118,7 +122,7 @@ class Planner:
         sample = args[0] if args else kwargs["sample"]
         if self.forced is not None:
             return replace(self.forced)
-        step = step_of(args[1] if len(args) > 1 else kwargs.get("timestep"), self.scheduler)
+        step = self.step(args, kwargs)
         if for_gradients and self._follows_pictures:
             return self._call_for_gradients(step)
         picture = self._picture(step) if self._follows_pictures else None
@@ -180,6 +184,12 @@ class Planner:
             )
             return None
         picture = self.memory.picture(step.picture)
+        if picture.skips(step.index):
+            self.say_once(
+                "skipped",
+                "%s: a run skips steps, so atedm cannot tell whether it is still the same picture; it begins afresh",
+                self.differ,
+            )
         picture.begin(step.index, step.total)
         if picture.is_shared:
             self.say_once(

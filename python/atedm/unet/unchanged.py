@@ -61,7 +61,7 @@ class Watch:
 
     def _look_at(self, name: str, module: nn.Module, check: Callable[..., None], *arguments: Any) -> None:
         checked = self._checked.get(name)
-        if checked is None or checked[0].read() != checked[1]:
+        if checked is None or checked[0].module is not module or checked[0].read() != checked[1]:
             check(*arguments)
             places = _Places(module)
             self._checked[name] = places, places.read()
@@ -119,6 +119,7 @@ class _Places:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         layers = [*module.transformer_blocks]
         parts = [part for layer in layers for _, part in parts_of(layer)]
         attentions = [part for part in parts if "processor" in (*vars(part), *part._modules)]
