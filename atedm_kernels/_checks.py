@@ -17,6 +17,7 @@ from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 
 # Rounding to float32 gives the elements of a map a relative error in proportion to the largest logit: 2e-7 of it on a
@@ -157,18 +158,19 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_scale(scale: float | None) -> None:
+    expected = "expected a number that float32 holds, or None for 1/sqrt(head dim)"
     if scale is not None and not _is_number(scale):
-        raise TypeError(f"scale is {scale!r}; expected a finite number, or None for 1/sqrt(head dim)")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; expected a finite number, or None for 1/sqrt(head dim)")
+        raise TypeError(f"scale is {scale!r}; {expected}")
+    if scale is not None and not -_MAX_FLOAT32 <= scale <= _MAX_FLOAT32:
+        raise ValueError(f"scale is {scale}; {expected}")
 
 
 def check_iteration(max_iterations: int, tolerance: float) -> None:
     check_integer("max_iterations", max_iterations, 1, MAX_COUNT)
     if not _is_number(tolerance):
         raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
+    if not tolerance >= 0 or _MAX_FLOAT32 < tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0 that float32 holds")
 
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:

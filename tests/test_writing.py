@@ -39,6 +39,15 @@ def test_a_links_target_is_replaced_and_keeps_its_mode(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_file_with_the_same_content_stays_as_it_is(tmp_path):
+    file = tmp_path / "file"
+    for text, is_kept in (("before", False), ("before", True), ("after!", False)):
+        before = file.stat().st_ino if file.exists() else None
+        write(file, text)
+        assert (file.stat().st_ino == before) is is_kept and file.read_text() == text
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_a_pipe_and_a_device_are_written_to(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

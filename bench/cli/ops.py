@@ -70,15 +70,15 @@ def ops(
             raise bad("op", f"{name!r}; expected one of {', '.join(OPS)}")
     shapes = tuple(
         shape_of(*parse_size(one), level, _count(number), check_ratio(ratio))
-        for one in _listed("size", size or defaults["size"])
-        for number in _listed("batch", batch or defaults["batch"])
+        for one in _listed("size", defaults["size"] if size is None else size)
+        for number in _listed("batch", defaults["batch"] if batch is None else batch)
         for level in (2, 3)
     )
     measured = OpsBench(
         OpsSettings(
             device=place,
             shapes=shapes,
-            dtypes=tuple(parse_dtype(name) for name in _listed("dtype", dtype or defaults["dtype"])),
+            dtypes=tuple(parse_dtype(name) for name in _listed("dtype", defaults["dtype"] if dtype is None else dtype)),
             iterations=iterations,
             repeats=repeats or defaults["repeats"],
             minutes=check_minutes(minutes),

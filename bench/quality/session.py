@@ -186,7 +186,8 @@ def _run(
     set_scheduler(pipe, request.scheduler)
     costs = Costs(flops_of(pipe, sampling.width, sampling.height), timesteps_of(pipe, sampling.steps))
     with console.status("counting FLOPs"):
-        wanted = request.settings and [word.strip() for word in request.settings.split(",") if word.strip()]
+        words = request.settings
+        wanted = None if words is None else [word.strip() for word in words.split(",") if word.strip()]
         settings = Plan(costs, request.tried).settings(wanted)
     run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
     against = None if request.against is None else Against(request.against, cases, sampling)

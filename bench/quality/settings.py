@@ -103,16 +103,18 @@ class Plan:
         Without ``wanted``, return all settings, or only the tried ones if there are any.
 
         Raises:
-            ValueError: a name is unknown, or two settings have one name.
+            ValueError: a name is unknown, ``wanted`` is empty, or two settings have one name.
         """
         names = ["full", *(name for group in self.groups.values() for name in group)]
         folders = [_plain(name) for name in names]
         for name in self.groups["tried"]:
             if not _plain(name) or folders.count(_plain(name)) > 1:
                 raise ValueError(f"try names {name!r}, which is not distinct from another setting; expected a new name")
+        expected = ", ".join([*self.groups, *map(repr, names)])
+        if wanted is not None and not wanted:
+            raise ValueError(f"settings names none; expected some of {expected}")
         for word in wanted or ():
             if word not in names and word not in self.groups:
-                expected = ", ".join([*self.groups, *map(repr, names)])
                 raise ValueError(f"settings names {word!r}; expected some of {expected}")
         if wanted is None:
             wanted = ["tried"] if self.groups["tried"] else list(self.groups)

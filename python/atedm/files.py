@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
 import secrets
 import shutil
@@ -42,6 +43,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             _write_to_stream(partial, path)
         else:
             if target.exists():
+                if filecmp.cmp(partial, target, shallow=False):
+                    return  # a run that is started again changes nothing
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             partial.replace(target)
     except OSError as error:

@@ -49,6 +49,8 @@ def test_unets_that_share_a_part_are_undone_in_turn(make_unet, unet, inputs):
     full = unet(**inputs).sample
     atedm.apply(unet, PUBLISHED, schedule=None)
     atedm.apply(other, PUBLISHED, schedule=None)
+    with pytest.raises(ValueError, match="another UNet shares it"):
+        unet(**inputs)
     with pytest.raises(RuntimeError, match="undo that first"):
         atedm.remove(unet)
     atedm.remove(other)

@@ -237,6 +237,8 @@ def test_cases_are_held_out_and_longer_runs_begin_alike():
     ("arguments", "message"),
     [
         (("--settings", "ours z"), "ours z"),
+        (("--settings", ","), "settings names none"),
+        (("--settings", ""), "settings names none"),
         (("--scheduler", "ddim"), "scheduler"),
         (("--captions", "all"), "captions"),
         (("--captions", "chosen", "--model", str(WEIGHTS)), "captions"),

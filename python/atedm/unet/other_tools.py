@@ -64,6 +64,13 @@ def runs_forward(module: nn.Module, forward: Any) -> bool:
     return attribute is not None and module.__dict__.get(attribute) is forward
 
 
+def runs_another_part(module: nn.Module, part: Any) -> bool:
+    """Whether atedm has put another forward than ``part`` on ``module``: for another UNet that shares the module."""
+    attribute = _inner_forward(module)
+    forward = None if attribute is None else module.__dict__.get(attribute)
+    return forward is not part and hasattr(forward, "runs_when_reused")
+
+
 def why_stage_replaced(stage: nn.Module) -> str | None:
     """The part of a stage that runs another tool's forward, which may count on running in every step; None if no part
     does."""

@@ -194,7 +194,7 @@ class Planner:
         if picture.is_shared:
             self.say_once(
                 "shared",
-                "%s: several pictures share these timesteps, so what is remembered may belong to another one; %s",
+                "%s: several pictures or threads share these timesteps: what is remembered may belong to another; %s",
                 self.differ,
                 self._instead,
             )

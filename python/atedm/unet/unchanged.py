@@ -17,6 +17,7 @@ from atedm.unet.blocks import unwrapped
 from atedm.unet.other_tools import (
     PARTS,
     parts_of,
+    runs_another_part,
     runs_forward,
     runs_its_own_forward,
     why_not_skippable,
@@ -72,6 +73,8 @@ def _check(block: PrunedBlock) -> None:
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
     if reason is None and runs_its_own_forward(block.module):
         reason = "its forward is that of its class again"
+    if reason is None and runs_another_part(block.module, block):
+        reason = "another UNet shares it, and has been pruned since"
     if reason is None and not block.is_current:
         reason = "its class, or the forward of its class, has changed since atedm.apply"
     reason = reason or why_not_rankable(first)
