@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
 import atedm
@@ -142,6 +142,48 @@ def test_a_checkpoint_keeps_the_choice_of_its_call(trainable, make_inputs, place
     (plain, recorded), (again, recorded_again) = found
     assert_same(again, plain)
     assert len(recorded_again.ranked) == len(recorded.ranked) == len(atedm.pruned_blocks(trainable))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_weights_of_a_ranking_get_no_gradient_and_save_nothing(trainable, make_inputs, use_reentrant):
+    """Else a checkpoint, which chooses only once, would miss what they have saved."""
+    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    atedm.apply(trainable, PUBLISHED, ranking=lambda q, k, lse: (q * k * weight).sum(-1).exp(), schedule=None)
+    inputs = make_inputs(torch.float64)
+    with atedm.record(trainable) as recording:
+        plain = gradients(trainable, inputs)
+    assert not any(each.scores.requires_grad for each in recording.ranked)
+    trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    assert_same(gradients(trainable, inputs), plain)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("placement", ["early", "paper"])
+def test_a_mask_gets_its_gradient_with_checkpoints_too(trainable, make_inputs, placement, use_reentrant):
+    inputs = make_inputs(torch.float64)
+    processors = dict(trainable.attn_processors)
+    for name in (name for name in processors if "attn2" in name):
+        width = trainable.get_submodule(name.removesuffix(".processor")).inner_dim
+        text = inputs["encoder_hidden_states"].shape[2]
+        processors[name] = IPAdapterAttnProcessor2_0(width, text, num_tokens=(4,), scale=[1.0]).double()
+    trainable.set_attn_processor(processors)
+    trainable.requires_grad_(False)
+    mask = torch.rand(1, 1, 16, 24, dtype=torch.float64).requires_grad_()
+    text = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = text, [text[:, None, :4]]
+    inputs["cross_attention_kwargs"] = {"ip_adapter_masks": [mask]}
+    inputs["sample"].requires_grad_()  # a reentrant checkpoint needs one of its inputs
+
+    def gradient():
+        mask.grad = None
+        trainable(**inputs).sample.square().sum().backward()
+        return mask.grad
+
+    atedm.apply(trainable, PUBLISHED, placement=placement, **FIXED)
+    plain = gradient()
+    trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    torch.testing.assert_close(gradient(), plain)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
