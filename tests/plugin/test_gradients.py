@@ -93,23 +93,41 @@ def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
     ]
 
 
+def gathered(monkeypatch):
+    """The storages of what rows are gathered from, and of the rows, as weak references in the order of the calls."""
+    memory, gather = [], attention.kernels.gather_tokens
+
+    def gathering(x, index):
+        rows = gather(x, index)
+        memory.append((weakref.ref(x.untyped_storage()), weakref.ref(rows.untyped_storage())))
+        return rows
+
+    monkeypatch.setattr(attention.kernels, "gather_tokens", gathering)
+    return memory
+
+
 @pytest.mark.parametrize("ranking", ["self", "keys"])
 def test_no_row_is_saved_beside_the_tensor_that_it_was_gathered_from(trainable, make_inputs, monkeypatch, ranking):
     """The kept rows of the attention's output are freed in the forward, and gathered again in the backward."""
-    memory, gather = [], attention.gather_pair
-
-    def gathering(attended, tokens, index):
-        kept = gather(attended, tokens, index)
-        memory.append(weakref.ref(kept[0].untyped_storage()))
-        return kept
-
-    monkeypatch.setattr(attention, "gather_pair", gathering)
+    memory = gathered(monkeypatch)
     atedm.apply(trainable, PUBLISHED, ranking=ranking, **FIXED)
     out = trainable(**make_inputs(torch.float64)).sample
     blocks = len(atedm.pruned_blocks(trainable))
-    assert len(memory) == blocks and all(storage() is None for storage in memory)
+    # For each block of the attention's output, and then of the tokens.
+    assert len(memory) == 2 * blocks and all(rows() is None for _, rows in memory[::2])
     out.sum().backward()
-    assert len(memory) == 2 * blocks
+    assert len(memory) == 3 * blocks
+
+
+def test_tokens_that_need_no_gradient_are_freed(trainable, make_inputs, monkeypatch):
+    """In front of the first trained weight, as without pruning."""
+    memory = gathered(monkeypatch)
+    for name, parameter in trainable.named_parameters():
+        parameter.requires_grad_("attn1" in name)
+    atedm.apply(trainable, PUBLISHED, **FIXED)
+    out = trainable(**make_inputs(torch.float64)).sample
+    (attended, _), (tokens, _) = memory[:2]
+    assert out.requires_grad and attended() is not None and tokens() is None
 
 
 def test_bicubic_saves_no_map():
