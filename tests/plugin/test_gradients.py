@@ -293,6 +293,18 @@ def test_gradients_that_come_in_unseen_are_refused_not_cut(unet, make_inputs, na
     assert added.grad is not None
 
 
+def test_a_reused_step_refuses_those_of_its_timestep(unet, make_inputs):
+    """They would go through the feature that it reuses."""
+    added = torch.zeros(1, requires_grad=True)
+    unet.time_embedding.register_forward_hook(lambda module, args, out: out * (1 + added))
+    atedm.apply(unet, PUBLISHED, **MEMORY["reused"])
+    first, second, *_ = ({**make_inputs(), "timestep": timestep} for timestep in timesteps_of(4))
+    with torch.no_grad():
+        unet(**first)
+    with pytest.raises(RuntimeError, match="records gradients of something that is neither"):
+        unet(**second)
+
+
 def test_inputs_by_position_are_seen(unet, inputs, caplog):
     atedm.apply(unet, PUBLISHED, **MEMORY["cached"])
     sample = inputs["sample"].requires_grad_()
