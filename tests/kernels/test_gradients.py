@@ -106,6 +106,29 @@ def test_of_a_pair_of_rows(backend, device):
             assert one.grad is None if not one.requires_grad else torch.equal(one.grad.double().cpu(), expected)
 
 
+def test_of_several_gradients_at_once(backend, device):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` asks for them."""
+    x, residual, index, source = (
+        whole_numbers(2, 6, 32),
+        whole_numbers(2, 32, 3, 4),
+        rows(2, 4, 6).to(device),
+        rows(2, 12, 6).to(device),
+    )
+    x, residual = (each.float().to(device).requires_grad_() for each in (x, residual))
+    with ak.backend(backend):
+        for out in (
+            ak.gather_tokens(x, index),
+            gather_pair(x, x, index)[0],
+            ak.recover_tokens(x, source),
+            ak.recover_feature_map(x, source, residual),
+            ak.attention_with_logsumexp(x[:, None], x[:, None], x[:, None])[0],
+        ):
+            upstream = torch.randn(3, *out.shape, device=device)
+            (together,) = torch.autograd.grad(out, x, upstream, is_grads_batched=True, retain_graph=True)
+            for got, one in zip(together, upstream, strict=True):
+                torch.testing.assert_close(got, *torch.autograd.grad(out, x, one, retain_graph=True))
+
+
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     from atedm_kernels.ops.recover_feature_map import op
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
 import atedm
@@ -93,23 +93,41 @@ def test_a_part_that_is_frozen_gets_none(trainable, make_inputs):
     ]
 
 
+def gathered(monkeypatch):
+    """The storages of what rows are gathered from, and of the rows, as weak references in the order of the calls."""
+    memory, gather = [], attention.kernels.gather_tokens
+
+    def gathering(x, index):
+        rows = gather(x, index)
+        memory.append((weakref.ref(x.untyped_storage()), weakref.ref(rows.untyped_storage())))
+        return rows
+
+    monkeypatch.setattr(attention.kernels, "gather_tokens", gathering)
+    return memory
+
+
 @pytest.mark.parametrize("ranking", ["self", "keys"])
 def test_no_row_is_saved_beside_the_tensor_that_it_was_gathered_from(trainable, make_inputs, monkeypatch, ranking):
     """The kept rows of the attention's output are freed in the forward, and gathered again in the backward."""
-    memory, gather = [], attention.gather_pair
-
-    def gathering(attended, tokens, index):
-        kept = gather(attended, tokens, index)
-        memory.append(weakref.ref(kept[0].untyped_storage()))
-        return kept
-
-    monkeypatch.setattr(attention, "gather_pair", gathering)
+    memory = gathered(monkeypatch)
     atedm.apply(trainable, PUBLISHED, ranking=ranking, **FIXED)
     out = trainable(**make_inputs(torch.float64)).sample
     blocks = len(atedm.pruned_blocks(trainable))
-    assert len(memory) == blocks and all(storage() is None for storage in memory)
+    # For each block of the attention's output, and then of the tokens.
+    assert len(memory) == 2 * blocks and all(rows() is None for _, rows in memory[::2])
     out.sum().backward()
-    assert len(memory) == 2 * blocks
+    assert len(memory) == 3 * blocks
+
+
+def test_tokens_that_need_no_gradient_are_freed(trainable, make_inputs, monkeypatch):
+    """In front of the first trained weight, as without pruning."""
+    memory = gathered(monkeypatch)
+    for name, parameter in trainable.named_parameters():
+        parameter.requires_grad_("attn1" in name)
+    atedm.apply(trainable, PUBLISHED, **FIXED)
+    out = trainable(**make_inputs(torch.float64)).sample
+    (attended, _), (tokens, _) = memory[:2]
+    assert out.requires_grad and attended() is not None and tokens() is None
 
 
 def test_bicubic_saves_no_map():
@@ -142,6 +160,48 @@ def test_a_checkpoint_keeps_the_choice_of_its_call(trainable, make_inputs, place
     (plain, recorded), (again, recorded_again) = found
     assert_same(again, plain)
     assert len(recorded_again.ranked) == len(recorded.ranked) == len(atedm.pruned_blocks(trainable))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_weights_of_a_ranking_get_no_gradient_and_save_nothing(trainable, make_inputs, use_reentrant):
+    """Else a checkpoint, which chooses only once, would miss what they have saved."""
+    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    atedm.apply(trainable, PUBLISHED, ranking=lambda q, k, lse: (q * k * weight).sum(-1).exp(), schedule=None)
+    inputs = make_inputs(torch.float64)
+    with atedm.record(trainable) as recording:
+        plain = gradients(trainable, inputs)
+    assert not any(each.scores.requires_grad for each in recording.ranked)
+    trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    assert_same(gradients(trainable, inputs), plain)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("placement", ["early", "paper"])
+def test_a_mask_gets_its_gradient_with_checkpoints_too(trainable, make_inputs, placement, use_reentrant):
+    inputs = make_inputs(torch.float64)
+    processors = dict(trainable.attn_processors)
+    for name in (name for name in processors if "attn2" in name):
+        width = trainable.get_submodule(name.removesuffix(".processor")).inner_dim
+        text = inputs["encoder_hidden_states"].shape[2]
+        processors[name] = IPAdapterAttnProcessor2_0(width, text, num_tokens=(4,), scale=[1.0]).double()
+    trainable.set_attn_processor(processors)
+    trainable.requires_grad_(False)
+    mask = torch.rand(1, 1, 16, 24, dtype=torch.float64).requires_grad_()
+    text = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = text, [text[:, None, :4]]
+    inputs["cross_attention_kwargs"] = {"ip_adapter_masks": [mask]}
+    inputs["sample"].requires_grad_()  # a reentrant checkpoint needs one of its inputs
+
+    def gradient():
+        mask.grad = None
+        trainable(**inputs).sample.square().sum().backward()
+        return mask.grad
+
+    atedm.apply(trainable, PUBLISHED, placement=placement, **FIXED)
+    plain = gradient()
+    trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
+    torch.testing.assert_close(gradient(), plain)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -231,6 +291,18 @@ def test_gradients_that_come_in_unseen_are_refused_not_cut(unet, make_inputs, na
     atedm.apply(unet, PUBLISHED, schedule=None)
     unet(**inputs).sample.sum().backward()
     assert added.grad is not None
+
+
+def test_a_reused_step_refuses_those_of_its_timestep(unet, make_inputs):
+    """They would go through the feature that it reuses."""
+    added = torch.zeros(1, requires_grad=True)
+    unet.time_embedding.register_forward_hook(lambda module, args, out: out * (1 + added))
+    atedm.apply(unet, PUBLISHED, **MEMORY["reused"])
+    first, second, *_ = ({**make_inputs(), "timestep": timestep} for timestep in timesteps_of(4))
+    with torch.no_grad():
+        unet(**first)
+    with pytest.raises(RuntimeError, match="records gradients of something that is neither"):
+        unet(**second)
 
 
 def test_inputs_by_position_are_seen(unet, inputs, caplog):

@@ -38,7 +38,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor |
     of_x = of_residual = None
     x_dtype, residual_dtype = ctx.dtypes
     if ctx.needs_input_grad[0]:
-        of_x = sum_rows(gradient.flatten(2).mT, *ctx.saved_tensors, ctx.slots).to(x_dtype)
+        (source,) = ctx.saved_tensors
+        # Operations that torch.autograd.grad can batch: flatten and mT are not.
+        tokens = gradient.reshape(*gradient.shape[:2], source.shape[1]).transpose(1, 2)
+        of_x = sum_rows(tokens, source, ctx.slots).to(x_dtype)
     if ctx.needs_input_grad[2]:
         of_residual = gradient.to(residual_dtype)
     return of_x, None, of_residual

@@ -115,7 +115,8 @@ class CustomRanking:
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # If the function breaks the graph, torch returns these from its first part, and fails to make the views.
             q, k = q.clone(), k.clone()
-        scores = self.function(q, k, attention.lse)
+        with torch.no_grad():  # it may have weights that require gradients
+            scores = self.function(q, k, attention.lse)
         batch, _, tokens, _ = q.shape
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if not isinstance(scores, Tensor) or scores.ndim != 3 or (shape[0], shape[2]) != (batch, tokens):

@@ -105,15 +105,16 @@ def project_out_kept(attention: nn.Module, attended: Tensor, tokens: Tensor, ind
     saves ``attended``; there the backward gathers them again.
     """
 
-    def project(attended: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        attended, tokens = gather_pair(attended, tokens, index)
-        return project_out(attention, attended), tokens
+    def project(attended: Tensor) -> Tensor:
+        return project_out(attention, kernels.gather_tokens(attended, index))
 
     # A compiler chooses itself what the backward computes again.
     is_saved = torch.is_grad_enabled() and attended.requires_grad and not torch.compiler.is_compiling()
     if is_saved and any(weight.requires_grad for weight in attention.to_out.parameters()):
-        return checkpoint(project, attended, tokens, use_reentrant=False)
-    return project(attended, tokens)
+        # Not of ``tokens`` too: a checkpoint keeps what it is given, and nothing else may need them.
+        return checkpoint(project, attended, use_reentrant=False), kernels.gather_tokens(tokens, index)
+    attended, tokens = gather_pair(attended, tokens, index)
+    return project_out(attention, attended), tokens
 
 
 def _scale_of(attention: nn.Module) -> float | None:

@@ -122,7 +122,9 @@ class LastStage(UNetStage):
             refuse_gradients(hidden_states)
             _keep(call.slot, hidden_states)
         else:
-            refuse_gradients(*res_hidden_states_tuple[:1])
+            # The timestep and the text lead to the feature too.
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            refuse_gradients(*res_hidden_states_tuple[:1], *inputs)
             hidden_states = call.slot.feature.to(hidden_states.dtype)
             if getattr(self.module, "s1", None):  # FreeU writes into its input
                 hidden_states = hidden_states.clone()

@@ -170,10 +170,15 @@ class CompactTransformer:
         """Convert keyword arguments for attention on all tokens to arguments for the kept tokens."""
         if not kwargs or kwargs.get("ip_adapter_masks") is None:
             return kwargs
-        if self._masks is None:
-            tokens = self._choice.size[0] * self._choice.size[1]
-            self._masks = masks_of_kept(kwargs["ip_adapter_masks"], self._choice.index, tokens)
-        return {**kwargs, "ip_adapter_masks": self._masks}
+        masks = self._masks
+        if masks is None:
+            given, tokens = kwargs["ip_adapter_masks"], self._choice.size[0] * self._choice.size[1]
+            masks = masks_of_kept(given, self._choice.index, tokens)
+            # A layer's checkpoint must make masks that require gradients again.
+            each = [given] if isinstance(given, Tensor) else given
+            if not any(isinstance(mask, Tensor) and mask.requires_grad for mask in each):
+                self._masks = masks
+        return {**kwargs, "ip_adapter_masks": masks}
 
     def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **sizes: Any) -> Tensor:
         """Output projection and recovery. They commute, because the projection treats each token separately."""
