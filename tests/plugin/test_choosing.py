@@ -58,7 +58,8 @@ def chooses(picture, place, kind="pruned", every=3):
         ([0, 1, 2, 2, 3, 4], "x..xxx"),  # from the step on that shows it
         ([5, 6, 0, 1, 2, 3], "x.x..x"),  # the same timesteps over again
         ([0, 1, 0, 1, 2, 2], "x.xxxx"),  # another picture with the same timesteps, in turn
-        ([1, 3, 4], "x.x"),  # a step left out counts
+        ([1, 3, 4], "xx."),  # after a step left out it may be another picture
+        ([0, 2, 4, 6], "xx.x"),  # but not if every other step is left out
     ],
 )
 def test_every_third_step_and_the_first_of_a_picture(places, expected):

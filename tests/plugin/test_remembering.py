@@ -278,12 +278,12 @@ def test_a_thousand_pictures_leave_nothing(unet, inputs):
         timesteps = scheduler_of(7).timesteps
         for timestep in timesteps if n % 2 else timesteps[:3]:  # every other one is broken off
             planner.ended(planner.call((inputs["sample"], timestep), {}, in_graph=False))
-        taken.add((len(planner.memory), planner.memory.nbytes))
+        taken.add((len(planner.pictures.memory), planner.pictures.memory.nbytes))
         del timestep
     # One that is over keeps nothing; one that is not goes with its timesteps.
     assert len(taken) == 2 and max(taken)[0] <= 2
     del timesteps
-    assert len(planner.memory) == planner.memory.nbytes == 0
+    assert len(planner.pictures.memory) == planner.pictures.memory.nbytes == 0
 
 
 def test_copies_and_saved_weights_never_see_it(unet, inputs, tmp_path):

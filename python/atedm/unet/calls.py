@@ -109,7 +109,7 @@ class UNetCalls:
     @property
     def memory(self) -> Memory:
         """What is remembered of the pictures that are being made."""
-        return self.planner.memory
+        return self.planner.pictures.memory
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
         # torch.compile cannot trace a logger. The messages are about single calls, so a trace needs none.

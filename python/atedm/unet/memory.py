@@ -216,19 +216,17 @@ class Memory:
         self._pictures[address] = (ref, picture)
         return picture
 
-    def slot(self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]) -> Slot:
+    def slot(self, picture: Picture, key: tuple[Any, ...], make: Callable[[], Slot]) -> Slot:
         """The slot of ``picture``; a new, empty one if the key has changed."""
         if picture.slot is None or picture.slot.key != key:
             picture.restart()
-            picture.slot = make(key)
+            picture.slot = make()
         return picture.slot
 
-    def slot_of_graphs(
-        self, picture: Picture, key: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Slot]
-    ) -> Slot | None:
+    def slot_of_graphs(self, picture: Picture, key: tuple[Any, ...], make: Callable[[], Slot]) -> Slot | None:
         """The slot that graphs of this shape read; None while another, unfinished picture has it."""
         if key not in self._of_graphs:
-            slot = self._of_graphs[key] = make(key)
+            slot = self._of_graphs[key] = make()
             for tensor in slot.tensors():
                 torch._dynamo.mark_static_address(tensor)
         slot = self._of_graphs[key]

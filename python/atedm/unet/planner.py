@@ -15,7 +15,8 @@ from atedm.policy.options import Options
 from atedm.policy.schedule import PRUNING
 from atedm.unet.gradients import is_in_backward, refuse_reentrant
 from atedm.unet.kinds import Kinds
-from atedm.unet.memory import Memory, Picture, Slot
+from atedm.unet.memory import Picture, Slot
+from atedm.unet.pictures import Pictures
 from atedm.unet.recording import BESIDE, Recording
 from atedm.unet.steps import Step, step_of
 
@@ -67,7 +68,7 @@ class Planner:
     """Plans the calls of one UNet that was pruned with ``options``.
 
     Attributes:
-        memory: what is remembered of the pictures that are being made. differ: the options that make calls differ.
+        pictures: those that are being made. differ: the options that make calls differ.
         forced: the call that :meth:`all_of_kind` makes every call; None outside of it.
     """
 
@@ -77,15 +78,13 @@ class Planner:
         """``start``: makes room in a slot for what the UNet's parts remember, for such a sample and dtype."""
         self.options = options
         self.scheduler = scheduler
-        self.memory = Memory()
-        self._start = start
         self._said: set[str] = set()
         self._kinds = Kinds(options.steps, self.say_once)
         self.differ = options.why_not_constant()
         self._follows_pictures, self._starts_warm = options.follows_pictures, options.starts_warm
         self._instead = _without_memory(options)
+        self.pictures = Pictures(start, self.say_once, self.differ, self._instead)
         self.forced: Call | None = None
-        self._unknown = Picture()  # for all calls whose picture is not known
 
     def say_once(self, what: str, message: str, *args: Any) -> None:
         if what not in self._said:
@@ -96,7 +95,7 @@ class Planner:
     def all_of_kind(self, kind: str, sample: Tensor) -> Iterator[None]:
         """Make every call a later call of ``kind`` on ``sample``, to count its FLOPs or to time it."""
         needs_slot = self._follows_pictures or kind == "reused"
-        slot = self._make_slot(_key(sample), sample) if needs_slot else None
+        slot = self.pictures.new_slot(sample) if needs_slot else None
         for block in slot.blocks.values() if slot is not None else ():
             block.is_filled = True
         self.forced = Call(kind, is_warm=self._starts_warm and kind in PRUNING, slot=slot)
@@ -125,7 +124,7 @@ class Planner:
         step = self.step(args, kwargs)
         if for_gradients and self._follows_pictures:
             return self._call_for_gradients(step)
-        picture = self._picture(step) if self._follows_pictures else None
+        picture = self.pictures.of(step) if self._follows_pictures else None
         if picture is not None:
             try:
                 call = self._call_of(picture, step, sample, in_graph)
@@ -140,7 +139,7 @@ class Planner:
     def _call_of(self, picture: Picture, step: Step, sample: Tensor, in_graph: bool) -> Call | None:
         """The call of ``picture`` at ``step``; None if no slot is free for the picture."""
         options = self.options
-        slot = self._slot(picture, sample, in_graph)
+        slot = self.pictures.slot(picture, sample, in_graph)
         if slot is None:
             return None
         kind = self._kinds.of(picture, step)
@@ -154,7 +153,7 @@ class Planner:
 
     def _call_for_gradients(self, step: Step) -> Call:
         """A call that does not touch what is remembered: no gradient would reach the calls that computed it."""
-        picture = self._unknown if step.picture is None else self.memory.picture(step.picture)
+        picture = self.pictures.beside(step)
         if not is_in_backward():
             picture.recorded.add(step.index)
         elif step.index not in picture.recorded:
@@ -171,58 +170,6 @@ class Planner:
         return Call(
             "whole" if is_whole else self._kinds.of_one(step), step=step.index, total=step.total, for_gradients=True
         )
-
-    def _picture(self, step: Step) -> Picture | None:
-        """The picture of a call. If it cannot be known, return None and log the reason once."""
-        if step.picture is None:
-            self.say_once(
-                "picture",
-                "%s: the timestep is not taken from the timesteps of a scheduler, or a run has only one, so atedm "
-                "cannot tell which picture a call belongs to; %s",
-                self.differ,
-                self._instead,
-            )
-            return None
-        picture = self.memory.picture(step.picture)
-        if picture.skips(step.index):
-            self.say_once(
-                "skipped",
-                "%s: a run skips steps, so atedm cannot tell whether it is still the same picture; it begins afresh",
-                self.differ,
-            )
-        picture.begin(step.index, step.total)
-        if picture.is_shared:
-            self.say_once(
-                "shared",
-                "%s: several pictures or threads share these timesteps: what is remembered may belong to another; %s",
-                self.differ,
-                self._instead,
-            )
-            return None
-        return picture
-
-    def _slot(self, picture: Picture, sample: Tensor, in_graph: bool) -> Slot | None:
-        def make(key: tuple[Any, ...]) -> Slot:
-            return self._make_slot(key, sample)
-
-        if not in_graph:
-            return self.memory.slot(picture, _key(sample), make)
-        slot = self.memory.slot_of_graphs(picture, _key(sample), make)
-        if slot is None:
-            self.say_once(
-                "turns",
-                "%s: pictures take turns on a compiled UNet, which remembers one of them; for the others, %s",
-                self.differ,
-                self._instead,
-            )
-        return slot
-
-    def _make_slot(self, key: tuple[Any, ...], sample: Tensor) -> Slot:
-        slot = Slot(key)
-        # Not inference tensors, so they can be written in any mode.
-        with torch.inference_mode(False):
-            self._start(slot, sample, _dtype_of(sample))
-        return slot
 
     def ended(self, call: Call) -> None:
         """Note that ``call`` has finished without an exception."""
@@ -243,14 +190,3 @@ def _without_memory(options: Options) -> str:
     if options.steps.reads_past:
         return "a step's kind is judged only by the step"
     return "tokens are chosen in every call" if options.rank_every > 1 else "every ranking begins at uniform scores"
-
-
-def _key(sample: Tensor) -> tuple[Any, ...]:
-    return tuple(sample.shape), _dtype_of(sample), sample.device
-
-
-def _dtype_of(sample: Tensor) -> torch.dtype:
-    """The dtype that the UNet computes in."""
-    device = sample.device.type
-    is_cast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_cast else sample.dtype
