@@ -7,6 +7,7 @@ NaN) are always checked on the CPU, but on a GPU only with ``ATEDM_CHECK=1``. Th
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -26,6 +27,9 @@ MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 MAX_LOGIT = 300.0
 
 
+_split = functools.cache(str.split)  # the checks run at each call of an op
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and os.environ.get("ATEDM_CHECK") == "1")
 
@@ -38,18 +42,18 @@ def check_tensor(
     name: str, tensor: Tensor, layout: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> None:
     """Check a tensor. ``layout`` names its dimensions, as in ``"B H N D"``; none of them may be empty."""
+    dims = _split(layout)
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{', '.join(layout.split())}]")
-    dims = layout.split()
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{', '.join(dims)}]")
     if tensor.ndim != len(dims):
         raise ValueError(f"{name} has shape {_shape(tensor)}; expected {len(dims)} dimensions [{', '.join(dims)}]")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(str(d) for d in dtypes)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; expected {device}, where the other tensors are")
-    for dim, size in zip(dims, tensor.shape, strict=True):
-        if size == 0:
-            raise ValueError(f"{name} has shape {_shape(tensor)}; expected at least one element in dimension {dim}")
+    if 0 in tensor.shape:
+        dim = dims[tensor.shape.index(0)]
+        raise ValueError(f"{name} has shape {_shape(tensor)}; expected at least one element in dimension {dim}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 from collections.abc import Collection, Iterator
@@ -52,6 +53,7 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache  # asked at each call of an op
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -113,6 +113,8 @@ class Op:
     def complete(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments of the schema, in order. torch omits defaults, and passes keywords to a fake kernel."""
         missing = self._declared[len(arguments) :]
+        if not missing:
+            return arguments
         return (*arguments, *(named.get(argument.name, argument.default_value) for argument in missing))
 
     def backend_for(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
