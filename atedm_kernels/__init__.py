@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from atedm_kernels._checks import MAX_COUNT as MAX_COUNT
+from atedm_kernels._checks import MAX_FLOAT32 as MAX_FLOAT32
 from atedm_kernels._checks import MAX_HEAD_DIM as MAX_HEAD_DIM
 from atedm_kernels._checks import MIN_HEAD_DIM as MIN_HEAD_DIM
 from atedm_kernels.backends import backend

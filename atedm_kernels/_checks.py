@@ -18,7 +18,7 @@ from atedm_kernels.backends import KERNEL_DTYPES
 
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-_MAX_FLOAT32 = torch.finfo(torch.float32).max
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 
 # Rounding to float32 gives the elements of a map a relative error in proportion to the largest logit: 2e-7 of it on a
@@ -26,8 +26,7 @@ MAX_COUNT = 2**31 - 1  # the ops return iterations as int32
 # this logit the error stays within the promised 2e-4.
 MAX_LOGIT = 300.0
 
-
-_split = functools.cache(str.split)  # the checks run at each call of an op
+_split = functools.cache(str.split)  # each call of an op runs the checks
 
 
 def values_are_checked(tensor: Tensor) -> bool:
@@ -162,19 +161,20 @@ def check_integer(name: str, value: int, low: int, high: int | None = None) -> N
 
 
 def check_scale(scale: float | None) -> None:
-    expected = "expected a number that float32 holds, or None for 1/sqrt(head dim)"
+    expected = "expected a finite number that float32 holds, or None for 1/sqrt(head dim)"
     if scale is not None and not _is_number(scale):
         raise TypeError(f"scale is {scale!r}; {expected}")
-    if scale is not None and not -_MAX_FLOAT32 <= scale <= _MAX_FLOAT32:
+    if scale is not None and not -MAX_FLOAT32 <= scale <= MAX_FLOAT32:
         raise ValueError(f"scale is {scale}; {expected}")
 
 
 def check_iteration(max_iterations: int, tolerance: float) -> None:
     check_integer("max_iterations", max_iterations, 1, MAX_COUNT)
+    expected = "expected a number of at least 0 that float32 holds, or infinity"
     if not _is_number(tolerance):
-        raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
-    if not tolerance >= 0 or _MAX_FLOAT32 < tolerance < math.inf:
-        raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0 that float32 holds")
+        raise TypeError(f"tolerance is {tolerance!r}; {expected}")
+    if not tolerance >= 0 or MAX_FLOAT32 < tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; {expected}")
 
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:

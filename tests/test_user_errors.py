@@ -376,9 +376,10 @@ def test_names_that_the_lab_cannot_read(model, tmp_path):
     [
         ({"grid": 10**30}, "grid is"),
         ({"tolerance": 10**400}, "tolerance is"),
+        ({"tolerance": 1e39}, "tolerance is"),
         ({"schedule": {"name": "Adaptive", "tolerance": 10**400}}, "tolerance is"),
     ],
-    ids=["grid", "tolerance", "tolerance of a schedule"],
+    ids=["grid", "tolerance", "tolerance beyond float32", "tolerance of a schedule"],
 )
 def test_options_beyond_all_numbers(tmp_path, options, named):
     (tmp_path / "options.json").write_text(json.dumps(options))

@@ -70,15 +70,15 @@ def ops(
             raise bad("op", f"{name!r}; expected one of {', '.join(OPS)}")
     shapes = tuple(
         shape_of(*parse_size(one), level, _count(number), check_ratio(ratio))
-        for one in _listed("size", defaults["size"] if size is None else size)
-        for number in _listed("batch", defaults["batch"] if batch is None else batch)
+        for one in _listed("size", size, defaults["size"])
+        for number in _listed("batch", batch, defaults["batch"])
         for level in (2, 3)
     )
     measured = OpsBench(
         OpsSettings(
             device=place,
             shapes=shapes,
-            dtypes=tuple(parse_dtype(name) for name in _listed("dtype", defaults["dtype"] if dtype is None else dtype)),
+            dtypes=tuple(parse_dtype(name) for name in _listed("dtype", dtype, defaults["dtype"])),
             iterations=iterations,
             repeats=repeats or defaults["repeats"],
             minutes=check_minutes(minutes),
@@ -118,7 +118,8 @@ def ops(
         raise typer.Exit(1)
 
 
-def _listed(option: str, text: str) -> list[str]:
+def _listed(option: str, text: str | None, default: str) -> list[str]:
+    text = default if text is None else text
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
         raise bad(option, f"{text!r} names none; expected one or more, separated by commas")

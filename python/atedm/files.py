@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. When the block ends, the file appears at ``path``, never as half a file.
 
     A link's target is replaced, not the link. A pipe, a device or the standard output gets the content when the block
-    ends.
+    ends. A file that already has the content stays as it is.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full. The message names ``path``, which
@@ -43,8 +43,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             _write_to_stream(partial, path)
         else:
             if target.exists():
-                if filecmp.cmp(partial, target, shallow=False):
-                    return  # a run that is started again changes nothing
+                if os.access(target, os.R_OK) and filecmp.cmp(partial, target, shallow=False):
+                    return  # so that starting a finished run again changes no file
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             partial.replace(target)
     except OSError as error:

@@ -170,7 +170,7 @@ def test_the_weights_of_a_ranking_get_no_gradient_and_save_nothing(trainable, ma
     inputs = make_inputs(torch.float64)
     with atedm.record(trainable) as recording:
         plain = gradients(trainable, inputs)
-    assert not any(each.scores.requires_grad for each in recording.ranked)
+    assert recording.ranked and not any(each.scores.requires_grad for each in recording.ranked)
     trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
     assert_same(gradients(trainable, inputs), plain)
     assert weight.grad is None
@@ -200,6 +200,7 @@ def test_a_mask_gets_its_gradient_with_checkpoints_too(trainable, make_inputs, p
 
     atedm.apply(trainable, PUBLISHED, placement=placement, **FIXED)
     plain = gradient()
+    assert plain is not None and plain.any()
     trainable.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=use_reentrant))
     torch.testing.assert_close(gradient(), plain)
 
@@ -293,14 +294,23 @@ def test_gradients_that_come_in_unseen_are_refused_not_cut(unet, make_inputs, na
     assert added.grad is not None
 
 
-def test_a_reused_step_refuses_those_of_its_timestep(unet, make_inputs):
+@pytest.mark.parametrize("of", ["the timestep", "the text", "an adapter's text"])
+def test_a_reused_step_refuses_those_that_come_in_on_the_way(unet, make_inputs, of):
     """They would go through the feature that it reuses."""
     added = torch.zeros(1, requires_grad=True)
-    unet.time_embedding.register_forward_hook(lambda module, args, out: out * (1 + added))
+
+    def change(module, args, kwargs):
+        text = kwargs["encoder_hidden_states"] + added
+        return args, {**kwargs, "encoder_hidden_states": text if of == "the text" else (text, [])}
+
+    if of == "the timestep":
+        unet.time_embedding.register_forward_hook(lambda module, args, out: out * (1 + added))
     atedm.apply(unet, PUBLISHED, **MEMORY["reused"])
     first, second, *_ = ({**make_inputs(), "timestep": timestep} for timestep in timesteps_of(4))
     with torch.no_grad():
         unet(**first)
+    if of != "the timestep":
+        unet.mid_block.register_forward_pre_hook(change, with_kwargs=True)
     with pytest.raises(RuntimeError, match="records gradients of something that is neither"):
         unet(**second)
 

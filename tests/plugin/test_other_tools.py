@@ -59,6 +59,21 @@ def test_unets_that_share_a_part_are_undone_in_turn(make_unet, unet, inputs):
     assert torch.equal(unet(**inputs).sample, full)
 
 
+@pytest.mark.parametrize("first", ["quality", PUBLISHED])
+def test_a_block_that_another_unet_shares_and_prunes_is_refused(make_unet, unet, inputs, first):
+    """Also by a UNet that only leaves it out of reused steps."""
+    other = make_unet()
+    other.mid_block = unet.mid_block
+    atedm.apply(unet, first)
+    expected = unet(**inputs).sample
+    with (
+        atedm.applied(other, PUBLISHED, schedule=None),
+        pytest.raises(ValueError, match="another UNet shares it"),
+    ):
+        unet(**inputs)
+    assert torch.equal(unet(**inputs).sample, expected)
+
+
 @pytest.mark.parametrize(("processor", "is_read"), [(AttnProcessor, True), (AttnProcessor2_0, False)])
 def test_the_scale_of_an_attention_is_read_where_its_processor_reads_it(unet, inputs, processor, is_read):
     unet.set_attn_processor(processor())

@@ -227,7 +227,7 @@ def test_a_picture_that_begins_late_in_an_interrupted_ones_timesteps_has_nothing
     for timestep in timesteps[:3]:
         unet(**{**first, "timestep": timestep})
     assert all(torch.equal(a, b) for a, b in zip(late(timesteps), expected, strict=True))
-    assert len([m for m in caplog.messages if "a run skips steps" in m]) == 1
+    assert len([m for m in caplog.messages if "a call skips steps" in m]) == 1
 
 
 def test_a_run_of_every_second_step_is_known_from_its_second_stride(unet, inputs):

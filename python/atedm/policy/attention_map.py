@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 
 class AttentionMap:
-    """``A_ij = exp(scale · q_i·k_j − lse_i)``. It is only read to make choices, so no gradient flows through it.
+    """``A_ij = exp(scale · q_i·k_j − lse_i)``. It is only read to make choices.
+
+    Its tensors may require gradients. Read them by ops that record none, as all ops for attention maps do, or detach
+    them first.
 
     Attributes:
         q: ``[B, H, M, D]``. k: ``[B, H, N, D]``. lse: float32 ``[B, H, M]``. scale: None for ``1/sqrt(D)``.

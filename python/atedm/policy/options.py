@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,7 @@ from atedm.policy.recovery import RECOVERIES
 from atedm.policy.schedule import DSAP, PRUNING, Listed, Schedule
 from atedm.policy.schedules import as_schedule, schedule_from_json, schedule_to_json
 from atedm.policy.staleness import STALENESS
-from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, MAX_COUNT, REDUCTIONS
+from atedm_kernels import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, MAX_COUNT, MAX_FLOAT32, REDUCTIONS
 from atedm_kernels.registry import plain_number
 
 # Ranking and recovery by keys, with a grid: our alternative to the paper's, see :mod:`atedm.policy.ranking`.
@@ -31,8 +30,8 @@ DEFAULT_RATIO = 0.63
 DEFAULT_SCHEDULE = Adaptive(0.27, pruned_from=0.3)
 
 
-def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in tuple(allowed):  # by equality, as a list has no hash
+def _one_of(name: str, value: object, allowed: Collection[str | None]) -> None:
+    if value not in tuple(allowed):  # compared by equality, because a list cannot be hashed
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
@@ -237,8 +236,8 @@ def _check(options: Options) -> None:
             raise ValueError(f"{name} is {value!r}; expected an integer, 1 to {MAX_COUNT}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance is {tolerance!r}; expected a number of at least 0")
-    if not 0 <= tolerance <= sys.float_info.max:
-        raise ValueError(f"tolerance is {tolerance!r}; expected a finite number of at least 0")
+    if not 0 <= tolerance <= MAX_FLOAT32:
+        raise ValueError(f"tolerance is {tolerance!r}; expected a finite number of at least 0 that float32 holds")
 
 
 def _check_together(options: Options) -> None:

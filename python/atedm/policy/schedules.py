@@ -47,7 +47,7 @@ def schedule_from_json(value: Any) -> Any:
         return value
     arguments = dict(value)
     name = arguments.pop("name", "DSAP")
-    if name not in tuple(SCHEDULES):  # by equality, as a list has no hash
+    if name not in tuple(SCHEDULES):  # compared by equality, because a list cannot be hashed
         raise ValueError(f"schedule is named {name!r}; expected one of {', '.join(SCHEDULES)}")
     known = [f.name for f in fields(SCHEDULES[name])]
     if not set(arguments) <= set(known):

@@ -111,7 +111,7 @@ def project_out_kept(attention: nn.Module, attended: Tensor, tokens: Tensor, ind
     # A compiler chooses itself what the backward computes again.
     is_saved = torch.is_grad_enabled() and attended.requires_grad and not torch.compiler.is_compiling()
     if is_saved and any(weight.requires_grad for weight in attention.to_out.parameters()):
-        # Not of ``tokens`` too: a checkpoint keeps what it is given, and nothing else may need them.
+        # Outside of the checkpoint, which would keep all of ``tokens`` until the backward.
         return checkpoint(project, attended, use_reentrant=False), kernels.gather_tokens(tokens, index)
     attended, tokens = gather_pair(attended, tokens, index)
     return project_out(attention, attended), tokens

@@ -61,7 +61,7 @@ class Place:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside ``module`` if that is a wrapper of ``torch.compile``; else ``module`` itself."""
-    return getattr(module, "_modules", {}).get("_orig_mod", module)  # asked of the module, a miss takes a microsecond
+    return getattr(module, "_modules", {}).get("_orig_mod", module)  # a module takes a microsecond to miss it
 
 
 def attention_blocks(unet: UNet2DConditionModel) -> list[AttentionBlock]:

@@ -107,6 +107,11 @@ class UNetCalls:
         return {**self.__dict__, "following": self.following.of_a_copy(), **own}
 
     @property
+    def is_of_a_copy(self) -> bool:
+        """Whether these are not the calls of the UNet that was pruned, but of a copy of it or of one of its blocks."""
+        return self.following.target is None
+
+    @property
     def memory(self) -> Memory:
         """What is remembered of the pictures that are being made."""
         return self.planner.pictures.memory
@@ -195,8 +200,8 @@ class UNetCalls:
         if torch.compiler.is_compiling():
             return
         error = sys.exc_info()[1] if output is None else None
-        if isinstance(error, RankedNaN) and error.step is None:  # where calls are alike, none looks up its step
-            error.at(self.planner.step(args, kwargs).index)
+        if isinstance(error, RankedNaN) and error.step is None:  # where all calls are alike, nothing has looked it up
+            error.set_step(self.planner.step(args, kwargs).index)
         call = running.stop(self)
         if call is not None and not self.told.is_followed_outside:  # else end_outside ends the call
             self._ended(call, output is not None)

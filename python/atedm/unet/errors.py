@@ -17,8 +17,8 @@ class RankedNaN(ValueError):
         super().__init__(block, step, rows, batch)  # copy and pickle read these
         self.block, self.step, self.rows, self.batch = block, step, rows, batch
 
-    def at(self, step: int | None) -> None:
-        """Name the step, if it becomes known only after the error was raised."""
+    def set_step(self, step: int | None) -> None:
+        """Set the step, which may become known only after the error was raised."""
         self.step = step
         self.args = (self.block, step, self.rows, self.batch)
 

@@ -14,7 +14,7 @@ def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if not torch.is_grad_enabled():
         return False
     inputs = tree_leaves((args, kwargs))
-    wanted = (x.requires_grad for x in (*inputs, *unet.parameters()) if isinstance(x, torch.Tensor))
+    wanted = (x.requires_grad for x in (*inputs, *unet.parameters()) if isinstance(x, Tensor))
     return any(wanted)
 
 
@@ -36,15 +36,15 @@ def refuse_reentrant(differ: str) -> None:
     )
 
 
-def refuse_gradients(*tensors: Tensor) -> None:
-    """Refuse to continue from what earlier calls computed: no gradient goes through that.
+def refuse_gradients(*inputs: Any) -> None:
+    """Refuse to continue from what earlier calls computed: no gradient goes through that. ``inputs`` may be nested.
 
     Calls whose inputs or parameters require gradients remember nothing and do not get here.
 
     Raises:
-        RuntimeError: one of ``tensors`` requires a gradient that is being recorded.
+        RuntimeError: a tensor among ``inputs`` requires a gradient that is being recorded.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs)):
         raise RuntimeError(
             "the call records gradients of something that is neither an input nor a parameter of the UNet, such as "
             "weights that a hook or another tool's forward brings in, and none would go through what atedm remembers; "

@@ -15,6 +15,7 @@ from torch import nn
 from atedm.policy.options import Options
 from atedm.policy.schedule import PRUNING
 from atedm.unet.blocks import Place
+from atedm.unet.other_tools import is_part
 
 if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
@@ -137,4 +138,4 @@ def count_graphs(unet: nn.Module, calls: UNetCalls, modules: list[nn.Module]) ->
 def _part_on(module: nn.Module) -> PrunedBlock | UNetStage | None:
     """The forward that atedm has put on ``module``; None if it has put none."""
     forward = module.__dict__.get("forward")
-    return forward if hasattr(forward, "runs_when_reused") else None
+    return forward if is_part(forward) else None

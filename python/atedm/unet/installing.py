@@ -68,9 +68,9 @@ def uninstall(unet: nn.Module) -> None:
             del module.forward
         else:
             module.forward = part.previous
-    put_back = [part.previous for part in installed]  # may be atedm's own, if UNets share a part
-    for module in unet.modules():  # a copy of a pruned block may have replaced it
-        strays = {name: part for name, part in parts_on(module).items() if part not in put_back}
+    for module in unet.modules():
+        # A copy of a pruned block may have replaced it. A part of another UNet, which shares the module, stays.
+        strays = [name for name, part in parts_on(module).items() if part.calls is calls or part.calls.is_of_a_copy]
         if "forward" in strays:
             del module.forward
         if "_old_forward" in strays:

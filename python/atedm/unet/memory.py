@@ -94,7 +94,7 @@ class Picture:
             separate calls, pictures that take turns, or threads. What is remembered may then belong to another one.
         chosen: the step of the last choice of tokens. ranked: the kinds of the steps that have ranked tokens.
         run: a number that no other run has; several runs may use the same timesteps. first: the step it began at.
-        recorded: the steps of the run at which a call outside of a backward has recorded gradients.
+        recorded: the steps since the last finished run at which a call outside of a backward has recorded gradients.
 
     A call adds to what is remembered only after it has finished.
     """
@@ -118,9 +118,14 @@ class Picture:
         self.ranked: set[str] = set()
         self.rates: dict[int, float] = {}
 
-    def begin(self, step: int, total: int) -> None:
-        """Note that a call at ``step`` of ``total`` begins."""
-        if self._last is None or (step <= self._last and self.is_over) or self.skips(step):
+    def begin(self, step: int, total: int) -> bool:
+        """Note that a call at ``step`` of ``total`` begins.
+
+        Return whether it skips steps that the run so far would not have skipped. It may then belong to another picture,
+        which begins late, after the last one was interrupted.
+        """
+        skips = bool(self.kinds) and self._stride_to(step) not in (1, self._stride)
+        if self._last is None or (step <= self._last and self.is_over) or skips:
             if self.is_over:
                 self.recorded.clear()
             self.restart()  # the same timesteps may serve another run
@@ -133,13 +138,7 @@ class Picture:
         self._last, self.is_over = step, step == total - 1
         if self.is_shared:
             self.restart()
-
-    def skips(self, step: int) -> bool:
-        """Whether a call at ``step`` skips steps that the run so far would not have skipped.
-
-        The call may then belong to another picture, which begins late, after the last one was interrupted.
-        """
-        return bool(self.kinds) and self._stride_to(step) not in (1, self._stride)
+        return skips
 
     def _stride_to(self, step: int) -> int:
         """Number of steps from the last call to ``step``, without those that recorded gradients; at least 1."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from atedm.unet.blocks import unwrapped
+
+if TYPE_CHECKING:
+    from atedm.unet.calls import UNetCalls
 
 # diffusers hooks that decide where weights are and which dtype they have, not what is computed. Other hooks, such as
 # those that keep attention from an earlier step, may count on all tokens.
@@ -64,11 +67,16 @@ def runs_forward(module: nn.Module, forward: Any) -> bool:
     return attribute is not None and module.__dict__.get(attribute) is forward
 
 
-def runs_another_part(module: nn.Module, part: Any) -> bool:
-    """Whether atedm has put another forward than ``part`` on ``module``: for another UNet that shares the module."""
+def is_part(forward: object) -> bool:
+    """Whether ``forward`` is atedm's: a PrunedBlock or a UNetStage, which cannot be imported here."""
+    return hasattr(forward, "runs_when_reused")
+
+
+def runs_for_another(module: nn.Module, calls: UNetCalls) -> bool:
+    """Whether ``module`` runs a forward of atedm's that follows other calls: those of another UNet that shares it."""
     attribute = _inner_forward(module)
     forward = None if attribute is None else module.__dict__.get(attribute)
-    return forward is not part and hasattr(forward, "runs_when_reused")
+    return is_part(forward) and forward.calls is not calls
 
 
 def why_stage_replaced(stage: nn.Module) -> str | None:
@@ -80,7 +88,7 @@ def why_stage_replaced(stage: nn.Module) -> str | None:
             attribute = _inner_forward(module)
             # A forward of atedm's counts as the module's own.
             is_own = attribute is not None and (
-                hasattr(module.__dict__.get(attribute), "runs_when_reused") or runs_its_own_forward(module, attribute)
+                is_part(module.__dict__.get(attribute)) or runs_its_own_forward(module, attribute)
             )
             if not is_own:
                 return f"{name}.{n}"

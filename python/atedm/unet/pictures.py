@@ -1,4 +1,4 @@
-"""Find the picture of a call, and the room for what is remembered of it."""
+"""Find the picture of a call, and room for what is remembered of it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ class Pictures:
         differ: str,
         instead: str,
     ) -> None:
-        """``start``: makes room in a slot for what the UNet's parts remember, for such a sample and dtype. ``differ``:
-        the options that make calls differ. ``instead``: what a call does if nothing can be remembered."""
+        """
+        Args:
+            start: see :class:`Planner`. differ: the options that make calls differ.
+            instead: what a call does if nothing can be remembered.
+        """
         self.memory = Memory()
         self._unknown = Picture()  # for all calls whose picture is not known
         self._start = start
@@ -47,13 +50,12 @@ class Pictures:
             )
             return None
         picture = self.memory.picture(step.picture)
-        if picture.skips(step.index):
+        if picture.begin(step.index, step.total):
             self._say_once(
                 "skipped",
-                "%s: a run skips steps, so atedm cannot tell whether it is still the same picture; it begins afresh",
+                "%s: a call skips steps, so it may belong to another picture; the memory of this run is forgotten",
                 self._differ,
             )
-        picture.begin(step.index, step.total)
         if picture.is_shared:
             self._say_once(
                 "shared",
@@ -73,10 +75,10 @@ class Pictures:
 
         ``in_graph``: whether a graph reads it, which needs fixed addresses.
         """
-        make = partial(self.new_slot, sample)
+        key, make = _key(sample), partial(self.new_slot, sample)
         if not in_graph:
-            return self.memory.slot(picture, _key(sample), make)
-        slot = self.memory.slot_of_graphs(picture, _key(sample), make)
+            return self.memory.slot(picture, key, make)
+        slot = self.memory.slot_of_graphs(picture, key, make)
         if slot is None:
             self._say_once(
                 "turns",

@@ -80,6 +80,7 @@ class UNetStage:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = self.calls.current()
         if call.kind == "reused":
+            refuse_gradients(args, kwargs)  # the timestep and the text lead to the feature that is reused
             return self.stand_in(hidden_states)
         return self.forward(self.module, hidden_states, *args, **kwargs)
 
@@ -122,9 +123,7 @@ class LastStage(UNetStage):
             refuse_gradients(hidden_states)
             _keep(call.slot, hidden_states)
         else:
-            # The timestep and the text lead to the feature too.
-            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            refuse_gradients(*res_hidden_states_tuple[:1], *inputs)
+            refuse_gradients(res_hidden_states_tuple[:1], args, kwargs)
             hidden_states = call.slot.feature.to(hidden_states.dtype)
             if getattr(self.module, "s1", None):  # FreeU writes into its input
                 hidden_states = hidden_states.clone()

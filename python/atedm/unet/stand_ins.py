@@ -174,7 +174,7 @@ class CompactTransformer:
         if masks is None:
             given, tokens = kwargs["ip_adapter_masks"], self._choice.size[0] * self._choice.size[1]
             masks = masks_of_kept(given, self._choice.index, tokens)
-            # A layer's checkpoint must make masks that require gradients again.
+            # If a mask requires a gradient, a layer's checkpoint must compute it again, so it is not kept.
             each = [given] if isinstance(given, Tensor) else given
             if not any(isinstance(mask, Tensor) and mask.requires_grad for mask in each):
                 self._masks = masks

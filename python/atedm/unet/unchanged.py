@@ -17,7 +17,7 @@ from atedm.unet.blocks import unwrapped
 from atedm.unet.other_tools import (
     PARTS,
     parts_of,
-    runs_another_part,
+    runs_for_another,
     runs_forward,
     runs_its_own_forward,
     why_not_skippable,
@@ -27,6 +27,7 @@ from atedm.unet.prunable import LAYER, METHOD, METHODS, NORMS, PLAIN, why_not_ra
 
 if TYPE_CHECKING:
     from atedm.unet.block import PrunedBlock
+    from atedm.unet.calls import UNetCalls
     from atedm.unet.reuse import UNetStage
 
 
@@ -58,7 +59,7 @@ class Watch:
             for n, module in enumerate(stage.module._modules.get("attentions") or ()):
                 name = f"{stage.name}.attentions.{n}"
                 if len(getattr(module, "transformer_blocks", ())) and name not in self._checked:
-                    self._look_at(f"{name}, skipped", module, _check_skipped, name, module)
+                    self._look_at(f"{name}, skipped", module, _check_skipped, name, module, stage.calls)
 
     def _look_at(self, name: str, module: nn.Module, check: Callable[..., None], *arguments: Any) -> None:
         checked = self._checked.get(name)
@@ -68,13 +69,20 @@ class Watch:
             self._checked[name] = places, places.read()
 
 
+def _check_shared(name: str, module: nn.Module, calls: UNetCalls) -> None:
+    if runs_for_another(module, calls):
+        raise ValueError(
+            f"{name} can no longer be used: another UNet shares it and has been pruned since; expected atedm.remove on "
+            "that one first"
+        )
+
+
 def _check(block: PrunedBlock) -> None:
+    _check_shared(block.name, block.module, block.calls)
     first = next(iter(block.module.transformer_blocks), None)
     reason = "it has no layers" if first is None else why_not_tokenwise(block.module)
     if reason is None and runs_its_own_forward(block.module):
         reason = "its forward is that of its class again"
-    if reason is None and runs_another_part(block.module, block):
-        reason = "another UNet shares it, and has been pruned since"
     if reason is None and not block.is_current:
         reason = "its class, or the forward of its class, has changed since atedm.apply"
     reason = reason or why_not_rankable(first)
@@ -82,7 +90,8 @@ def _check(block: PrunedBlock) -> None:
         raise ValueError(f"{block.name} can no longer be pruned: {reason}; undo that, or call atedm.remove first")
 
 
-def _check_skipped(name: str, module: nn.Module) -> None:
+def _check_skipped(name: str, module: nn.Module, calls: UNetCalls) -> None:
+    _check_shared(name, module, calls)
     reason = why_not_skippable(module)
     if reason is not None:
         raise ValueError(
@@ -105,7 +114,7 @@ def _check_stage(stage: UNetStage) -> None:
         )
 
 
-_MISSING = object()
+_MISSING = object()  # stands for a place that is empty, where None can be a value
 
 
 def _places_of(module: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
