@@ -343,7 +343,6 @@ def test_command_writes_its_report(tmp_path):
         (("--device", "abacus"), "--device"),
         (("--ratio", "0"), "--ratio"),
         (("--size", "1001"), "--size"),
-        (("--size", ""), "--size"),
         (("--minutes", "0"), "--minutes"),
         (("--compile-mode", "fastest"), "--compile-mode"),
         (("--model", "no-such-model"), "--model"),

@@ -310,7 +310,7 @@ def test_errors_are_printed_as_they_are(capsys):
         (("--ratio", "1"), "--ratio"),
         (("--size", "1024,1001"), "--size"),
         (("--batch", "0"), "--batch"),
-        *(((option, ","), option) for option in ("--dtype", "--size", "--batch")),
+        *(((option, empty), option) for option in ("--dtype", "--size", "--batch") for empty in (",", "")),
         (("--minutes", "-1"), "--minutes"),
         (("--op", "softmax"), "--op"),
     ],
