@@ -13,9 +13,12 @@ def records_gradients(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Whether a call records what the gradient of an input or of a parameter needs."""
     if not torch.is_grad_enabled():
         return False
-    inputs = tree_leaves((args, kwargs))
-    wanted = (x.requires_grad for x in (*inputs, *unet.parameters()) if isinstance(x, Tensor))
-    return any(wanted)
+    return require_gradients(args, kwargs) or any(weight.requires_grad for weight in unet.parameters())
+
+
+def require_gradients(*inputs: Any) -> bool:
+    """Whether a tensor among ``inputs``, which may be nested, requires a gradient."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs))
 
 
 def is_in_backward() -> bool:
@@ -44,7 +47,7 @@ def refuse_gradients(*inputs: Any) -> None:
     Raises:
         RuntimeError: a tensor among ``inputs`` requires a gradient that is being recorded.
     """
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs)):
+    if torch.is_grad_enabled() and require_gradients(*inputs):
         raise RuntimeError(
             "the call records gradients of something that is neither an input nor a parameter of the UNet, such as "
             "weights that a hook or another tool's forward brings in, and none would go through what atedm remembers; "

@@ -19,7 +19,7 @@ from atedm.policy.attention_map import AttentionMap
 from atedm.policy.recovery import Refill
 from atedm.unet.attention import cross_attention_map, masks_of_kept, project_out, project_out_kept, self_attention
 from atedm.unet.choosing import TokenChoice
-from atedm.unet.gradients import refuse_gradients
+from atedm.unet.gradients import refuse_gradients, require_gradients
 from atedm.unet.memory import BlockMemory
 from atedm_kernels.ops.gather_pair import gather_pair
 
@@ -175,8 +175,7 @@ class CompactTransformer:
             given, tokens = kwargs["ip_adapter_masks"], self._choice.size[0] * self._choice.size[1]
             masks = masks_of_kept(given, self._choice.index, tokens)
             # If a mask requires a gradient, a layer's checkpoint must compute it again, so it is not kept.
-            each = [given] if isinstance(given, Tensor) else given
-            if not any(isinstance(mask, Tensor) and mask.requires_grad for mask in each):
+            if not require_gradients(given):
                 self._masks = masks
         return {**kwargs, "ip_adapter_masks": masks}
 
