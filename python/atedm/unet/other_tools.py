@@ -61,10 +61,15 @@ def _inner_forward(module: nn.Module) -> str | None:
     return "_old_forward" if getattr(outer, "__module__", None) == "accelerate.hooks" else None
 
 
+def _forward_on(module: nn.Module) -> Any:
+    """The forward that a tool has put on ``module``, maybe under accelerate's hook; None if it cannot be seen."""
+    attribute = _inner_forward(module)
+    return None if attribute is None else module.__dict__.get(attribute)
+
+
 def runs_forward(module: nn.Module, forward: Any) -> bool:
     """Whether ``module`` runs ``forward``, maybe under accelerate's hook."""
-    attribute = _inner_forward(module)
-    return attribute is not None and module.__dict__.get(attribute) is forward
+    return _forward_on(module) is forward
 
 
 def is_part(forward: object) -> bool:
@@ -74,8 +79,7 @@ def is_part(forward: object) -> bool:
 
 def runs_for_another(module: nn.Module, calls: UNetCalls) -> bool:
     """Whether ``module`` runs a forward of atedm's that follows other calls: those of another UNet that shares it."""
-    attribute = _inner_forward(module)
-    forward = None if attribute is None else module.__dict__.get(attribute)
+    forward = _forward_on(module)
     return is_part(forward) and forward.calls is not calls
 
 
@@ -85,12 +89,8 @@ def why_stage_replaced(stage: nn.Module) -> str | None:
     for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
         for n, part in enumerate(stage._modules.get(name) or ()):
             module = unwrapped(part)
-            attribute = _inner_forward(module)
             # A forward of atedm's counts as the module's own.
-            is_own = attribute is not None and (
-                is_part(module.__dict__.get(attribute)) or runs_its_own_forward(module, attribute)
-            )
-            if not is_own:
+            if not _runs_its_own_forward_or_accelerates(module) and not is_part(_forward_on(module)):
                 return f"{name}.{n}"
     return None
 
