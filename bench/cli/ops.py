@@ -15,6 +15,7 @@ from atedm.cli.checks import (
     parse_count,
     parse_device,
     parse_dtype,
+    parse_list,
     parse_size,
 )
 from atedm.cli.parameters import Device
@@ -120,7 +121,7 @@ def ops(
 
 def _listed(option: str, text: str | None, default: str) -> list[str]:
     text = default if text is None else text
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = parse_list(text)
     if not found:
         raise bad(option, f"{text!r} names none; expected one or more, separated by commas")
     return found

@@ -21,6 +21,7 @@ from atedm.cli.checks import (
     local_model,
     naming_path,
     parse_device,
+    parse_list,
     parse_size,
 )
 from atedm.cli.loading import load_pipeline
@@ -134,7 +135,7 @@ def quality(
         guidance=guidance,
         batch=batch,
         scheduler=scheduler,
-        settings=settings,
+        settings=None if settings is None else parse_list(settings),
         tried=_parsed(tried or []),
         captions=captions,
         seed=seed,

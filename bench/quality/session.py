@@ -77,7 +77,7 @@ class LabRequest:
     guidance: float | None = None
     batch: int | None = None
     scheduler: str = EULER
-    settings: str | None = None
+    settings: Sequence[str] | None = None
     tried: Mapping[str, Options] = field(default_factory=dict)
     captions: str | None = None
     seed: int = 0
@@ -186,9 +186,7 @@ def _run(
     set_scheduler(pipe, request.scheduler)
     costs = Costs(flops_of(pipe, sampling.width, sampling.height), timesteps_of(pipe, sampling.steps))
     with console.status("counting FLOPs"):
-        words = request.settings
-        wanted = None if words is None else [word.strip() for word in words.split(",") if word.strip()]
-        settings = Plan(costs, request.tried).settings(wanted)
+        settings = Plan(costs, request.tried).settings(request.settings)
     run = Run(pipe, model, request.scheduler, settings, cases, sampling, request.out)
     against = None if request.against is None else Against(request.against, cases, sampling)
     if main:

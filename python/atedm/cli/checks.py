@@ -309,6 +309,11 @@ def failing_clearly() -> Iterator[None]:
         fail(error)
 
 
+def parse_list(text: str) -> list[str]:
+    """The words of ``text``, which commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def parse_levels(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
